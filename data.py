@@ -1,0 +1,266 @@
+"""Text in, batches out: sources, cleaning, hold-out split, length rule, tokens -> frames.
+
+B batch, S text tokens, T latent frames (50 per second), E embedding width of the frozen decoder,
+L prompt + text + end tokens.
+"""
+import hashlib
+import math
+import random
+import re
+import unicodedata
+from functools import partial
+from pathlib import Path
+from typing import Iterable, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whisper_decoder import UNSPACED, BadInput, FrozenWhisper
+
+GRAMMARS = Path(__file__).parent / "pocket" / "grammar"
+BUILTIN_SENTENCES = 6000  # per language
+HELD_OUT = 0.1  # share of the sentences that training never sees
+FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
+
+# Length rule: words per second where words are written apart, characters per second where not.
+WORDS_PER_SECOND = {"en": 3.3, "es": 2.9, "de": 2.7, "fr": 3.3}
+CHARACTERS_PER_SECOND = {"zh": 3.5, "yue": 3.5, "ja": 6.0}
+DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.6, 10.0
+MIN_SECONDS = 0.6
+
+
+# Where a text that is too long may be cut, the best place first. Never before a combining mark.
+CUTS = (r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)", r"(?<=.)(?=\w)")
+
+
+class Sentence(NamedTuple):
+    language: str  # Whisper's code, such as "en"
+    text: str
+
+
+# ---- sources ---------------------------------------------------------------------------------
+
+
+def builtin(languages: Iterable[str] | None = None, n: int = BUILTIN_SENTENCES) -> list[Sentence]:
+    """The built-in sentences, n distinct ones per language, always the same."""
+    available = sorted(path.stem for path in GRAMMARS.glob("*.txt"))
+    sentences = []
+    for language in available if languages is None else languages:
+        if language not in available:
+            raise BadInput(f"no built-in sentences in {language!r}; there are {available}")
+        rules = read_grammar(GRAMMARS / f"{language}.txt")
+        rng, texts = random.Random(language), {}
+        while len(texts) < n:
+            words = expand(rules, "sentence", rng).split()
+            if 2 <= len(words) <= 12:
+                texts[join_words(words, language)] = None
+        sentences += [Sentence(language, text) for text in texts]
+    return sentences
+
+
+def read_grammar(path: Path) -> dict[str, list[str]]:
+    """`name = a | b`, `#` comments, indented lines go on: the rules of a context-free grammar."""
+    lines = re.sub(r"^#.*\n", "", path.read_text("utf-8"), flags=re.M)
+    rules = [line.split(" =", 1) for line in re.sub(r"\n[ \t]+", " ", lines).splitlines() if line]
+    return {name: [text.strip() for text in texts.split("|")] for name, texts in rules}
+
+
+def expand(rules: dict[str, list[str]], name: str, rng: random.Random) -> str:
+    """One random reading of the rule `name`."""
+    return re.sub(r"{(.+?)}", lambda m: expand(rules, m[1], rng), rng.choice(rules[name]))
+
+
+def join_words(words: Sequence[str], language: str) -> str:
+    text = ("" if language in UNSPACED else " ").join(words)
+    text = re.sub(r" ([.,])", r"\1", text)
+    return re.sub(r"\w", lambda m: m[0].upper(), text, count=1)
+
+
+def clean(text: str) -> str:
+    """Unicode NFC, every run of white space one blank: nothing that carries meaning is lost."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def words(text: str, language: str) -> list[str]:
+    """What the length rule counts: words, or characters in languages written without spaces."""
+    return re.findall(r"\w" if language in UNSPACED else r"[\w\u0300-\u036f]+", text)
+
+
+def unheard_words(sentence: Sentence) -> list[str]:
+    """Words of a sentence that are in no built-in sentence: the pocket decoder never heard them."""
+    rules = read_grammar(GRAMMARS / f"{sentence.language}.txt")
+    text = re.sub("{.+?}", " ", " ".join(sum(rules.values(), [])))
+    heard = {word.lower() for word in words(text, sentence.language)}
+    return [w for w in words(*sentence[::-1]) if w.lower() not in heard]
+
+
+def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
+    """A UTF-8 .txt (a sentence a line) or .tsv (language, text) -> sentences, problems.
+
+    Raises BadInput, with file and line, if the file is missing, empty or not UTF-8. A line that
+    cannot be used becomes one problem "file, line n: why"; blank lines are no sentences.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    try:
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise BadInput(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert "
+                       f"the file, e.g. `iconv -f latin1 -t utf-8 {path}`") from error
+    if path.suffix != ".tsv" and language is None:
+        raise BadInput(f"{path}: say its language, as in en={path}")
+    sentences, problems = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                sentences.append(read_line(line, path.suffix == ".tsv", language, whisper))
+        except BadInput as error:
+            problems.append(f"{path}, line {number}: {error}")
+    if not sentences:
+        why = f"; {problems[0]}" if problems else ": it is empty"
+        raise BadInput(f"{path} has no usable sentence{why}")
+    return sentences, problems
+
+
+def read_line(line: str, is_tsv: bool, language: str | None, whisper: FrozenWhisper) -> Sentence:
+    """One line of a text file -> Sentence; BadInput says what is wrong with it."""
+    text = line
+    if is_tsv:
+        language, tab, text = line.partition("\t")
+        if not tab:
+            raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
+    code, text = whisper.check_language(language), clean(text)
+    if not words(text, code):
+        raise BadInput(f"no word in {text[:60]!r}")
+    return Sentence(code, text)
+
+
+def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0):
+    """Sources -> distinct sentences that fit the decoder, and what was left out or changed and why.
+
+    A source is "builtin", PATH.tsv (lines of language<TAB>text) or LANGUAGE=PATH.txt.
+    """
+    found, problems = [], []
+    for source in sources:
+        if source == "builtin":
+            found += builtin(set(whisper.languages) & {path.stem for path in GRAMMARS.glob("*.txt")})
+            continue
+        language, _, path = source.rpartition("=")
+        language = whisper.check_language(language) if language else None
+        sentences, more = read_file(Path(path), language, whisper)
+        found, problems = found + sentences, problems + more
+    fitting = [piece for s in found for piece in split_long(s, whisper, speed)]
+    if len(fitting) > len(found):
+        problems.append(f"long texts were split: {len(found)} texts, {len(fitting)} pieces")
+    distinct = list(dict.fromkeys(fitting))
+    if len(distinct) < len(fitting):
+        problems.append(f"{len(fitting) - len(distinct)} sentences stand there twice; used once")
+    return distinct, problems
+
+
+def hash_share(sentence: Sentence) -> float:
+    """A number in [0, 1) that depends on the sentence alone."""
+    digest = hashlib.sha256("\t".join(sentence).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 256**6
+
+
+def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
+    """Training and held-out sentences, by a hash of each: adding lines moves no other line."""
+    limit = max(HELD_OUT, min(map(hash_share, sentences)))
+    held_out = [s for s in sentences if hash_share(s) <= limit]
+    return [s for s in sentences if hash_share(s) > limit], held_out
+
+
+# ---- length ----------------------------------------------------------------------------------
+
+
+def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
+    """The length rule: how many latent frames the sentence takes when spoken; more when slower."""
+    if not 0.1 <= speed <= 10:
+        raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
+    rates, default = (
+        (CHARACTERS_PER_SECOND, DEFAULT_CHARACTERS)
+        if sentence.language in UNSPACED
+        else (WORDS_PER_SECOND, DEFAULT_WORDS)
+    )
+    count = len(words(sentence.text, sentence.language))
+    seconds = max(count / rates.get(sentence.language, default), MIN_SECONDS) / speed
+    return math.ceil(seconds * FRAMES_PER_SECOND)
+
+
+def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
+    tokens = whisper.tokenizer(sentence.language).encode(" " + sentence.text)
+    return (natural_frames(sentence, speed) <= whisper.max_frames
+            and len(tokens) <= whisper.max_tokens)
+
+
+def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -> list[Sentence]:
+    """A text too long for the decoder -> pieces that fit, cut at the best places; nothing is lost."""
+    if fits(sentence, whisper, speed):
+        return [sentence]
+    for cut in CUTS:
+        parts = re.split(cut, sentence.text)
+        if len(parts) > 1:
+            break
+    else:
+        raise BadInput(f"{sentence.text!r} at speed {speed} is longer than {whisper.name} can hear")
+    pieces = [parts[0]]
+    for part in parts[1:]:  # as many parts as fit together
+        longer = Sentence(sentence.language, pieces[-1] + part)
+        pieces[-1:] = [longer.text] if fits(longer, whisper, speed) else [pieces[-1], part]
+    pieces = [Sentence(sentence.language, piece.strip()) for piece in pieces]
+    return [short for piece in pieces for short in split_long(piece, whisper, speed)]
+
+
+# ---- batches ---------------------------------------------------------------------------------
+
+
+def align(n_bytes: Sequence[int], n_frames: int) -> Tensor:
+    """Average upsampling: tokens of n_bytes UTF-8 bytes each -> which one sounds in each frame (T,).
+
+    Every byte lasts equally long, so a token's share of the frames is its share of the bytes.
+    """
+    ends = np.cumsum(n_bytes)
+    centres = (np.arange(n_frames) + 0.5) * ends[-1] / n_frames
+    return torch.from_numpy(np.searchsorted(ends, centres, side="right"))
+
+
+class Batch(NamedTuple):
+    sentences: list[Sentence]
+    cond: dict[str, Tensor]  # what model.DiT takes; cond["frames"] (B,) are the lengths
+    targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
+
+
+def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: float = 1.0) -> Batch:
+    """Sentences -> condition of the flow and targets of the decoder, padded, on the device."""
+    tokens = [whisper.encode(s.text, s.language) for s in sentences]
+    frames = [natural_frames(s, speed) for s in sentences]
+    encoding = whisper.tokenizer("en").encoding
+    spread = [align([len(encoding.decode_single_token_bytes(t)) for t in row], n)
+              for row, n in zip(tokens, frames)]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    text = pad([torch.tensor(row) for row in tokens]).to(whisper.device)
+    language = torch.tensor([whisper.language_token(s.language) for s in sentences])
+    cond = dict(
+        text=whisper.embed(text),  # (B, S, E)
+        token=pad(spread).to(whisper.device),  # (B, T)
+        frames=torch.tensor(frames).to(whisper.device),  # (B,)
+        language=whisper.embed(language.to(whisper.device)),  # (B, E)
+        drop=torch.zeros(len(sentences), dtype=torch.bool, device=whisper.device),
+    )
+    return Batch(list(sentences), cond, whisper.target_tokens(tokens, [s.language for s in sentences]))
+
+
+def noise(batch: Batch, channels: int, seed: int) -> Tensor:
+    """x0 of each item from the seed and its own sentence: the same alone or in a batch (B, T, C)."""
+    items = []
+    for sentence, n in zip(batch.sentences, batch.cond["frames"].tolist()):
+        share = int(hash_share(sentence) * 2**31)
+        generator = torch.Generator().manual_seed(seed * 2**31 + share)
+        items.append(torch.randn(n, channels, generator=generator))
+    x0 = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
+    return x0.to(batch.cond["frames"].device)

@@ -1,0 +1,149 @@
+"""The DiT: a small diffusion transformer that predicts the endpoint x1_hat of the flow.
+
+    x_t (B, T, C) --patches--> (B, N, D) --+--> blocks, modulated by time and language --> x1_hat
+    text (B, S, E) --MLP, spread over the frames, patches--^
+
+It predicts the endpoint and not the velocity. Whisper's encoder ends in a LayerNorm, so what the
+frozen decoder reads lies on a sphere: every frame has mean 0 and variance 1. A network that points
+at the sphere need not carry the noise through its narrow layers only to subtract it at the end.
+
+B batch, S text tokens, T latent frames, N patches, C latent channels, E embedding width of the
+frozen decoder, D model width, H heads. Peebles and Xie 2023 (arXiv 2212.09748) for the DiT.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything that decides the shape of the network."""
+
+    channels: int  # C, of the frozen encoder
+    embedding: int  # E, of the frozen decoder's token embeddings
+    depth: int = 4  # the dial: layers, and heads; the width follows
+    patch: int = 4  # frames per patch, 20 ms each
+
+    @property
+    def width(self) -> int:
+        return 32 * self.depth
+
+    @property
+    def heads(self) -> int:
+        return self.depth  # 32 channels each
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """Times in [0, 1] -> features at frequencies from 1000 down to 0.1, (B,) -> (B, width)."""
+    frequencies = 1000 * torch.exp(torch.linspace(0, -math.log(1e4), width // 2, device=t.device))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary position embedding, (B, H, N, D/H) -> (B, H, N, D/H). RoFormer, arXiv 2104.09864."""
+    half = x.shape[-1] // 2
+    frequencies = 1e4 ** -(torch.arange(half, device=x.device) / half)
+    angles = torch.arange(x.shape[2], device=x.device)[:, None] * frequencies  # (N, D/2H)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: layer norm, then scale and shift by the condition, (B, N, D), (B, 1, D) twice."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+def mlp(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(n_in, n_hidden), nn.SiLU(), nn.Linear(n_hidden, n_out))
+
+
+class Block(nn.Module):
+    """Attention and MLP with adaLN-Zero: at the start every block is the identity."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = mlp(width, 4 * width, width)
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        nn.init.zeros_(self.condition[1].weight)
+        nn.init.zeros_(self.condition[1].bias)
+
+    def attention(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Every patch looks at the patches that mask allows, (B, N, D), (B, 1, 1, N) -> (B, N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
+        """(B, N, D), (B, 1, D), (B, 1, 1, N) -> (B, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(condition).chunk(6, dim=-1)
+        x = x + gate1 * self.attention(modulate(x, shift1, scale1), mask)
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
+
+
+class DiT(nn.Module):
+    """endpoint(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
+
+    cond["text"]      (B, S, E)  token embeddings, mean 0 and variance 1 each
+    cond["token"]     (B, T)     which token sounds in each frame
+    cond["frames"]    (B,)       length of each item; what is behind it changes nothing
+    cond["language"]  (B, E)     embedding of the language token
+    cond["drop"]      (B,)       True: ignore text and language (for guidance)
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        width, patch_size = config.width, config.patch * config.channels
+        self.latent_in = nn.Linear(patch_size, width)
+        self.text_in = mlp(config.embedding, 2 * width, width)
+        self.time_in = mlp(width, width, width)
+        self.language_in = nn.Linear(config.embedding, width)
+        self.no_text = nn.Parameter(torch.zeros(width))
+        self.no_language = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.condition_out = nn.Linear(width, 2 * width)
+        self.latent_out = nn.Linear(width, patch_size)
+
+    def spread_text(self, cond: dict, n_frames: int) -> Tensor:
+        """Average upsampling: each frame takes its token's vector, (B, S, E) -> (B, T, D)."""
+        text = self.text_in(cond["text"])  # (B, S, D)
+        token = F.pad(cond["token"], (0, n_frames - cond["token"].shape[1]))
+        text = text.gather(1, token[:, :, None].expand(-1, -1, text.shape[-1]))
+        return torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)
+
+    def condition(self, t: Tensor, cond: dict) -> Tensor:
+        """Time and language in one vector, (B,), (B, E) -> (B, 1, D)."""
+        language = self.language_in(cond["language"])
+        no_language = self.no_language.to(language.dtype)
+        language = torch.where(cond["drop"][:, None], no_language, language)
+        return (self.time_in(sinusoids(t, self.config.width)) + language)[:, None]
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        """(B, T, C), (B,) -> x1_hat (B, T, C), normalised per frame, 0 behind each item's end."""
+        n_frames, patch = x_t.shape[1], self.config.patch
+        padding = -n_frames % patch
+        position = torch.arange(n_frames + padding, device=x_t.device)
+        is_speech = position < cond["frames"][:, None]  # (B, T)
+        x_t = F.pad(x_t, (0, 0, 0, padding)) * is_speech[:, :, None]
+
+        text = self.spread_text(cond, n_frames + padding) * is_speech[:, :, None]
+        x = self.latent_in(x_t.unflatten(1, (-1, patch)).flatten(2))  # (B, N, D)
+        x = x + text.unflatten(1, (-1, patch)).mean(2)
+        mask = is_speech[:, None, None, ::patch]  # (B, 1, 1, N): a patch counts if it begins in time
+
+        condition = self.condition(t, cond)
+        for block in self.blocks:
+            x = block(x, condition, mask)
+        shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
+        x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
+        x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
+        return F.layer_norm(x, x.shape[-1:]) * is_speech[:, :n_frames, None]

@@ -1,0 +1,273 @@
+"""Make pocket/pocket.pt: a small but real Whisper, trained on speech that espeak-ng speaks.
+
+    python pocket/make_pocket.py            # speaks, trains, checks, saves; Ctrl-C and run again to go on
+
+Everything unfinished is kept in --work_dir. Needs espeak-ng (Debian: `apt-get install espeak-ng`).
+"""
+import argparse
+import io
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import wave
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import whisper
+from tqdm import tqdm
+from whisper.audio import SAMPLE_RATE, log_mel_spectrogram
+from whisper.model import ModelDimensions, Whisper
+from whisper.tokenizer import get_tokenizer
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import data  # noqa: E402
+import whisper_decoder  # noqa: E402
+
+DIMS = ModelDimensions(
+    n_mels=80, n_audio_ctx=256, n_audio_state=128, n_audio_head=4, n_audio_layer=3,
+    n_vocab=51865, n_text_ctx=128, n_text_state=128, n_text_head=4, n_text_layer=2,
+)  # 256 positions are 5.12 s
+MEL_FRAMES = 2 * DIMS.n_audio_ctx
+LANGUAGES = ("en", "es", "de", "fr", "zh")
+VOICES = {"en": "en", "es": "es", "de": "de", "fr": "fr-fr", "zh": "cmn-latn-pinyin"}
+VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph zac david john "
+            "pablo Andy").split()
+HELD_OUT_VARIANTS = ("m8", "f5", "Andrea", "edward")  # heard in no training clip
+SHARD = 1000  # clips per file, so that an interrupted run goes on where it stopped
+SILENT_SHARE = 0.03  # share of clips that are noise or silence, and learn <|nospeech|>
+
+
+# ---- speech ----------------------------------------------------------------------------------
+
+
+def speak(sentence, variant, speed, pitch):
+    """espeak-ng reads the sentence -> 16 kHz samples, float32 in [-1, 1]."""
+    voice = f"{VOICES[sentence.language]}+{variant}"
+    command = ["espeak-ng", "-b", "1", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout"]
+    wav = subprocess.run([*command, sentence.text], capture_output=True, check=True).stdout
+    with wave.open(io.BytesIO(wav)) as clip:
+        rate, samples = clip.getframerate(), clip.readframes(10**9)
+    samples = np.frombuffer(samples, np.int16).astype(np.float32) / 32768
+    # Resampling by cutting the spectrum: exact below the new Nyquist frequency.
+    n_out = round(len(samples) * SAMPLE_RATE / rate)
+    spectrum = np.fft.rfft(samples)[: n_out // 2 + 1]
+    return (np.fft.irfft(spectrum, n_out) * n_out / len(samples)).astype(np.float32)
+
+
+def random_clip(sentence, variants, seed):
+    """One utterance in a random voice, as 8-bit log-mel (n_mels, frames); faster if too long."""
+    rng = random.Random(f"{seed} {sentence.language} {sentence.text}")
+    variant, speed, pitch = rng.choice(variants), rng.randint(150, 210), rng.randint(30, 70)
+    lead = np.zeros(int(rng.uniform(0, 0.1) * SAMPLE_RATE), np.float32)
+    while True:
+        samples = np.concatenate([lead, speak(sentence, variant, speed, pitch)])
+        if len(samples) <= MEL_FRAMES * 160:
+            return quantize(log_mel_spectrogram(samples, DIMS.n_mels))
+        speed += 15
+
+
+def quantize(mel):
+    """Log-mel to one byte a value, 0.3 dB a step -> (n_mels, frames) uint8; see dequantize."""
+    return ((mel + 1.5) * 85).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def dequantize(mel):
+    """(n_mels, frames) uint8 -> (n_mels, MEL_FRAMES) log-mel; what follows the clip is silence."""
+    mel = torch.from_numpy(mel).float() / 85 - 1.5
+    # Whisper's log-mel spans 8 decades, 2.0 after its scaling: the floor is what silence looks like.
+    return F.pad(mel, (0, MEL_FRAMES - mel.shape[1]), value=float(mel.max()) - 2)
+
+
+def speak_all(sentences, variants, seed, work, name, workers=2):
+    """All clips of `sentences`, in order, from shards on disk that are made where missing."""
+    clips = []
+    shards = range(0, len(sentences), SHARD)
+    with ThreadPoolExecutor(workers) as pool:
+        for start in tqdm(shards, desc=f"speaking {name}", unit="shard"):
+            path = work / f"{name}_{start:06d}.npz"
+            if not path.exists():
+                part = sentences[start : start + SHARD]
+                made = list(pool.map(lambda s: random_clip(s, variants, seed), part))
+                temporary = path.with_suffix(".tmp.npz")
+                np.savez(temporary, *made)
+                os.replace(temporary, path)
+            with np.load(path) as shard:
+                clips += [shard[f"arr_{i}"] for i in range(len(shard.files))]
+    return clips
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+class Vocabulary:
+    """The few hundred tokens that occur, and one row that stands for all the others.
+
+    All unused rows of the embedding are one and the same vector, so their logits are equal and
+    their share of the softmax is (number of unused rows) * exp(logit): adding log(number) to the
+    one logit gives exactly the full softmax.
+    """
+
+    def __init__(self, sentences):
+        self.tokenizer = {c: get_tokenizer(True, language=c, task="transcribe") for c in LANGUAGES}
+        any_one = self.tokenizer["en"]
+        used = {any_one.eot, any_one.no_speech}
+        for language, text in sentences:
+            used.update(self.tokens(language, text))
+        self.used = sorted(used)
+        self.small = {token: i for i, token in enumerate(self.used)}
+        self.no_speech = [any_one.sot, any_one.no_speech]
+        self.log_unused = math.log(DIMS.n_vocab - len(self.used))
+
+    def tokens(self, language, text):
+        tokenizer = self.tokenizer[language]
+        prompt = tokenizer.sot_sequence_including_notimestamps
+        return [*prompt, *tokenizer.encode(" " + text), tokenizer.eot]
+
+    def batch(self, rows):
+        """Token lists -> (B, L) small ids, padded with -100."""
+        ids = [torch.tensor([self.small[token] for token in row]) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+
+    def expand(self, model):
+        """A model with the small vocabulary -> state dict with all n_vocab rows."""
+        state = model.state_dict()
+        small = state["decoder.token_embedding.weight"]
+        full = small[-1].repeat(DIMS.n_vocab, 1)
+        full[self.used] = small[:-1]
+        return {**state, "decoder.token_embedding.weight": full}
+
+
+def augment(mel, rng):
+    """Light noise, loudness and a masked band of frequencies, so that the encoder is not brittle."""
+    mel = mel + 0.05 * torch.randn(mel.shape, generator=rng)
+    mel = mel + 0.1 * torch.randn((len(mel), 1, 1), generator=rng)
+    for clip in mel:
+        low, width = torch.randint(0, 72, (), generator=rng), torch.randint(0, 9, (), generator=rng)
+        clip[low : low + width] = 0
+    return mel
+
+
+def silent_clip(rng):
+    """Silence, or noise of random loudness and colour (n_mels, MEL_FRAMES)."""
+    if torch.rand((), generator=rng) < 0.5:
+        return torch.full((DIMS.n_mels, MEL_FRAMES), -1.5 + 2 * torch.rand((), generator=rng).item())
+    colour = torch.randn((DIMS.n_mels, 1), generator=rng) * 0.1
+    return colour + 0.2 * torch.randn((DIMS.n_mels, MEL_FRAMES), generator=rng)
+
+
+def new_model(vocabulary):
+    model = Whisper(replace(DIMS, n_vocab=len(vocabulary.used) + 1))
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)
+    torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.05)
+    return model
+
+
+def loss_of(model, vocabulary, mel, targets):
+    logits = model(mel, targets[:, :-1].clamp(min=0))
+    offset = torch.zeros(logits.shape[-1])
+    offset[-1] = vocabulary.log_unused
+    return F.cross_entropy((logits + offset).flatten(0, 1), targets[:, 1:].flatten())
+
+
+def train(sentences, clips, vocabulary, args):
+    """Plain training; the state is saved every 500 steps and picked up again."""
+    torch.manual_seed(args.seed)
+    model, state_path = new_model(vocabulary), args.work_dir / "state.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def factor(step):
+        decay = 0.5 * (1 + math.cos(math.pi * min(step / args.steps, 1)))
+        return min((step + 1) / 300, 1) * max(decay, 0.01)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    first = 0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+            part.load_state_dict(state[name])
+        first = state["step"]
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="training")
+    for step in bar:
+        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        picks = torch.randint(0, len(sentences), (args.batch,), generator=rng).tolist()
+        mel = augment(torch.stack([dequantize(clips[i]) for i in picks]), rng)
+        rows = [vocabulary.tokens(*sentences[i]) for i in picks]
+        for i in range(args.batch):
+            if torch.rand((), generator=rng) < SILENT_SHARE:
+                mel[i], rows[i] = silent_clip(rng), vocabulary.no_speech
+        loss = loss_of(model, vocabulary, mel, vocabulary.batch(rows))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step + 1 == args.steps:
+            bar.write(f"step {step:5d}  loss {loss.item():.4f}")
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                         schedule=schedule.state_dict(), step=step + 1)
+            torch.save(state, state_path.with_suffix(".tmp"))
+            os.replace(state_path.with_suffix(".tmp"), state_path)
+    return model
+
+
+def save_deflated(checkpoint, path):
+    """torch.save, then the same zip with compression: the equal rows shrink to almost nothing."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    temporary = path.with_suffix(".tmp")
+    with zipfile.ZipFile(buffer) as plain, zipfile.ZipFile(temporary, "w") as packed:
+        for entry in plain.infolist():
+            info = zipfile.ZipInfo(entry.filename)  # a fixed date: same weights, same bytes
+            packed.writestr(info, plain.read(entry), zipfile.ZIP_DEFLATED, compresslevel=9)
+    os.replace(temporary, path)
+
+
+# ---- check and main --------------------------------------------------------------------------
+
+
+def save_speech(sentences, clips, path):
+    """The spoken test sentences that travel with the repository: 8-bit log-mel, one after another."""
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(
+        temporary,
+        mel=np.concatenate([clip.T for clip in clips]),  # (all frames, n_mels) uint8
+        n_frames=np.array([clip.shape[1] for clip in clips]),
+        language=np.array([language for language, _ in sentences]),
+        text=np.array([text for _, text in sentences]),
+    )
+    os.replace(temporary, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="shards and state")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test", type=int, default=500, help="test sentences per language")
+    parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
+    args = parser.parse_args()
+    if not shutil.which("espeak-ng"):
+        sys.exit("make_pocket.py: espeak-ng is missing; install it, e.g. `apt-get install espeak-ng`"
+                 " (Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+
+    everything = data.builtin(LANGUAGES)
+    training, held_out = data.split(everything)
+    vocabulary = Vocabulary(training)
+    clips = speak_all(training, VARIANTS, args.seed, args.work_dir, "train")
+    model = train(training, clips, vocabulary, args)
+
+
+if __name__ == "__main__":
+    main()
