@@ -19,6 +19,7 @@ from torch import Tensor
 from whisper_decoder import UNSPACED, BadInput, FrozenWhisper
 
 GRAMMARS = Path(__file__).parent / "pocket" / "grammar"
+SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
 BUILTIN_SENTENCES = 6000  # per language
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
@@ -117,7 +118,8 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                sentences.append(read_line(line, path.suffix == ".tsv", language, whisper))
+                code, text = split_tab(line) if path.suffix == ".tsv" else (language, line)
+                sentences.append(read_line(text, code, whisper))
         except BadInput as error:
             problems.append(f"{path}, line {number}: {error}")
     if not sentences:
@@ -126,14 +128,16 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
     return sentences, problems
 
 
-def read_line(line: str, is_tsv: bool, language: str | None, whisper: FrozenWhisper) -> Sentence:
-    """One line of a text file -> Sentence; BadInput says what is wrong with it."""
-    text = line
-    if is_tsv:
-        language, tab, text = line.partition("\t")
-        if not tab:
-            raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
-    code, text = whisper.check_language(language), clean(text)
+def split_tab(line: str) -> tuple[str, str]:
+    language, tab, text = line.partition("\t")
+    if not tab:
+        raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
+    return language, text
+
+
+def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
+    """One text -> Sentence; BadInput says what is wrong with it."""
+    code, text = whisper.check_language(language), clean(line)
     if not words(text, code):
         raise BadInput(f"no word in {text[:60]!r}")
     return Sentence(code, text)
@@ -147,7 +151,8 @@ def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0):
     found, problems = [], []
     for source in sources:
         if source == "builtin":
-            found += builtin(set(whisper.languages) & {path.stem for path in GRAMMARS.glob("*.txt")})
+            available = sorted(path.stem for path in GRAMMARS.glob("*.txt"))
+            found += builtin([code for code in available if code in whisper.languages])
             continue
         language, _, path = source.rpartition("=")
         language = whisper.check_language(language) if language else None
@@ -264,3 +269,25 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
         items.append(torch.randn(n, channels, generator=generator))
     x0 = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
     return x0.to(batch.cond["frames"].device)
+
+
+# ---- speech ----------------------------------------------------------------------------------
+
+
+def spoken_sentences(whisper: FrozenWhisper) -> tuple[list[Sentence], Tensor]:
+    """The spoken test sentences that the repository ships -> sentences, log-mel (N, n_mels, 2T).
+
+    Only those whose language the checkpoint knows; none if its log-mel has other bins or is shorter.
+    """
+    with np.load(SPEECH) as file:
+        stored = {name: file[name] for name in file.files}
+    sentences, mels = [], []
+    ends = np.cumsum(stored["n_frames"])
+    for language, text, end, n in zip(stored["language"], stored["text"], ends, stored["n_frames"]):
+        mel = torch.from_numpy(stored["mel"][end - n : end].T).float() / 85 - 1.5  # one byte a value
+        room = 2 * whisper.max_frames - mel.shape[1]
+        if language in whisper.languages and room >= 0 and len(mel) == whisper.dims.n_mels:
+            sentences.append(Sentence(str(language), str(text)))
+            # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
+            mels.append(torch.nn.functional.pad(mel, (0, room), value=float(mel.max()) - 2))
+    return sentences, torch.stack(mels) if mels else torch.zeros(0)

@@ -13,12 +13,14 @@ from typing import NamedTuple, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import flow
-from data import Batch, Sentence, clean, load, make_batch, noise, read_file, split_long, unheard_words
+from data import (
+    FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_long,
+    unheard_words,
+)
 from model import DiT, DiTConfig
-from whisper_decoder import BadInput, FrozenWhisper, Transcription, error_rates
+from whisper_decoder import BadInput, FrozenWhisper, Transcription, choose_device, error_rates
 
 
 class Settings(NamedTuple):
@@ -54,7 +56,131 @@ def load_model(checkpoint: dict, device: torch.device) -> DiT:
 
 @torch.no_grad()
 def generate(model: DiT, whisper: FrozenWhisper, batch: Batch, settings: Settings) -> Tensor:
-    """A batch of text -> the trajectory of latents, (steps + 1, B, T, C), noise first."""
+    """A batch of text -> all states of the latents, noise first, (steps + 1, B, T, C)."""
     velocity = flow.model_velocity(model, batch.cond, settings.guidance, settings.sigma_min)
     x0 = noise(batch, whisper.channels, settings.seed)
-    return flow.sample(velocity, x0, settings.steps, settings.method, settings.sway, True)
+    return flow.sample(velocity, x0, settings.steps, settings.method, settings.sway, trajectory=True)
+
+
+class RoundTrip(NamedTuple):
+    features: np.ndarray  # (N, n_audio_ctx, C) float32
+    frames: np.ndarray  # (N,)
+    read: list[Transcription]
+
+
+def round_trip(model, whisper, sentences: Sequence[Sentence], settings: Settings,
+               speed: float = 1.0, batch_size: int = 50) -> RoundTrip:
+    """Sentences -> features, and the text that the frozen decoder reads in them."""
+    features, frames, read = [], [], []
+    for start in range(0, len(sentences), batch_size):
+        batch = make_batch(sentences[start : start + batch_size], whisper, speed)
+        x1 = generate(model, whisper, batch, settings)[-1]
+        features.append(whisper.features(x1, batch.cond["frames"]))
+        frames.append(batch.cond["frames"])
+        read += whisper.transcribe(features[-1], [s.language for s in batch.sentences])
+    return RoundTrip(torch.cat(features).cpu().numpy(), torch.cat(frames).cpu().numpy(), read)
+
+
+def show_forming(model, whisper, sentence: Sentence, settings: Settings, speed: float) -> None:
+    """Print what the decoder reads at every step of the ODE, from noise to speech."""
+    batch = make_batch([sentence], whisper, speed)
+    times = flow.schedule(settings.steps, settings.sway).tolist()
+    for t, x in zip(times, generate(model, whisper, batch, settings)):
+        read = whisper.transcribe(whisper.features(x, batch.cond["frames"]), [sentence.language])[0]
+        print(f"  t = {t:.2f}     {read.text[:70]}")
+
+
+def show(sentence: Sentence, n_frames: int, read: Transcription, settings: Settings) -> None:
+    """Print one round trip."""
+    rates = error_rates([sentence.text], [read.text], [sentence.language])
+    nfe = flow.nfe(settings.steps, settings.method, settings.guidance)
+    print(f"text         {sentence.text}  [{sentence.language}]")
+    print(f"read back    {read.text}")
+    print(f"errors       CER {rates.cer:.1%}, WER {rates.wer:.1%}; mean log-probability "
+          f"{read.avg_logprob:.2f}, no speech {read.no_speech_prob:.2f}, "
+          f"compression {read.compression_ratio:.2f}")
+    print(f"length       {n_frames / FRAMES_PER_SECOND:.2f} s, {n_frames} frames; "
+          f"{settings.steps} {settings.method} steps, NFE {nfe}, seed {settings.seed}")
+
+
+def save_features(path: Path, trip: RoundTrip, sentences: Sequence[Sentence]) -> None:
+    """Write the data set, whole or not at all."""
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez_compressed(
+        temporary,
+        features=trip.features,
+        frames=trip.frames,
+        text=np.array([s.text for s in sentences]),
+        language=np.array([s.language for s in sentences]),
+        hypothesis=np.array([read.text for read in trip.read]),
+    )
+    os.replace(temporary, path)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", nargs="*", help="texts; none: from --text_file or standard input")
+    parser.add_argument("--language", default="en", help="of the texts (default: en)")
+    parser.add_argument("--text_file", type=Path, help="FILE.tsv (language<TAB>text) or FILE.txt")
+    parser.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
+    parser.add_argument("--steps", type=int, default=4, help="steps of the ODE solver (default: 4)")
+    parser.add_argument("--method", choices=list(flow.ORDER), default="euler", help="solver")
+    parser.add_argument("--guidance", type=float, default=1.0, help="1 is off (default: 1)")
+    parser.add_argument("--sway", type=float, default=0.0, help="-1: small steps first (default: 0)")
+    parser.add_argument("--speed", type=float, default=1.0, help="pace; 2 is twice as fast")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--out", type=Path, help="write the features here, as .npz")
+    return parser.parse_args(argv)
+
+
+def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
+    """Texts of the command line, a file or standard input, in pieces that fit the decoder."""
+    if args.text_file:
+        sentences, problems = read_file(args.text_file, args.language, whisper)
+    else:
+        lines = args.text or sys.stdin.read().splitlines()
+        sentences = [read_line(line, args.language, whisper) for line in lines if line.strip()]
+        problems = []
+    if not sentences:
+        raise BadInput("no text; give one, or --text_file, or lines on standard input")
+    pieces = [piece for s in sentences for piece in split_long(s, whisper, args.speed)]
+    if len(pieces) > len(sentences):
+        problems.append(f"long texts were split: {len(sentences)} texts, {len(pieces)} pieces")
+    for problem in problems:
+        print(f"note: {problem}", file=sys.stderr)
+    return pieces
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.out and (args.out.suffix != ".npz" or not args.out.parent.is_dir()):
+        raise BadInput(f"--out {args.out} must end in .npz and lie in a folder that exists")
+    device = choose_device(args.device)
+    checkpoint = load_checkpoint(args.ckpt, device)
+    whisper = FrozenWhisper(checkpoint["config"]["whisper"], device)
+    model = load_model(checkpoint, device)
+    settings = Settings(args.steps, args.method, args.guidance, args.sway,
+                        checkpoint["config"]["sigma_min"], args.seed)
+    flow.schedule(args.steps, args.sway)  # a bad value is told before any work
+    sentences = read_texts(args, whisper)
+    trip = round_trip(model, whisper, sentences, settings, args.speed)
+    for i, sentence in enumerate(sentences):
+        show(sentence, int(trip.frames[i]), trip.read[i], settings)
+        unheard = unheard_words(sentence) if whisper.name == "pocket" else []
+        if unheard:
+            print(f"note         the pocket decoder has never heard: {', '.join(unheard)}")
+        if i == 0 and not args.text_file:
+            show_forming(model, whisper, sentence, settings, args.speed)
+    rates = error_rates(*zip(*[(s.text, r.text, s.language) for s, r in zip(sentences, trip.read)]))
+    print(f"{len(sentences)} texts: CER {rates.cer:.2%}, WER {rates.wer:.2%}, exact {rates.exact:.1%}")
+    if args.out:
+        save_features(args.out, trip, sentences)
+        print(f"wrote {args.out}: features {trip.features.shape}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (BadInput, ValueError) as error:
+        sys.exit(f"sample.py: {error}")

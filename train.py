@@ -13,12 +13,12 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,8 +26,8 @@ from tqdm import tqdm
 import data
 import flow
 from model import DiT, DiTConfig
-from sample import Settings, load_checkpoint, read_back
-from whisper_decoder import BadInput, FrozenWhisper, Transcription, error_rates
+from sample import Settings, load_checkpoint, round_trip
+from whisper_decoder import BadInput, FrozenWhisper, choose_device, error_rates
 
 
 def setting(default, help):
@@ -73,18 +73,6 @@ def parse_config(argv=None) -> Config:
         parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
     args = vars(parser.parse_args(argv))
     return Config(**{**args, "data": tuple(args["data"])})
-
-
-def choose_device(name: str) -> torch.device:
-    """auto: cuda, mps or cpu, the first that is there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "mps" if torch.backends.mps.is_available() else name
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"device {name!r} cannot be used ({reason}); try --device cpu") from error
 
 
 # ---- one step --------------------------------------------------------------------------------
@@ -133,3 +121,237 @@ def update_ema(ema: DiT, model: DiT, step: int, config: Config) -> None:
     decay = min(config.ema, (1 + step) / (10 + step))
     for averaged, now in zip(ema.parameters(), model.parameters()):
         averaged.lerp_(now, 1 - decay)
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+
+def balanced(sentences: list, n: int) -> list:
+    """The same number of sentences of every language, n in all or as many as there are."""
+    languages = list(dict.fromkeys(s.language for s in sentences))
+    each = math.ceil(n / len(languages))
+    return [s for c in languages for s in [s for s in sentences if s.language == c][:each]]
+
+
+def rates(sentences: list, read: list):
+    return error_rates([s.text for s in sentences], [r.text for r in read],
+                       [s.language for s in sentences])
+
+
+def reference_rates(model, whisper: FrozenWhisper, sentences: list, config: Config) -> dict:
+    """What a condition that says nothing scores (lower bounds), and real speech (upper bound)."""
+    # The text of the next sentence of the same language as condition; judged by the true text.
+    index = {c: [i for i, s in enumerate(sentences) if s.language == c] for c in whisper.languages}
+    other = {i: row[(k + 1) % len(row)] for row in index.values() for k, i in enumerate(row)}
+    settings = Settings(4, sigma_min=config.sigma_min)
+    shuffled = [sentences[other[i]] for i in range(len(sentences))]
+    read = round_trip(model, whisper, shuffled, settings, config.speed).read
+    result = {"cer_shuffled_text": rates(sentences, read).cer}
+
+    read = []
+    for start in range(0, len(sentences), 50):
+        batch = data.make_batch(sentences[start : start + 50], whisper, config.speed)
+        x0 = data.noise(batch, whisper.channels, seed=0)
+        features = whisper.features(x0, batch.cond["frames"])
+        read += whisper.transcribe(features, [s.language for s in batch.sentences])
+    result["cer_noise"] = rates(sentences, read).cer
+
+    spoken, mel = data.spoken_sentences(whisper)
+    read = []
+    for start in range(0, len(spoken), 50):
+        features = whisper.features_of_speech(mel[start : start + 50])
+        read += whisper.transcribe(features, [s.language for s in spoken[start : start + 50]])
+    result["cer_real_speech"] = rates(spoken, read).cer if spoken else math.nan
+    return result
+
+
+def final_evaluation(model, whisper: FrozenWhisper, held_out: list, config: Config) -> dict:
+    """Greedy round trips of held-out text with 1 and 4 steps, and the bounds beside them."""
+    sentences = balanced(held_out, config.eval_sentences)
+    result = {"val_sentences": len(sentences)}
+    for steps in (1, 4):
+        settings = Settings(steps, sigma_min=config.sigma_min)
+        read = round_trip(model, whisper, sentences, settings, config.speed).read
+        result[f"val_cer_{steps}step"] = rates(sentences, read).cer
+    result["val_wer_4step"] = rates(sentences, read).wer
+    for code in dict.fromkeys(s.language for s in sentences):
+        part = [i for i, s in enumerate(sentences) if s.language == code]
+        cer = rates([sentences[i] for i in part], [read[i] for i in part]).cer
+        result[f"val_cer_4step_{code}"] = cer
+    result["val_exact_4step"] = rates(sentences, read).exact
+    return result | reference_rates(model, whisper, sentences, config)
+
+
+def show_samples(model, whisper: FrozenWhisper, held_out: list, step: int, config: Config) -> None:
+    """One held-out sentence of each of up to five languages, with 4 steps."""
+    sentences = balanced(held_out, 1)[:5]
+    trip = round_trip(model, whisper, sentences, Settings(4, sigma_min=config.sigma_min), config.speed)
+    tqdm.write(f"step {step}", file=sys.stdout)
+    for sentence, read in zip(sentences, trip.read):
+        tqdm.write(f"  {sentence.language}  {sentence.text}  ->  {read.text}", file=sys.stdout)
+
+
+# ---- the run ---------------------------------------------------------------------------------
+
+
+class Run:
+    """Everything that a checkpoint keeps: network, average, optimizer, step."""
+
+    def __init__(self, config: Config, whisper: FrozenWhisper):
+        torch.manual_seed(config.seed)
+        shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, config.depth)
+        self.config, self.step = config, 0
+        self.model = DiT(shape).to(whisper.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), config.learning_rate, (0.9, 0.99),
+            weight_decay=config.weight_decay,
+        )
+        self.path = Path(config.out_dir) / "ckpt.pt"
+
+    def save(self) -> None:
+        """Write to a temporary file, then rename: there is always one whole checkpoint."""
+        checkpoint = dict(
+            model_config=asdict(self.model.config), config=asdict(self.config), step=self.step,
+            model=self.model.state_dict(), ema=self.ema.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+        )
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, self.path)
+
+    def load(self) -> None:
+        """Go on from the checkpoint; BadInput if it was made with another configuration."""
+        checkpoint = load_checkpoint(self.path, self.ema.no_text.device)
+        free = {"out_dir", "device", "compile", "resume", "eval_every", "eval_sentences"}
+        for name, now in asdict(self.config).items():
+            before = checkpoint["config"].get(name)
+            if name not in free and before != now:
+                raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give the "
+                               "same, or another --out_dir")
+        self.step = checkpoint["step"]
+        for name in ("model", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(checkpoint[name])
+
+
+def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> None:
+    """The loop: batch, noise, path, prediction, losses, backward, clip, step, EMA, log."""
+    config, device = run.config, whisper.device
+    model = torch.compile(run.model, dynamic=True) if config.compile else run.model
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    stop = stop_on_ctrl_c()
+    bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
+    with Log(Path(config.out_dir) / "log.csv", run.step) as log:
+        while run.step < config.steps and not stop.is_set():
+            batch, x0, t, drop = draw(run.step, sentences, whisper, config)
+            with autocast:
+                cross_entropy, flow_loss = losses(model, whisper, batch, x0, t, drop, config)
+            loss = cross_entropy.mean() + config.flow_weight * flow_loss.mean()
+            if not math.isfinite(loss.item()):
+                raise BadInput(f"the loss is {loss.item()} at step {run.step}; try a smaller "
+                               f"--learning_rate than {config.learning_rate}")
+            run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, config)
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+            run.optimizer.step()
+            update_ema(run.ema, run.model, run.step, config)
+            log.write(run, loss, cross_entropy, flow_loss, t, norm)
+            run.step += 1
+            bar.update()
+            bar.set_postfix(ce=f"{cross_entropy.mean():.3f}", flow=f"{flow_loss.mean():.3f}")
+            if run.step % config.eval_every == 0:
+                run.save()
+                show_samples(run.ema, whisper, held_out, run.step, config)
+    bar.close()
+    run.save()
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+def stop_on_ctrl_c() -> threading.Event:
+    """Set by the first Ctrl-C, so that a step is finished and saved; the second one kills."""
+    stop = threading.Event()
+
+    def on_signal(*_):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_signal)
+    return stop
+
+
+class Log:
+    """log.csv: one row a step; a resumed run cuts it back to the checkpoint and goes on."""
+
+    fields = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
+              "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
+
+    def __init__(self, path: Path, step: int):
+        old = path.read_text().splitlines()[1 : step + 1] if step and path.exists() else []
+        self.file = open(path, "w", newline="")
+        self.file.write("\n".join([",".join(self.fields), *old]) + "\n")
+        self.start = time.time()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, run: Run, loss, cross_entropy, flow_loss, t, norm) -> None:
+        bins = [flow_loss[(4 * t).long() == i].mean() for i in range(4)]  # loss by t
+        values = [loss, cross_entropy.mean(), flow_loss.mean(), *bins, norm]
+        values = [f"{v:.5f}" for v in torch.stack(values).tolist()]
+        rate = run.optimizer.param_groups[0]["lr"]
+        row = [run.step, f"{time.time() - self.start:.2f}", *values, f"{rate:.3e}"]
+        csv.writer(self.file, lineterminator="\n").writerow(row)
+
+
+def main(argv=None) -> dict:
+    start, config = time.time(), parse_config(argv)
+    check(config)
+    device = choose_device(config.device)
+    whisper = FrozenWhisper(config.whisper, device)
+    sentences, problems = data.load(config.data, whisper, config.speed)
+    for problem in problems[:10]:
+        print(f"note: {problem}")
+    if len(problems) > 10:
+        print(f"note: and {len(problems) - 10} more lines that could not be used")
+    training, held_out = data.split(sentences)
+    run = Run(config, whisper)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    if config.resume:
+        run.load()
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{config.whisper} on {device}: {len(training)} sentences to train on, {len(held_out)} held "
+          f"out, in {', '.join(sorted({s.language for s in sentences}))}; {parameters:,} parameters")
+    train(run, whisper, training, held_out)
+    result = final_evaluation(run.ema, whisper, held_out, config)
+    result = dict(device=device, seconds=time.time() - start, steps=run.step,
+                  parameters=parameters) | result
+    for name, value in result.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    return result
+
+
+def check(config: Config) -> None:
+    """BadInput for a number that cannot work."""
+    least = dict(depth=1, steps=1, batch_size=4, warmup=1, sampler_steps=1, eval_every=1,
+                 eval_sentences=1, learning_rate=0, clip=0, ema=0, sigma_min=0, flow_weight=0,
+                 drop_text=0, weight_decay=0, seed=0)
+    for name, low in least.items():
+        if not getattr(config, name) >= low:
+            raise BadInput(f"--{name} {getattr(config, name)} is too small; at least {low}")
+    for name in ("ema", "sigma_min", "drop_text"):
+        if not getattr(config, name) < 1:
+            raise BadInput(f"--{name} {getattr(config, name)} must be below 1")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; `--resume` with the same flags goes on from the last checkpoint")

@@ -187,6 +187,18 @@ class FrozenWhisper:
                 for i in range(len(languages))]
 
 
+def choose_device(name: str) -> torch.device:
+    """auto: cuda, mps or cpu, the first that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else name
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"device {name!r} cannot be used ({reason}); try --device cpu") from error
+
+
 def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     """`whisper.load_model`, with one clear sentence where it fails."""
     path = POCKET if name == "pocket" else Path(name)
