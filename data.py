@@ -32,7 +32,9 @@ MIN_SECONDS = 0.6
 
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
-CUTS = (r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)", r"(?<=.)(?=\w)")
+CUTS = (
+    r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)", r"(?<=.)(?=\w)",
+)
 
 
 class Sentence(NamedTuple):
@@ -204,7 +206,7 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
 
 
 def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -> list[Sentence]:
-    """A text too long for the decoder -> pieces that fit, cut at the best places; nothing is lost."""
+    """A text too long for the decoder -> pieces that fit, cut at the best places."""
     if fits(sentence, whisper, speed):
         return [sentence]
     for cut in CUTS:
@@ -225,7 +227,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
 
 
 def align(n_bytes: Sequence[int], n_frames: int) -> Tensor:
-    """Average upsampling: tokens of n_bytes UTF-8 bytes each -> which one sounds in each frame (T,).
+    """Average upsampling: UTF-8 lengths of tokens (S,) -> the token of each frame (T,).
 
     Every byte lasts equally long, so a token's share of the frames is its share of the bytes.
     """
@@ -257,11 +259,12 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: flo
         language=whisper.embed(language.to(whisper.device)),  # (B, E)
         drop=torch.zeros(len(sentences), dtype=torch.bool, device=whisper.device),
     )
-    return Batch(list(sentences), cond, whisper.target_tokens(tokens, [s.language for s in sentences]))
+    targets = whisper.target_tokens(tokens, [s.language for s in sentences])
+    return Batch(list(sentences), cond, targets)
 
 
 def noise(batch: Batch, channels: int, seed: int) -> Tensor:
-    """x0 of each item from the seed and its own sentence: the same alone or in a batch (B, T, C)."""
+    """x0 from the seed and each item's own sentence: the same alone or in a batch (B, T, C)."""
     items = []
     for sentence, n in zip(batch.sentences, batch.cond["frames"].tolist()):
         share = int(hash_share(sentence) * 2**31)
@@ -274,20 +277,25 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
 # ---- speech ----------------------------------------------------------------------------------
 
 
+def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
+    """8-bit log-mel of one clip (n_mels, n) -> log-mel (n_mels, window), silence behind the clip."""
+    mel = torch.from_numpy(mel).float() / 85 - 1.5
+    # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
+    return torch.nn.functional.pad(mel, (0, window - mel.shape[1]), value=float(mel.max()) - 2)
+
+
 def spoken_sentences(whisper: FrozenWhisper) -> tuple[list[Sentence], Tensor]:
     """The spoken test sentences that the repository ships -> sentences, log-mel (N, n_mels, 2T).
 
-    Only those whose language the checkpoint knows; none if its log-mel has other bins or is shorter.
+    Only languages that the checkpoint knows; none if its log-mel has other bins.
     """
     with np.load(SPEECH) as file:
         stored = {name: file[name] for name in file.files}
     sentences, mels = [], []
     ends = np.cumsum(stored["n_frames"])
     for language, text, end, n in zip(stored["language"], stored["text"], ends, stored["n_frames"]):
-        mel = torch.from_numpy(stored["mel"][end - n : end].T).float() / 85 - 1.5  # one byte a value
-        room = 2 * whisper.max_frames - mel.shape[1]
-        if language in whisper.languages and room >= 0 and len(mel) == whisper.dims.n_mels:
+        mel, window = stored["mel"][end - n : end].T, 2 * whisper.max_frames
+        if language in whisper.languages and n <= window and len(mel) == whisper.dims.n_mels:
             sentences.append(Sentence(str(language), str(text)))
-            # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
-            mels.append(torch.nn.functional.pad(mel, (0, room), value=float(mel.max()) - 2))
+            mels.append(mel_from_bytes(mel, window))
     return sentences, torch.stack(mels) if mels else torch.zeros(0)

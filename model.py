@@ -77,7 +77,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.condition[1].bias)
 
     def attention(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Every patch looks at the patches that mask allows, (B, N, D), (B, 1, 1, N) -> (B, N, D)."""
+        """Self-attention to the patches of the mask, (B, N, D), (B, 1, 1, N) -> (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -138,7 +138,7 @@ class DiT(nn.Module):
         text = self.spread_text(cond, n_frames + padding) * is_speech[:, :, None]
         x = self.latent_in(x_t.unflatten(1, (-1, patch)).flatten(2))  # (B, N, D)
         x = x + text.unflatten(1, (-1, patch)).mean(2)
-        mask = is_speech[:, None, None, ::patch]  # (B, 1, 1, N): a patch counts if it begins in time
+        mask = is_speech[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame
 
         condition = self.condition(t, cond)
         for block in self.blocks:

@@ -59,7 +59,7 @@ def generate(model: DiT, whisper: FrozenWhisper, batch: Batch, settings: Setting
     """A batch of text -> all states of the latents, noise first, (steps + 1, B, T, C)."""
     velocity = flow.model_velocity(model, batch.cond, settings.guidance, settings.sigma_min)
     x0 = noise(batch, whisper.channels, settings.seed)
-    return flow.sample(velocity, x0, settings.steps, settings.method, settings.sway, trajectory=True)
+    return flow.sample(velocity, x0, settings.steps, settings.method, settings.sway, True)
 
 
 class RoundTrip(NamedTuple):
@@ -126,7 +126,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps of the ODE solver (default: 4)")
     parser.add_argument("--method", choices=list(flow.ORDER), default="euler", help="solver")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is off (default: 1)")
-    parser.add_argument("--sway", type=float, default=0.0, help="-1: small steps first (default: 0)")
+    parser.add_argument("--sway", type=float, default=0.0, help="-1: small steps first")
     parser.add_argument("--speed", type=float, default=1.0, help="pace; 2 is twice as fast")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -173,7 +173,8 @@ def main(argv=None) -> None:
         if i == 0 and not args.text_file:
             show_forming(model, whisper, sentence, settings, args.speed)
     rates = error_rates(*zip(*[(s.text, r.text, s.language) for s, r in zip(sentences, trip.read)]))
-    print(f"{len(sentences)} texts: CER {rates.cer:.2%}, WER {rates.wer:.2%}, exact {rates.exact:.1%}")
+    print(f"{len(sentences)} texts: CER {rates.cer:.2%}, WER {rates.wer:.2%}, "
+          f"letter by letter {rates.exact:.1%}")
     if args.out:
         save_features(args.out, trip, sentences)
         print(f"wrote {args.out}: features {trip.features.shape}")

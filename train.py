@@ -7,7 +7,6 @@
 """
 import argparse
 import copy
-import csv
 import dataclasses
 import math
 import os
@@ -27,7 +26,7 @@ import data
 import flow
 from model import DiT, DiTConfig
 from sample import Settings, load_checkpoint, round_trip
-from whisper_decoder import BadInput, FrozenWhisper, choose_device, error_rates
+from whisper_decoder import BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates
 
 
 def setting(default, help):
@@ -37,7 +36,7 @@ def setting(default, help):
 @dataclass(frozen=True)
 class Config:
     out_dir: str = setting("out", "folder for ckpt.pt and log.csv")
-    whisper: str = setting("pocket", "frozen decoder: pocket, an official name, or a checkpoint file")
+    whisper: str = setting("pocket", "decoder: pocket, an official name, or a checkpoint file")
     data: tuple = setting(("builtin",), "sources: builtin, FILE.tsv, LANGUAGE=FILE.txt")
     speed: float = setting(1.0, "pace of the speech; 1 is natural")
     depth: int = setting(4, "size of the DiT: layers and heads; the width is 32 times that")
@@ -104,11 +103,13 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def draw(step: int, sentences: list, whisper: FrozenWhisper, config: Config):
-    """Batch, noise, times and dropped conditions of one step; they depend on seed and step alone."""
+    """Batch, noise, times, dropped conditions of one step: from seed and step alone."""
     rng = torch.Generator().manual_seed(config.seed * 2**32 + step)
     n = config.batch_size
-    picks = torch.randint(len(sentences), (n,), generator=rng).tolist()
-    batch = data.make_batch([sentences[i] for i in picks], whisper, config.speed)
+    pool = [sentences[i] for i in torch.randint(len(sentences), (4 * n,), generator=rng).tolist()]
+    pool.sort(key=data.natural_frames)  # items of like length: less padding
+    first = n * int(torch.randint(4, (), generator=rng))
+    batch = data.make_batch(pool[first : first + n], whisper, config.speed)
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
@@ -133,36 +134,32 @@ def balanced(sentences: list, n: int) -> list:
     return [s for c in languages for s in [s for s in sentences if s.language == c][:each]]
 
 
-def rates(sentences: list, read: list):
+def rates(sentences: list, read: list) -> ErrorRates:
     return error_rates([s.text for s in sentences], [r.text for r in read],
                        [s.language for s in sentences])
 
 
+def cer_of(whisper: FrozenWhisper, sentences: list, features: Tensor) -> float:
+    return rates(sentences, whisper.transcribe(features, [s.language for s in sentences])).cer
+
+
 def reference_rates(model, whisper: FrozenWhisper, sentences: list, config: Config) -> dict:
     """What a condition that says nothing scores (lower bounds), and real speech (upper bound)."""
-    # The text of the next sentence of the same language as condition; judged by the true text.
-    index = {c: [i for i, s in enumerate(sentences) if s.language == c] for c in whisper.languages}
-    other = {i: row[(k + 1) % len(row)] for row in index.values() for k, i in enumerate(row)}
+    # Each sentence from the text of the next one of its language, judged by its own text.
+    same = {s.language: [o for o in sentences if o.language == s.language] for s in sentences}
+    following = {a: b for part in same.values() for a, b in zip(part, part[1:] + part[:1])}
     settings = Settings(4, sigma_min=config.sigma_min)
-    shuffled = [sentences[other[i]] for i in range(len(sentences))]
+    shuffled = [following[s] for s in sentences]
     read = round_trip(model, whisper, shuffled, settings, config.speed).read
-    result = {"cer_shuffled_text": rates(sentences, read).cer}
-
-    read = []
-    for start in range(0, len(sentences), 50):
-        batch = data.make_batch(sentences[start : start + 50], whisper, config.speed)
-        x0 = data.noise(batch, whisper.channels, seed=0)
-        features = whisper.features(x0, batch.cond["frames"])
-        read += whisper.transcribe(features, [s.language for s in batch.sentences])
-    result["cer_noise"] = rates(sentences, read).cer
-
+    batch = data.make_batch(sentences, whisper, config.speed)
+    noise = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
     spoken, mel = data.spoken_sentences(whisper)
-    read = []
-    for start in range(0, len(spoken), 50):
-        features = whisper.features_of_speech(mel[start : start + 50])
-        read += whisper.transcribe(features, [s.language for s in spoken[start : start + 50]])
-    result["cer_real_speech"] = rates(spoken, read).cer if spoken else math.nan
-    return result
+    return dict(
+        cer_shuffled_text=rates(sentences, read).cer,
+        cer_noise=cer_of(whisper, sentences, noise),
+        cer_real_speech=cer_of(whisper, spoken, whisper.features_of_speech(mel))
+        if spoken else math.nan,
+    )
 
 
 def final_evaluation(model, whisper: FrozenWhisper, held_out: list, config: Config) -> dict:
@@ -185,7 +182,8 @@ def final_evaluation(model, whisper: FrozenWhisper, held_out: list, config: Conf
 def show_samples(model, whisper: FrozenWhisper, held_out: list, step: int, config: Config) -> None:
     """One held-out sentence of each of up to five languages, with 4 steps."""
     sentences = balanced(held_out, 1)[:5]
-    trip = round_trip(model, whisper, sentences, Settings(4, sigma_min=config.sigma_min), config.speed)
+    settings = Settings(4, sigma_min=config.sigma_min)
+    trip = round_trip(model, whisper, sentences, settings, config.speed)
     tqdm.write(f"step {step}", file=sys.stdout)
     for sentence, read in zip(sentences, trip.read):
         tqdm.write(f"  {sentence.language}  {sentence.text}  ->  {read.text}", file=sys.stdout)
@@ -227,8 +225,8 @@ class Run:
         for name, now in asdict(self.config).items():
             before = checkpoint["config"].get(name)
             if name not in free and before != now:
-                raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give the "
-                               "same, or another --out_dir")
+                raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
+                               "the same, or another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -241,7 +239,8 @@ def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> 
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     stop = stop_on_ctrl_c()
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
-    with Log(Path(config.out_dir) / "log.csv", run.step) as log:
+    start = time.time()
+    with open_log(run) as log:
         while run.step < config.steps and not stop.is_set():
             batch, x0, t, drop = draw(run.step, sentences, whisper, config)
             with autocast:
@@ -256,7 +255,7 @@ def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> 
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config)
-            log.write(run, loss, cross_entropy, flow_loss, t, norm)
+            log.write(log_row(run, start, loss, cross_entropy, flow_loss, t, norm))
             run.step += 1
             bar.update()
             bar.set_postfix(ce=f"{cross_entropy.mean():.3f}", flow=f"{flow_loss.mean():.3f}")
@@ -281,31 +280,26 @@ def stop_on_ctrl_c() -> threading.Event:
     return stop
 
 
-class Log:
-    """log.csv: one row a step; a resumed run cuts it back to the checkpoint and goes on."""
+LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
+       "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
 
-    fields = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
-              "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
 
-    def __init__(self, path: Path, step: int):
-        old = path.read_text().splitlines()[1 : step + 1] if step and path.exists() else []
-        self.file = open(path, "w", newline="")
-        self.file.write("\n".join([",".join(self.fields), *old]) + "\n")
-        self.start = time.time()
+def open_log(run: Run):
+    """log.csv, one row a step; a resumed run cuts it back to its checkpoint and goes on."""
+    path = run.path.with_name("log.csv")
+    old = path.read_text().splitlines()[1 : run.step + 1] if run.step and path.exists() else []
+    file = open(path, "w", buffering=1)
+    file.write("\n".join([",".join(LOG), *old]) + "\n")
+    return file
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *_):
-        self.file.close()
-
-    def write(self, run: Run, loss, cross_entropy, flow_loss, t, norm) -> None:
-        bins = [flow_loss[(4 * t).long() == i].mean() for i in range(4)]  # loss by t
-        values = [loss, cross_entropy.mean(), flow_loss.mean(), *bins, norm]
-        values = [f"{v:.5f}" for v in torch.stack(values).tolist()]
-        rate = run.optimizer.param_groups[0]["lr"]
-        row = [run.step, f"{time.time() - self.start:.2f}", *values, f"{rate:.3e}"]
-        csv.writer(self.file, lineterminator="\n").writerow(row)
+def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, t, norm) -> str:
+    """The values of LOG; the flow loss also by quarters of t."""
+    quarters = [flow_loss[(4 * t).long() == i].mean() for i in range(4)]
+    values = torch.stack([loss, cross_entropy.mean(), flow_loss.mean(), *quarters, norm]).tolist()
+    rate = run.optimizer.param_groups[0]["lr"]
+    values = [f"{time.time() - start:.2f}", *(f"{v:.5f}" for v in values), f"{rate:.3e}"]
+    return ",".join([str(run.step), *values]) + "\n"
 
 
 def main(argv=None) -> dict:
@@ -324,8 +318,9 @@ def main(argv=None) -> dict:
     if config.resume:
         run.load()
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"{config.whisper} on {device}: {len(training)} sentences to train on, {len(held_out)} held "
-          f"out, in {', '.join(sorted({s.language for s in sentences}))}; {parameters:,} parameters")
+    languages = ", ".join(sorted({s.language for s in sentences}))
+    print(f"{config.whisper} on {device}; {len(training)} sentences to train on, {len(held_out)} "
+          f"held out, in {languages}; {parameters:,} parameters")
     train(run, whisper, training, held_out)
     result = final_evaluation(run.ema, whisper, held_out, config)
     result = dict(device=device, seconds=time.time() - start, steps=run.step,
@@ -354,4 +349,4 @@ if __name__ == "__main__":
     except BadInput as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; `--resume` with the same flags goes on from the last checkpoint")
+        sys.exit("train.py: stopped and saved; the same flags and --resume go on from there")

@@ -1,15 +1,15 @@
-"""The frozen Whisper: text <-> tokens, latents <-> features, cross-entropy, greedy decoding, error rates.
+"""The frozen Whisper: tokens, latents and features, cross-entropy, greedy decoding, error rates.
 
-Three names for what the encoder puts out, here and everywhere:
     x1        latent: the encoder's output before the gain and bias of its last LayerNorm, so every
-              frame has mean 0 and variance 1 over the channels: the scale of N(0, I) noise.
-    features  what the decoder sees: frozen `ln_post` of x1, silence after the speech, always
-              (B, n_audio_ctx, C), as `whisper.decode` takes them.
-    frames    how many of those positions are speech, 50 per second.
+              frame has mean 0 and variance 1 over the channels: the scale of N(0, I) noise
+    features  what the decoder sees: frozen `ln_post` of x1 with silence after the speech, always
+              (B, n_audio_ctx, C), as `whisper.decode` takes them
+    frames    how many of those positions are speech, 50 per second
 
 B batch, L prompt + text + end tokens, T latent frames, C latent channels (n_audio_state),
 E embedding width (n_text_state), V vocabulary.
 """
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -20,7 +20,7 @@ import whisper
 from torch import Tensor
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
-from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, get_tokenizer
+from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # 20 ms at 16 kHz
@@ -28,7 +28,7 @@ UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without 
 
 
 class BadInput(ValueError):
-    """What the user gave cannot be used; the message is one sentence that names it and a way out."""
+    """What the user gave cannot be used; the message names it and a way out."""
 
 
 class Transcription(NamedTuple):
@@ -54,18 +54,16 @@ class FrozenWhisper:
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         # Rows of the tied embedding that are equal have equal logits: one of each is enough.
         rows = self.model.decoder.token_embedding.weight
-        self.rows, self.row_of, count = rows.unique(dim=0, return_inverse=True, return_counts=True)
-        self.row_count = count
-        self.languages = self._trained_languages()
-        self.silence = self.features_of_speech(self.log_mel(np.zeros(0, np.float32)))[0]
-
-    def _trained_languages(self) -> list[str]:
-        """Languages whose token has an embedding of its own: others were never trained."""
-        if not self.model.is_multilingual:
-            return ["en"]
+        self.rows, self.row_of, self.row_count = rows.unique(
+            dim=0, return_inverse=True, return_counts=True
+        )
+        # A language whose token has no embedding of its own was never trained.
         codes = list(LANGUAGES)[: self.model.num_languages]
-        tokens = [self.tokenizer(code).language_token for code in codes]
-        return [c for c, t in zip(codes, tokens) if self.row_count[self.row_of[t]] == 1]
+        codes = codes if self.model.is_multilingual else ["en"]
+        self.languages = [
+            code for code in codes if self.row_count[self.row_of[self.language_token(code)]] == 1
+        ]
+        self.silence = self.features_of_speech(self.log_mel(np.zeros(0, np.float32)))[0]
 
     # ---- text and tokens ---------------------------------------------------------------------
 
@@ -77,20 +75,16 @@ class FrozenWhisper:
             raise BadInput(f"{self.name} does not know the language {language!r}; it knows {known}")
         return code
 
-    def tokenizer(self, language: str):
-        return get_tokenizer(
-            self.model.is_multilingual,
-            num_languages=self.model.num_languages,
-            language=language if self.model.is_multilingual else None,
-            task="transcribe" if self.model.is_multilingual else None,
-        )
+    def tokenizer(self, language: str) -> Tokenizer:
+        count = self.model.num_languages  # English-only checkpoints ignore the language
+        return get_tokenizer(self.model.is_multilingual, num_languages=count, language=language)
 
     def prompt(self, language: str) -> list[int]:
         """<|startoftranscript|><|language|><|transcribe|><|notimestamps|>, as far as they exist."""
         return list(self.tokenizer(language).sot_sequence_including_notimestamps)
 
     def encode(self, text: str, language: str) -> list[int]:
-        """Text -> tokens, with the leading space that Whisper writes. Raises BadInput if too long."""
+        """Text -> tokens, after the blank that Whisper writes first; BadInput if it is too long."""
         tokens = self.tokenizer(language).encode(" " + text.strip(), disallowed_special=())
         if len(tokens) > self.max_tokens:
             raise BadInput(f"the text has {len(tokens)} tokens and {self.name} reads at most "
@@ -105,20 +99,20 @@ class FrozenWhisper:
         return F.layer_norm(self.rows[self.row_of[tokens]], (self.dims.n_text_state,))
 
     def language_token(self, language: str) -> int:
-        """The token that names the language; <|startoftranscript|> in an English-only checkpoint."""
+        """The language's token; <|startoftranscript|> in an English-only checkpoint."""
         return self.prompt(language)[1 if self.model.is_multilingual else 0]
 
     # ---- speech and latents ------------------------------------------------------------------
 
     def log_mel(self, samples: np.ndarray) -> Tensor:
-        """16 kHz samples (n,) in [-1, 1] -> log-mel (1, n_mels, 2 * n_audio_ctx), padded by silence.
+        """16 kHz samples (n,) in [-1, 1] -> log-mel (1, n_mels, 2 * n_audio_ctx), then silence.
 
         One clip at a time: Whisper clamps at 8 decades below the maximum of what it is given.
         """
         window = self.max_frames * SAMPLES_PER_FRAME
         if len(samples) > window:
-            raise BadInput(f"the clip lasts {len(samples) / SAMPLE_RATE:.2f} s and {self.name} hears"
-                           f" at most {window / SAMPLE_RATE:.2f} s; cut it")
+            raise BadInput(f"the clip lasts {len(samples) / SAMPLE_RATE:.2f} s and {self.name} "
+                           f"hears at most {window / SAMPLE_RATE:.2f} s; cut it")
         samples = torch.from_numpy(np.asarray(samples, np.float32))
         mel = log_mel_spectrogram(samples, self.dims.n_mels, padding=window - len(samples))
         return mel[None].to(self.device)
@@ -126,14 +120,15 @@ class FrozenWhisper:
     def encode_speech(self, mel: Tensor) -> Tensor:
         """Log-mel (B, n_mels, 2 * n_audio_ctx) -> x1 (B, n_audio_ctx, C)."""
         before = []  # what goes into ln_post
-        hook = self.model.encoder.ln_post.register_forward_pre_hook(lambda _, x: before.append(x[0]))
+        ln_post = self.model.encoder.ln_post
+        hook = ln_post.register_forward_pre_hook(lambda _, x: before.append(x[0]))
         with torch.no_grad():
             self.model.encoder(mel.to(self.device))
         hook.remove()
         return F.layer_norm(before[0], (self.channels,))
 
     def features_of_speech(self, mel: Tensor) -> Tensor:
-        """What the decoder sees of real speech: (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, C)."""
+        """What the decoder sees of speech, (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, C)."""
         return self.model.encoder.ln_post(self.encode_speech(mel))
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
@@ -153,11 +148,11 @@ class FrozenWhisper:
     def target_tokens(self, tokens: Sequence[list[int]], languages: Sequence[str]) -> Tensor:
         """Texts as tokens -> prompt + text + <|endoftext|>, padded with -1 (B, L)."""
         end = self.tokenizer("en").eot
-        rows = [torch.tensor([*self.prompt(code), *row, end]) for row, code in zip(tokens, languages)]
+        rows = [torch.tensor([*self.prompt(c), *row, end]) for row, c in zip(tokens, languages)]
         return torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1).to(self.device)
 
     def cross_entropy(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher-forced cross-entropy of text and end, nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
+        """Teacher-forced, in nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
 
         tokens come from `target_tokens`. The logits of equal rows are equal, so k of them weigh as
         much in the softmax as one plus log k: exact, and 50 times less work for the pocket decoder.
@@ -172,17 +167,19 @@ class FrozenWhisper:
         logits = x @ self.rows.T
         chosen = logits.gather(1, self.row_of[targets[said]][:, None])[:, 0]
         nats = (logits + self.row_count.log()).logsumexp(1) - chosen
-        return torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats).sum(1) / said.sum(1)
+        each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
+        return each.sum(1) / said.sum(1)
 
     def transcribe(self, features: Tensor, languages: Sequence[str]) -> list[Transcription]:
-        """Greedy `whisper.decode`, no teacher forcing: (B, n_audio_ctx, C) -> what is read, in order."""
+        """Greedy `whisper.decode`, no teacher forcing, (B, n_audio_ctx, C) -> what is read."""
         result = {}
         for language in dict.fromkeys(languages):  # whisper.decode takes one language a call
             where = [i for i, code in enumerate(languages) if code == language]
             options = whisper.DecodingOptions(
                 language=language, without_timestamps=True, fp16=False, temperature=0.0
             )
-            result |= zip(where, whisper.decode(self.model, features[where].float(), options))
+            for some in (where[i : i + 64] for i in range(0, len(where), 64)):
+                result |= zip(some, whisper.decode(self.model, features[some].float(), options))
         return [Transcription(*(getattr(result[i], field) for field in Transcription._fields))
                 for i in range(len(languages))]
 
@@ -206,26 +203,28 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
         try:
             return whisper.load_model(name, device)
         except (OSError, RuntimeError) as error:
-            raise BadInput(f"could not download Whisper {name!r} ({error}); check the network, or give "
-                           "the path of a checkpoint, or use the embedded --whisper pocket") from error
+            raise BadInput(f"could not download Whisper {name!r} ({error}); check the network, or "
+                           "give a checkpoint file, or use the embedded pocket") from error
     if not path.is_file():
         names = ", ".join(["pocket", *whisper.available_models()])
         raise BadInput(f"no Whisper {name!r}: neither a file nor one of {names}")
     try:
         return whisper.load_model(str(path), device)
     except Exception as error:  # whatever torch.load and the model's constructor raise
-        raise BadInput(f"{path} is not a Whisper checkpoint (it needs `dims` and `model_state_dict` "
-                       f"as openai-whisper saves them): {str(error).splitlines()[0][:120]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise BadInput(f"{path} is not a Whisper checkpoint (it needs `dims` and "
+                       f"`model_state_dict` as openai-whisper saves them): {reason}") from error
 
 
 # ---- error rates -----------------------------------------------------------------------------
 
 
-def normalize(text: str, language: str) -> str:
-    """Whisper's own normaliser: lower case, no punctuation; English spelling and numbers too."""
+@cache
+def normalizer(language: str):
+    """Whisper's own: lower case, no punctuation; in English also one spelling, digits."""
     if language == "en":
-        return EnglishTextNormalizer()(text).strip()
-    return BasicTextNormalizer(split_letters=language in UNSPACED)(text).strip()
+        return EnglishTextNormalizer()
+    return BasicTextNormalizer(split_letters=language in UNSPACED)
 
 
 def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:
@@ -234,7 +233,8 @@ def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:
     for i, expected in enumerate(reference, 1):
         diagonal, row[0] = row[0], i
         for j, found in enumerate(hypothesis, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (expected != found))
+            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (expected != found))
+            diagonal, row[j] = row[j], best
     return row[-1]
 
 
@@ -244,16 +244,17 @@ class ErrorRates(NamedTuple):
     exact: float  # share of texts that come back letter by letter, punctuation included
 
 
-def error_rates(references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]) -> ErrorRates:
+def error_rates(
+    references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]
+) -> ErrorRates:
     """Corpus error rates after Whisper's normaliser, as fractions (above 1 if too much is read)."""
     edits, total, exact = np.zeros(2), np.zeros(2), 0
     for reference, hypothesis, language in zip(references, hypotheses, languages, strict=True):
         exact += reference == hypothesis
-        said, read = normalize(reference, language), normalize(hypothesis, language)
-        units = [(said.split(), read.split())]
+        said, read = (normalizer(language)(text).split() for text in (reference, hypothesis))
         joint = "" if language in UNSPACED else " "
-        units.insert(0, tuple(joint.join(words) for words in units[0]))
-        edits += [edit_distance(a, b) for a, b in units]
-        total += [len(a) for a, _ in units]
+        for i, (a, b) in enumerate([(joint.join(said), joint.join(read)), (said, read)]):
+            edits[i] += edit_distance(a, b)
+            total[i] += len(a)
     cer, wer = edits / np.maximum(total, 1)
     return ErrorRates(float(cer), float(wer), exact / max(len(references), 1))

@@ -1,6 +1,6 @@
 """Make pocket/pocket.pt: a small but real Whisper, trained on speech that espeak-ng speaks.
 
-    python pocket/make_pocket.py            # speaks, trains, checks, saves; Ctrl-C and run again to go on
+    python pocket/make_pocket.py    # speaks, trains, checks, saves; after Ctrl-C run it again
 
 Everything unfinished is kept in --work_dir. Needs espeak-ng (Debian: `apt-get install espeak-ng`).
 """
@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import whisper
 from tqdm import tqdm
 from whisper.audio import SAMPLE_RATE, log_mel_spectrogram
 from whisper.model import ModelDimensions, Whisper
@@ -77,15 +76,8 @@ def random_clip(sentence, variants, seed):
 
 
 def quantize(mel):
-    """Log-mel to one byte a value, 0.3 dB a step -> (n_mels, frames) uint8; see dequantize."""
+    """Log-mel to one byte a value, 0.5 dB a step -> (n_mels, frames) uint8; back: data.mel_from_bytes."""
     return ((mel + 1.5) * 85).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-def dequantize(mel):
-    """(n_mels, frames) uint8 -> (n_mels, MEL_FRAMES) log-mel; what follows the clip is silence."""
-    mel = torch.from_numpy(mel).float() / 85 - 1.5
-    # Whisper's log-mel spans 8 decades, 2.0 after its scaling: the floor is what silence looks like.
-    return F.pad(mel, (0, MEL_FRAMES - mel.shape[1]), value=float(mel.max()) - 2)
 
 
 def speak_all(sentences, variants, seed, work, name, workers=2):
@@ -148,7 +140,7 @@ class Vocabulary:
 
 
 def augment(mel, rng):
-    """Light noise, loudness and a masked band of frequencies, so that the encoder is not brittle."""
+    """Light noise, other loudness, a masked band of frequencies."""
     mel = mel + 0.05 * torch.randn(mel.shape, generator=rng)
     mel = mel + 0.1 * torch.randn((len(mel), 1, 1), generator=rng)
     for clip in mel:
@@ -160,7 +152,8 @@ def augment(mel, rng):
 def silent_clip(rng):
     """Silence, or noise of random loudness and colour (n_mels, MEL_FRAMES)."""
     if torch.rand((), generator=rng) < 0.5:
-        return torch.full((DIMS.n_mels, MEL_FRAMES), -1.5 + 2 * torch.rand((), generator=rng).item())
+        level = -1.5 + 2 * torch.rand((), generator=rng).item()
+        return torch.full((DIMS.n_mels, MEL_FRAMES), level)
     colour = torch.randn((DIMS.n_mels, 1), generator=rng) * 0.1
     return colour + 0.2 * torch.randn((DIMS.n_mels, MEL_FRAMES), generator=rng)
 
@@ -185,8 +178,8 @@ def loss_of(model, vocabulary, mel, targets, corrupt, rng):
     inputs = targets[:, :-1].clamp(min=0)
     wrong = torch.rand(inputs.shape, generator=rng) < corrupt
     wrong[:, :4] = False  # the prompt stays
-    inputs = torch.where(wrong, torch.randint(len(vocabulary.used), inputs.shape, generator=rng), inputs)
-    logits = model(mel, inputs)
+    random_tokens = torch.randint(len(vocabulary.used), inputs.shape, generator=rng)
+    logits = model(mel, torch.where(wrong, random_tokens, inputs))
     offset = torch.zeros(logits.shape[-1])
     offset[-1] = vocabulary.log_unused
     return F.cross_entropy((logits + offset).flatten(0, 1), targets[:, 1:].flatten())
@@ -216,7 +209,7 @@ def train(sentences, clips, vocabulary, args):
     for step in bar:
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         picks = torch.randint(0, len(sentences), (args.batch,), generator=rng).tolist()
-        mel = augment(torch.stack([dequantize(clips[i]) for i in picks]), rng)
+        mel = augment(torch.stack([data.mel_from_bytes(clips[i], MEL_FRAMES) for i in picks]), rng)
         rows = [vocabulary.tokens(*sentences[i]) for i in picks]
         for i in range(args.batch):
             if torch.rand((), generator=rng) < SILENT_SHARE:
@@ -254,7 +247,7 @@ def save_deflated(checkpoint, path):
 
 
 def save_speech(sentences, clips, path):
-    """The spoken test sentences that travel with the repository: 8-bit log-mel, one after another."""
+    """The spoken test sentences that are shipped: 8-bit log-mel, one after another."""
     temporary = path.with_suffix(".tmp.npz")
     np.savez_compressed(
         temporary,
@@ -271,7 +264,7 @@ def check(whisper, sentences, clips):
     read, heard = [], []
     for start in tqdm(range(0, len(clips), 50), desc="checking"):
         part = sentences[start : start + 50]
-        mel = torch.stack([dequantize(clip) for clip in clips[start : start + 50]])
+        mel = torch.stack([data.mel_from_bytes(clip, MEL_FRAMES) for clip in clips[start : start + 50]])
         features = whisper.features_of_speech(mel)
         read += [t.text for t in whisper.transcribe(features, [s.language for s in part])]
         probabilities = whisper.model.detect_language(features)[1]
@@ -284,23 +277,23 @@ def check(whisper, sentences, clips):
             [sentences[i].text for i in where], [read[i] for i in where], [language] * len(where)
         )
         identified = sum(heard[i] == language for i in where) / len(where)
-        print(f"| {language} | {len(where)} | {rates.wer:.2%} | {rates.cer:.2%} | {rates.exact:.1%} "
-              f"| {identified:.1%} |")
+        print(f"| {language} | {len(where)} | {rates.wer:.2%} | {rates.cer:.2%} "
+              f"| {rates.exact:.1%} | {identified:.1%} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="shards and state")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--more_steps", type=int, default=4000, help="with corrupted decoder inputs")
+    parser.add_argument("--more_steps", type=int, default=4000, help="with corrupted inputs")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
     parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
     if not shutil.which("espeak-ng"):
-        sys.exit("make_pocket.py: espeak-ng is missing; install it, e.g. `apt-get install espeak-ng`"
-                 " (Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
+        sys.exit("make_pocket.py: espeak-ng is missing; install it, e.g. `apt-get install "
+                 "espeak-ng` (Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     everything = data.builtin(LANGUAGES)

@@ -1,0 +1,564 @@
+"""Tests: closed forms, known equations, the real pocket decoder. `python -m pytest -q`, minutes on a CPU."""
+
+import dataclasses
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import whisper as openai_whisper
+from whisper.model import ModelDimensions, Whisper
+
+import data
+import flow
+import sample
+import train
+from data import Sentence
+from model import DiT, DiTConfig
+from whisper_decoder import BadInput, FrozenWhisper, edit_distance, error_rates, normalizer
+
+torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pocket():
+    return FrozenWhisper("pocket")
+
+
+def random_whisper(path: Path, **changes) -> str:
+    """A checkpoint with random weights in OpenAI's format."""
+    dims = dict(
+        n_mels=80,
+        n_audio_ctx=50,
+        n_audio_state=32,
+        n_audio_head=2,
+        n_audio_layer=1,
+        n_vocab=51865,
+        n_text_ctx=64,
+        n_text_state=32,
+        n_text_head=2,
+        n_text_layer=1,
+    )
+    dims = ModelDimensions(**{**dims, **changes})
+    model = Whisper(dims)
+    torch.nn.init.normal_(model.decoder.positional_embedding)  # torch.empty in a fresh model
+    torch.save({"dims": dataclasses.asdict(dims), "model_state_dict": model.state_dict()}, path)
+    return str(path)
+
+
+def network(whisper: FrozenWhisper, seed: int = 0, noisy: bool = True) -> DiT:
+    """A small DiT; noisy: no weight is zero, so that every path through it is alive."""
+    torch.manual_seed(seed)
+    model = DiT(DiTConfig(whisper.channels, whisper.dims.n_text_state, depth=2))
+    for p in model.parameters() if noisy else ():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+SENTENCES = [
+    Sentence("en", "The dog sleeps."),
+    Sentence("zh", "老师在教室里吃饺子。"),
+    Sentence("de", "Die Kinder möchten am Sonntag im Garten spielen."),
+    Sentence("es", "¿Dónde está tu chaqueta?"),
+]
+
+
+# ---- flow ------------------------------------------------------------------------------------
+
+
+def latents(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sigma_min", [0.0, 1e-2])
+def test_path_and_velocity(sigma_min):
+    x0, x1, t = latents(5, 7, 3), latents(5, 7, 3, seed=2), torch.rand(5).double() * 0.9
+    assert torch.equal(flow.path(x0, x1, torch.zeros(5), sigma_min), x0)
+    torch.testing.assert_close(flow.path(x0, x1, torch.ones(5), sigma_min), x1 + sigma_min * x0)
+    h = 1e-6
+    slope = (flow.path(x0, x1, t + h, sigma_min) - flow.path(x0, x1, t - h, sigma_min)) / (2 * h)
+    u = flow.target_velocity(x0, x1, sigma_min)
+    torch.testing.assert_close(slope, u, atol=1e-8, rtol=1e-6)
+    x_t = flow.path(x0, x1, t, sigma_min)
+    torch.testing.assert_close(flow.velocity_from_endpoint(x1, x_t, t, sigma_min), u)
+    torch.testing.assert_close(flow.endpoint_from_velocity(u, x_t, t, sigma_min), x1)
+
+
+def test_cfm_loss_ignores_what_is_behind_the_mask():
+    x, y = latents(2, 4, 3), latents(2, 4, 3, seed=2)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    loss = flow.cfm_loss(x, y, mask)
+    torch.testing.assert_close(loss[0], (x[0, :2] - y[0, :2]).square().mean())
+    torch.testing.assert_close(loss[1], (x[1] - y[1]).square().mean())
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_solver_has_its_order(method, order):
+    """dx/dt = x cos(2t) has the solution x0 exp(sin(2t) / 2)."""
+    x0 = latents(2, 3, 4)
+
+    def error(steps):
+        x = flow.sample(lambda x, t: x * torch.cos(2 * flow.expand(t, x)), x0, steps, method)
+        return (x - x0 * math.exp(math.sin(2) / 2)).abs().max().item()
+
+    assert abs(math.log2(error(40) / error(80)) - order) < 0.15
+
+
+@pytest.mark.parametrize("method", flow.ORDER)
+@pytest.mark.parametrize("sway", [0.0, -1.0])
+def test_true_endpoint_is_reached_in_any_number_of_steps(method, sway):
+    x0, x1 = latents(2, 3, 4), latents(2, 3, 4, seed=2)
+    calls = []
+
+    def endpoint(x_t, t, cond):
+        calls.append(len(x_t) / 2)
+        return x1.repeat(len(x_t) // 2, 1, 1)
+
+    cond = dict(drop=torch.zeros(2, dtype=torch.bool))
+    for steps in (1, 3):
+        for guidance in (1.0, 2.0):
+            calls.clear()
+            velocity = flow.model_velocity(endpoint, cond, guidance)
+            states = flow.sample(velocity, x0, steps, method, sway, trajectory=True)
+            assert states.shape == (steps + 1, 2, 3, 4) and torch.equal(states[0], x0)
+            torch.testing.assert_close(states[-1], x1)
+            assert sum(calls) == flow.nfe(steps, method, guidance)
+
+
+def test_guidance_extrapolates():
+    def endpoint(x_t, t, cond):
+        return torch.where(cond["drop"][:, None, None], 1.0, 3.0).expand_as(x_t)
+
+    velocity = flow.model_velocity(endpoint, dict(drop=torch.zeros(2, dtype=torch.bool)), 2.0)
+    torch.testing.assert_close(
+        flow.sample(velocity, torch.zeros(2, 1, 1), 1), torch.full((2, 1, 1), 5.0)
+    )
+
+
+def test_schedule():
+    torch.testing.assert_close(flow.schedule(4), torch.linspace(0, 1, 5, dtype=torch.float64))
+    swayed = flow.schedule(8, -1.0)
+    torch.testing.assert_close(swayed[4], torch.tensor(1 - math.cos(math.pi / 4)).double())
+    assert (swayed.diff() > 0).all() and swayed[0] == 0 and swayed[-1] == 1
+    for steps, sway, method in ((0, 0, "euler"), (4, -2, "euler"), (4, 0, "rk9")):
+        with pytest.raises(ValueError, match="steps|sway|solver"):
+            flow.sample(lambda x, t: x, torch.zeros(1, 1, 1), steps, method, sway)
+
+
+def test_against_torchcfm():
+    cfm = pytest.importorskip("torchcfm.conditional_flow_matching", reason="test extra")
+    x0, x1, t = latents(4, 3, 2), latents(4, 3, 2, seed=2), torch.rand(4).double() * 0.9
+    for sigma in (0.0, 0.1):
+        theirs = cfm.TargetConditionalFlowMatcher(sigma=sigma)
+        x_t = flow.path(x0, x1, t, sigma)
+        spread = flow.expand(theirs.compute_sigma_t(t), x0)
+        torch.testing.assert_close(x_t, theirs.compute_mu_t(x0, x1, t) + spread * x0)
+        torch.testing.assert_close(
+            flow.target_velocity(x0, x1, sigma), theirs.compute_conditional_flow(x0, x1, t, x_t)
+        )
+
+
+def test_against_torchdiffeq():
+    odeint = pytest.importorskip("torchdiffeq", reason="test extra").odeint
+    x0, times = latents(2, 3, 4), flow.schedule(5, -0.7)
+
+    def field(t, x):
+        return torch.sin(3 * x + t)
+
+    for method in ("euler", "midpoint"):
+        theirs = odeint(field, x0, times, method=method)
+        ours = flow.sample(lambda x, t: field(t[0], x), x0, 5, method, -0.7, trajectory=True)
+        torch.testing.assert_close(ours, theirs)
+
+
+# ---- model -----------------------------------------------------------------------------------
+
+
+def test_an_item_does_not_depend_on_its_batch(pocket):
+    model = network(pocket)
+    together = data.make_batch(SENTENCES, pocket)
+    x0, t = data.noise(together, pocket.channels, 0), torch.full((4,), 0.3)
+    with torch.no_grad():
+        all_at_once = model(x0, t, together.cond)
+        for i, sentence in enumerate(SENTENCES):
+            alone = data.make_batch([sentence], pocket)
+            n = alone.cond["frames"][0]
+            x = data.noise(alone, pocket.channels, 0)
+            assert torch.equal(x[0], x0[i, :n])
+            torch.testing.assert_close(
+                model(x, t[:1], alone.cond)[0], all_at_once[i, :n], atol=1e-4, rtol=1e-4
+            )
+            assert (all_at_once[i, n:] == 0).all()
+
+
+def test_what_lies_behind_the_end_is_not_seen(pocket):
+    model, batch = network(pocket), data.make_batch(SENTENCES, pocket)
+    x, t = data.noise(batch, pocket.channels, 0), torch.full((4,), 0.3)
+    behind = torch.arange(x.shape[1]) >= batch.cond["frames"][:, None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(x + 9 * behind[..., None], t, batch.cond), model(x, t, batch.cond)
+        )
+
+
+def test_dropped_condition_hides_text_and_language(pocket):
+    model, batch = network(pocket), data.make_batch(SENTENCES[:2], pocket)
+    batch.cond["frames"][:] = 40
+    x, t = torch.randn(1, 40, pocket.channels).repeat(2, 1, 1), torch.full((2,), 0.3)
+    cond = {**batch.cond, "token": batch.cond["token"][:, :40]}
+    with torch.no_grad():
+        with_text = model(x, t, cond)
+        without = model(x, t, {**cond, "drop": torch.ones(2, dtype=torch.bool)})
+    assert not torch.allclose(with_text[0], with_text[1], atol=1e-2)
+    torch.testing.assert_close(without[0], without[1])
+
+
+def test_gradient_reaches_the_flow_and_no_whisper_weight(pocket):
+    model, config = network(pocket), train.Config()
+    before = {k: v.clone() for k, v in pocket.model.state_dict().items()}
+    batch = data.make_batch(SENTENCES, pocket)
+    drop = torch.tensor([False, False, True, True])
+    x0, t = data.noise(batch, pocket.channels, 0), torch.tensor([0.1, 0.4, 0.6, 0.9])
+    cross_entropy, flow_loss = train.losses(model, pocket, batch, x0, t, drop, config)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    (cross_entropy.mean() + flow_loss.mean()).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+    optimizer.step()
+    assert all(p.grad is None for p in pocket.model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in pocket.model.state_dict().items())
+    alone = network(pocket)
+    cross_entropy, _ = train.losses(alone, pocket, batch, x0, t, drop, config)
+    cross_entropy.mean().backward()
+    assert alone.text_in[0].weight.grad.norm() > 0  # the critic alone teaches the text path
+
+
+# ---- the frozen Whisper ----------------------------------------------------------------------
+
+
+def test_real_speech_survives_x1_and_back(pocket):
+    sentences, mel = data.spoken_sentences(pocket)
+    mel = mel[:4]
+    x1 = pocket.encode_speech(mel)
+    torch.testing.assert_close(x1.mean(-1), torch.zeros(x1.shape[:2]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        x1.var(-1, correction=0), torch.ones(x1.shape[:2]), atol=1e-3, rtol=0
+    )
+    features = pocket.features(x1, torch.full((4,), pocket.max_frames))
+    torch.testing.assert_close(features, pocket.model.encoder(mel), atol=1e-3, rtol=1e-3)
+    short = pocket.features(x1[:, :20], torch.tensor([20, 10, 1, 20]))
+    assert torch.equal(short[1, 10:], pocket.silence[10:]) and torch.equal(
+        short[0, :20], features[0, :20]
+    )
+
+
+def test_real_speech_is_understood(pocket):
+    sentences, mel = data.spoken_sentences(pocket)
+    features = pocket.features_of_speech(mel[::5])
+    read = pocket.transcribe(features, [s.language for s in sentences[::5]])
+    assert train.rates(sentences[::5], read).cer < 0.05
+    noise = pocket.transcribe(torch.randn(4, 256, 128), ["en"] * 4)
+    assert min(r.avg_logprob for r in read) > -2 and all(r.avg_logprob <= 0 for r in noise)
+    assert pocket.transcribe(pocket.silence[None], ["en"])[0].no_speech_prob > 0.5
+    assert max(r.no_speech_prob for r in read) < 0.5
+
+
+def test_cross_entropy_is_the_full_softmax(pocket):
+    batch = data.make_batch(SENTENCES, pocket)
+    features = torch.randn(4, pocket.max_frames, pocket.channels)
+    logits = pocket.model.decoder(batch.targets[:, :-1].clamp(min=0), features)[:, 3:]
+    targets = batch.targets[:, 4:]
+    plain = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), targets, ignore_index=-1, reduction="none"
+    )
+    expected = plain.sum(1) / (targets >= 0).sum(1)
+    torch.testing.assert_close(
+        pocket.cross_entropy(features, batch.targets), expected, atol=1e-4, rtol=1e-4
+    )
+    assert pocket.rows.shape[0] < 2000  # the shared row is one
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(n_vocab=51864),
+        dict(n_vocab=51866, n_mels=128),
+        dict(n_text_state=64, n_audio_state=64),
+    ],
+)
+def test_any_whisper_checkpoint_trains(tmp_path, changes):
+    """Multilingual, English-only, large-v3's vocabulary and mel bins: one step through the public path."""
+    path = random_whisper(tmp_path / "w.pt", **changes)
+    text = tmp_path / "t.txt"
+    text.write_text("\n".join(f"Sentence {n} here." for n in "one two three four five six".split()))
+    result = train.main(
+        [
+            "--whisper",
+            path,
+            "--data",
+            f"en={text}",
+            "--depth",
+            "1",
+            "--steps",
+            "2",
+            "--batch_size",
+            "4",
+            "--out_dir",
+            str(tmp_path),
+            "--device",
+            "cpu",
+        ]
+    )
+    assert result["steps"] == 2 and math.isnan(result["cer_real_speech"]) == ("n_mels" in changes)
+    whisper = FrozenWhisper(path)
+    assert (
+        whisper.languages[0] == "en"
+        and len(whisper.languages) == {51864: 1, 51865: 99, 51866: 100}[whisper.dims.n_vocab]
+    )
+    tokens = whisper.encode("Grüße, 世界!", "en")
+    assert whisper.decode(tokens) == "Grüße, 世界!"
+
+
+# ---- text ------------------------------------------------------------------------------------
+
+
+def test_error_rates():
+    assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3
+    assert edit_distance(["a", "b"], ["b"]) == 1 and edit_distance("same", "same") == 0
+    rates = error_rates(
+        ["The colour is red.", "老师喝茶。"], ["the color is blue", "老师喝茶"], ["en", "zh"]
+    )
+    assert rates.wer == 1 / 8 and rates.exact == 0 and rates.cer == 4 / (16 + 4)
+    assert normalizer("es")("¡Dónde, está!").split() == ["dónde", "está"]
+
+
+def test_builtin_sentences_are_stable_distinct_and_held_out():
+    sentences = data.builtin()
+    assert len(set(sentences)) == len(sentences) == 5 * data.BUILTIN_SENTENCES
+    assert data.builtin(["fr"], 50) == data.builtin(["fr"], 80)[:50]
+    for language in ("en", "de", "es", "fr"):
+        text = " ".join(s.text for s in sentences if s.language == language)
+        assert len(set(data.words(text.lower(), language))) > 200
+    training, held_out = data.split(sentences)
+    assert not set(training) & set(held_out) and 0.08 < len(held_out) / len(sentences) < 0.12
+    more = data.split(sentences + [Sentence("en", f"New line {n}.") for n in range(99)])
+    assert set(training) <= set(more[0]) and set(held_out) <= set(more[1])
+    assert [len(part) for part in data.split(SENTENCES)] == [3, 1]
+
+
+def test_files_are_read_whole_or_every_bad_line_is_named(tmp_path, pocket):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(
+        "\ufeffen\tCafe\u0301  one\n\nno tab\nxx\tunknown\nen\t...\nGerman\tHallo Welt\n"
+        "en\tCafé one\r\n".encode()
+    )
+    sentences, problems = data.load([str(path)], pocket)
+    assert sentences == [Sentence("en", "Café one"), Sentence("de", "Hallo Welt")]
+    assert [p.split(": ")[0] for p in problems[:3]] == [f"{path}, line {n}" for n in (3, 4, 5)]
+    assert "used once" in problems[3]
+    both = data.load([str(path), "builtin"], pocket)[0]
+    assert len(both) == 2 + 5 * data.BUILTIN_SENTENCES
+
+
+def test_long_texts_are_split_and_nothing_is_lost(pocket):
+    for language, text in (
+        ("en", "The dog sleeps, and the cat eats an apple. " * 5 + "word" * 200),
+        ("zh", "老师在教室里吃饺子，" * 9),
+        ("en", "a " * 300),
+    ):
+        whole = Sentence(language, data.clean(text))
+        pieces = data.split_long(whole, pocket)
+        assert len(pieces) > 1 and all(data.fits(p, pocket, 1.0) for p in pieces)
+        assert "".join(p.text for p in pieces).replace(" ", "") == whole.text.replace(" ", "")
+    assert data.split_long(SENTENCES[0], pocket) == [SENTENCES[0]]
+
+
+def test_alignment_gives_every_byte_its_share():
+    assert data.align([1, 3], 8).tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    for n in (7, 50, 129):
+        spread = data.align([3, 1, 6, 2], n)
+        assert (spread.diff() >= 0).all() and spread[0] == 0 and spread[-1] == 3
+        assert np.allclose(np.bincount(spread) / n, np.array([3, 1, 6, 2]) / 12, atol=1 / n)
+    slow, fast = (data.natural_frames(SENTENCES[2], speed) for speed in (0.5, 1.0))
+    assert abs(slow - 2 * fast) <= 1
+
+
+# ---- training and sampling -------------------------------------------------------------------
+
+
+def test_four_sentences_come_back_exactly(pocket, tmp_path):
+    """The whole idea in small: text alone, a frozen decoder, greedy decoding."""
+    config = train.Config(
+        out_dir=str(tmp_path), steps=150, batch_size=8, eval_every=1000, warmup=20, depth=3
+    )
+    run = train.Run(config, pocket)
+    train.train(run, pocket, SENTENCES, SENTENCES)
+    for steps in (1, 4):
+        read = sample.round_trip(run.ema, pocket, SENTENCES, sample.Settings(steps)).read
+        assert [r.text for r in read] == [s.text for s in SENTENCES]
+
+
+FLAGS = [
+    "--steps",
+    "6",
+    "--batch_size",
+    "4",
+    "--depth",
+    "1",
+    "--eval_every",
+    "2",
+    "--eval_sentences",
+    "5",
+]
+
+
+def test_resumed_run_equals_straight_run(tmp_path, monkeypatch):
+    straight = train.main([*FLAGS, "--out_dir", str(tmp_path / "a")])
+    show = train.show_samples
+
+    def interrupt(*args):
+        show(*args)
+        if args[3] == 4:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C during step 5 of 6: finished and saved
+
+    monkeypatch.setattr(train, "show_samples", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*FLAGS, "--out_dir", str(tmp_path / "b")])
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "b" / "ckpt.pt")["step"] < 6
+    resumed = train.main([*FLAGS, "--out_dir", str(tmp_path / "b"), "--resume"])
+    a, b = (torch.load(tmp_path / x / "ckpt.pt", weights_only=True) for x in "ab")
+    for name in a["ema"]:
+        assert torch.equal(a["ema"][name], b["ema"][name]) and torch.equal(
+            a["model"][name], b["model"][name]
+        )
+    timing = {"seconds"}
+    assert {k: v for k, v in straight.items() if k not in timing} == {
+        k: v for k, v in resumed.items() if k not in timing
+    }
+    rows = [
+        [line.split(",") for line in (tmp_path / x / "log.csv").read_text().splitlines()]
+        for x in "ab"
+    ]
+    assert [r[:1] + r[2:] for r in rows[0]] == [r[:1] + r[2:] for r in rows[1]] and len(
+        rows[0]
+    ) == 7
+    with pytest.raises(BadInput, match="batch_size 4, not 8"):
+        train.main([*FLAGS, "--batch_size", "8", "--out_dir", str(tmp_path / "b"), "--resume"])
+
+
+def test_non_finite_loss_stops_the_run(tmp_path):
+    with pytest.raises(BadInput, match="the loss is .* smaller --learning_rate"):
+        train.main(
+            [
+                *FLAGS,
+                "--steps",
+                "50",
+                "--learning_rate",
+                "1e30",
+                "--clip",
+                "1e30",
+                "--out_dir",
+                str(tmp_path),
+            ]
+        )
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_sample_writes_what_whisper_decode_reads(tmp_path, capsys, pocket):
+    train.main([*FLAGS, "--out_dir", str(tmp_path)])
+    texts = tmp_path / "t.tsv"
+    texts.write_text("en\tThe dog sleeps.\nes\tEl perro duerme.\nde\tDer Hund schläft.\n")
+    common = ["--ckpt", str(tmp_path / "ckpt.pt"), "--seed", "1"]
+    sample.main(
+        [*common, "--text_file", str(texts), "--steps", "4", "--out", str(tmp_path / "f.npz")]
+    )
+    with np.load(tmp_path / "f.npz") as file:
+        f = dict(file)
+    assert f["features"].shape == (3, 256, 128) and f["frames"].shape == (3,)
+    assert list(f["language"]) == ["en", "es", "de"] and f["text"][2] == "Der Hund schläft."
+    model = openai_whisper.load_model("pocket/pocket.pt")
+    for i in range(3):
+        read = openai_whisper.decode(
+            model,
+            torch.from_numpy(f["features"][i]),
+            fp16=False,
+            language=str(f["language"][i]),
+            without_timestamps=True,
+        )
+        assert read.text == f["hypothesis"][i]
+    capsys.readouterr()
+    sample.main([*common, "The dog glorps.", "--out", str(tmp_path / "g.npz")])
+    out = capsys.readouterr().out
+    assert "never heard: glorps" in out and "NFE 4" in out and "t = 0.00" in out
+    sample.main([*common, "The dog sleeps.", "--out", str(tmp_path / "h.npz")])
+    alone = np.load(tmp_path / "h.npz")["features"][0]  # the same alone as in a batch
+    np.testing.assert_allclose(alone, f["features"][0], atol=1e-3)
+
+
+# ---- what users get wrong --------------------------------------------------------------------
+
+
+def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes("one\ncaf\xe9\n".encode("latin1"))
+    (tmp_path / "no.pt").write_bytes(b"no checkpoint")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    at = lambda name: str(tmp_path / name)  # noqa: E731
+    train_ = lambda *flags: train.main([*flags, "--out_dir", at("o")])  # noqa: E731
+    wrong = {
+        "no Whisper 'nosuch'": lambda: FrozenWhisper("nosuch"),
+        "not a Whisper checkpoint": lambda: FrozenWhisper(at("no.pt")),
+        "needs `dims`": lambda: FrozenWhisper(at("other.pt")),
+        "does not know the language 'it'": lambda: pocket.check_language("it"),
+        "tokens and pocket reads at most 64": lambda: pocket.encode("word " * 99, "en"),
+        "at most 5.12 s": lambda: pocket.log_mel(np.zeros(99_999, np.float32)),
+        "cannot read": lambda: train_("--data", f"en={at('missing.txt')}"),
+        "empty.txt has no usable sentence": lambda: train_("--data", f"en={at('empty.txt')}"),
+        "latin.txt, line 2: byte 0xe9 is not UTF-8": lambda: train_(
+            "--data", f"en={at('latin.txt')}"
+        ),
+        "say its language": lambda: train_("--data", at("latin2.txt")),
+        "speed 99": lambda: train_("--speed", "99"),
+        "batch_size 0 is too small": lambda: train_("--batch_size", "0"),
+        "drop_text 1.0 must be below 1": lambda: train_("--drop_text", "1"),
+        "device 'gpu9' cannot be used": lambda: train_("--device", "gpu9"),
+        "no checkpoint": lambda: train_("--resume"),
+        "make one with": lambda: sample.main(["x", "--ckpt", at("missing.pt")]),
+        "not a checkpoint of train.py": lambda: sample.main(["x", "--ckpt", at("other.pt")]),
+        "must end in .npz": lambda: sample.main(["x", "--out", at("f.csv")]),
+    }
+    (tmp_path / "latin2.txt").write_text("one\n")
+    for message, call in wrong.items():
+        with pytest.raises(BadInput) as error:
+            call()
+        assert message in str(error.value) and "\n" not in str(error.value), message
+    assert not any(path.suffix == ".tmp" for path in tmp_path.rglob("*"))
+
+
+def test_unknown_flags_are_errors_and_help_names_every_field(capsys):
+    for argv in (["--no_such_flag", "1"], ["--steps", "many"]):
+        with pytest.raises(SystemExit):
+            train.parse_config(argv)
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{f.name}" in text for f in dataclasses.fields(train.Config))
+    config = train.parse_config(["--steps", "7", "--compile", "--data", "builtin", "en=a.txt"])
+    assert config == train.Config(steps=7, compile=True, data=("builtin", "en=a.txt"))
+
+
+def test_command_line_prints_one_line_for_an_error():
+    result = subprocess.run(
+        [sys.executable, "train.py", "--whisper", "nosuch"],
+        capture_output=True,
+        text=True,
+        cwd=Path(train.__file__).parent,
+    )
+    assert result.returncode == 1 and result.stderr.startswith("train.py: no Whisper 'nosuch'")
+    assert result.stderr.count("\n") == 1
