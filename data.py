@@ -278,7 +278,7 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
 
 
 def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
-    """8-bit log-mel of one clip (n_mels, n) -> log-mel (n_mels, window), silence behind the clip."""
+    """8-bit log-mel of a clip (n_mels, n) -> log-mel and silence behind it (n_mels, window)."""
     mel = torch.from_numpy(mel).float() / 85 - 1.5
     # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
     return torch.nn.functional.pad(mel, (0, window - mel.shape[1]), value=float(mel.max()) - 2)

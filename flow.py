@@ -142,7 +142,7 @@ def sample(
     """
     if method not in ORDER:
         raise ValueError(f"unknown solver {method!r}; choose one of {', '.join(ORDER)}")
-    times = schedule(steps, sway).to(x0.device, x0.dtype)
+    times = schedule(steps, sway).to(x0.dtype).to(x0.device)
     states = [x0]
     for i in range(steps):
         t, h = (time.expand(len(x0)) for time in (times[i], times[i + 1] - times[i]))

@@ -1,4 +1,4 @@
-"""Tests: closed forms, known equations, the real pocket decoder. `python -m pytest -q`, minutes on a CPU."""
+"""Tests: closed forms, known equations, the real pocket decoder: `python -m pytest -q`."""
 
 import dataclasses
 import math
@@ -292,7 +292,7 @@ def test_cross_entropy_is_the_full_softmax(pocket):
     ],
 )
 def test_any_whisper_checkpoint_trains(tmp_path, changes):
-    """Multilingual, English-only, large-v3's vocabulary and mel bins: one step through the public path."""
+    """Multilingual, English-only, large-v3's vocabulary and mel bins, other widths."""
     path = random_whisper(tmp_path / "w.pt", **changes)
     text = tmp_path / "t.txt"
     text.write_text("\n".join(f"Sentence {n} here." for n in "one two three four five six".split()))
@@ -424,13 +424,13 @@ def test_resumed_run_equals_straight_run(tmp_path, monkeypatch):
     def interrupt(*args):
         show(*args)
         if args[3] == 4:
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C during step 5 of 6: finished and saved
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(train, "show_samples", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="saved at step 4"):
         train.main([*FLAGS, "--out_dir", str(tmp_path / "b")])
     monkeypatch.undo()
-    assert torch.load(tmp_path / "b" / "ckpt.pt")["step"] < 6
+    assert torch.load(tmp_path / "b" / "ckpt.pt")["step"] == 4
     resumed = train.main([*FLAGS, "--out_dir", str(tmp_path / "b"), "--resume"])
     a, b = (torch.load(tmp_path / x / "ckpt.pt", weights_only=True) for x in "ab")
     for name in a["ema"]:

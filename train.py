@@ -264,12 +264,13 @@ def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> 
                 show_samples(run.ema, whisper, held_out, run.step, config)
     bar.close()
     run.save()
-    if stop.is_set():
-        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if run.step < config.steps:
+        sys.exit(f"train.py: stopped and saved at step {run.step}; --resume goes on from there")
 
 
 def stop_on_ctrl_c() -> threading.Event:
-    """Set by the first Ctrl-C, so that a step is finished and saved; the second one kills."""
+    """Set by Ctrl-C, so that the step is finished and saved; a second Ctrl-C kills."""
     stop = threading.Event()
 
     def on_signal(*_):
@@ -349,4 +350,4 @@ if __name__ == "__main__":
     except BadInput as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped and saved; the same flags and --resume go on from there")
+        sys.exit("train.py: stopped; the last checkpoint, if there is one, is whole")

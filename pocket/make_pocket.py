@@ -76,7 +76,7 @@ def random_clip(sentence, variants, seed):
 
 
 def quantize(mel):
-    """Log-mel to one byte a value, 0.5 dB a step -> (n_mels, frames) uint8; back: data.mel_from_bytes."""
+    """Log-mel -> one byte a value, 0.5 dB a step; data.mel_from_bytes undoes it."""
     return ((mel + 1.5) * 85).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
