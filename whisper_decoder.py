@@ -84,8 +84,8 @@ class FrozenWhisper:
         return list(self.tokenizer(language).sot_sequence_including_notimestamps)
 
     def encode(self, text: str, language: str) -> list[int]:
-        """Text -> tokens, after the blank that Whisper writes first; BadInput if it is too long."""
-        tokens = self.tokenizer(language).encode(" " + text.strip(), disallowed_special=())
+        """Text -> tokens as Whisper writes them; BadInput if there are too many for one window."""
+        tokens = text_tokens(text, self.tokenizer(language))
         if len(tokens) > self.max_tokens:
             raise BadInput(f"the text has {len(tokens)} tokens and {self.name} reads at most "
                            f"{self.max_tokens} at once; split it: {text[:60]!r}...")
@@ -182,6 +182,16 @@ class FrozenWhisper:
                 result |= zip(some, whisper.decode(self.model, features[some].float(), options))
         return [Transcription(*(getattr(result[i], field) for field in Transcription._fields))
                 for i in range(len(languages))]
+
+
+def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Text -> tokens; Whisper begins with a blank where that is part of the first word's token.
+
+    Before Chinese characters the blank would be a token of its own, and `whisper.decode` never
+    begins with that one (suppress_blank).
+    """
+    tokens = tokenizer.encode(" " + text.strip(), disallowed_special=())
+    return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
 
 
 def choose_device(name: str) -> torch.device:

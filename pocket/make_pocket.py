@@ -42,6 +42,8 @@ VOICES = {"en": "en", "es": "es", "de": "de", "fr": "fr-fr", "zh": "cmn-latn-pin
 VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph zac david john "
             "pablo Andy").split()
 HELD_OUT_VARIANTS = ("m8", "f5", "Andrea", "edward")  # heard in no training clip
+# Cosines with warm restarts: steps, peak of the learning rate, share of corrupted decoder inputs.
+CYCLES = ((6000, 1.0, 0.0), (4000, 0.67, 0.25), (1900, 0.67, 0.1))
 SHARD = 1000  # clips per file, so that an interrupted run goes on where it stopped
 SILENT_SHARE = 0.03  # share of clips that are noise or silence, and learn <|nospeech|>
 
@@ -123,7 +125,7 @@ class Vocabulary:
     def tokens(self, language, text):
         tokenizer = self.tokenizer[language]
         prompt = tokenizer.sot_sequence_including_notimestamps
-        return [*prompt, *tokenizer.encode(" " + text), tokenizer.eot]
+        return [*prompt, *whisper_decoder.text_tokens(text, tokenizer), tokenizer.eot]
 
     def batch(self, rows):
         """Token lists -> (B, L) small ids, padded with -100."""
@@ -158,8 +160,14 @@ def silent_clip(rng):
     return colour + 0.2 * torch.randn((DIMS.n_mels, MEL_FRAMES), generator=rng)
 
 
-def cosine(progress):
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+def cycle_at(step):
+    """Step -> factor of the learning rate, share of corrupted decoder inputs."""
+    for i, (steps, peak, corrupt) in enumerate(CYCLES):
+        if step < steps or i + 1 == len(CYCLES):
+            break
+        step -= steps
+    warm_up = min((step + 1) / 300, 1) if i == 0 else 1
+    return peak * warm_up * max(0.5 * (1 + math.cos(math.pi * min(step / steps, 1))), 0.01), corrupt
 
 
 def new_model(vocabulary):
@@ -191,20 +199,14 @@ def train(sentences, clips, vocabulary, args):
     model, state_path = new_model(vocabulary), args.work_dir / "state.pt"
     optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
 
-    def factor(step):
-        """Two cosines; the second one starts at two thirds of the first."""
-        if step < args.steps:
-            return min((step + 1) / 300, 1) * max(cosine(step / args.steps), 0.01)
-        return 0.67 * max(cosine((step - args.steps) / args.more_steps), 0.01)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cycle_at(step)[0])
     first = 0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
             part.load_state_dict(state[name])
         first = state["step"]
-    last = args.steps + args.more_steps
+    last = sum(steps for steps, _, _ in CYCLES)
     bar = tqdm(range(first, last), initial=first, total=last, desc="training")
     for step in bar:
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -214,8 +216,8 @@ def train(sentences, clips, vocabulary, args):
         for i in range(args.batch):
             if torch.rand((), generator=rng) < SILENT_SHARE:
                 mel[i], rows[i] = silent_clip(rng), vocabulary.no_speech
-        corrupt = 0.25 if step >= args.steps else 0.0
-        loss = loss_of(model, vocabulary, mel, vocabulary.batch(rows), corrupt, rng)
+        targets = vocabulary.batch(rows)
+        loss = loss_of(model, vocabulary, mel, targets, cycle_at(step)[1], rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -284,8 +286,6 @@ def check(whisper, sentences, clips):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="shards and state")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--more_steps", type=int, default=4000, help="with corrupted inputs")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
