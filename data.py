@@ -5,12 +5,11 @@ L prompt + text + end tokens.
 """
 import hashlib
 import math
-import random
 import re
 import unicodedata
 from functools import partial
 from pathlib import Path
-from typing import Iterable, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, text_tokens
 
-GRAMMARS = Path(__file__).parent / "pocket" / "grammar"
+SENTENCES = Path(__file__).parent / "pocket" / "sentences"
 SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
-BUILTIN_SENTENCES = 6000  # per language
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 
@@ -46,39 +44,10 @@ class Sentence(NamedTuple):
 # ---- sources ---------------------------------------------------------------------------------
 
 
-def builtin(languages: Iterable[str] | None = None, n: int = BUILTIN_SENTENCES) -> list[Sentence]:
-    """The built-in sentences, n distinct ones per language, always the same."""
-    available = sorted(path.stem for path in GRAMMARS.glob("*.txt"))
-    sentences = []
-    for language in available if languages is None else languages:
-        if language not in available:
-            raise BadInput(f"no built-in sentences in {language!r}; there are {available}")
-        rules = read_grammar(GRAMMARS / f"{language}.txt")
-        rng, texts = random.Random(language), {}
-        while len(texts) < n:
-            words = expand(rules, "sentence", rng).split()
-            if 2 <= len(words) <= 12:
-                texts[join_words(words, language)] = None
-        sentences += [Sentence(language, text) for text in texts]
-    return sentences
-
-
-def read_grammar(path: Path) -> dict[str, list[str]]:
-    """`name = a | b`, `#` comments, indented lines go on: the rules of a context-free grammar."""
-    lines = re.sub(r"^#.*\n", "", path.read_text("utf-8"), flags=re.M)
-    rules = [line.split(" =", 1) for line in re.sub(r"\n[ \t]+", " ", lines).splitlines() if line]
-    return {name: [text.strip() for text in texts.split("|")] for name, texts in rules}
-
-
-def expand(rules: dict[str, list[str]], name: str, rng: random.Random) -> str:
-    """One random reading of the rule `name`."""
-    return re.sub(r"{(.+?)}", lambda m: expand(rules, m[1], rng), rng.choice(rules[name]))
-
-
-def join_words(words: Sequence[str], language: str) -> str:
-    text = ("" if language in UNSPACED else " ").join(words)
-    text = re.sub(r" ([.,])", r"\1", text)
-    return re.sub(r"\w", lambda m: m[0].upper(), text, count=1)
+def builtin() -> list[Sentence]:
+    """The built-in sentences of every language, a file of lines each; make_pocket.py wrote them."""
+    files = sorted(SENTENCES.glob("*.txt"))
+    return [Sentence(f.stem, line) for f in files for line in f.read_text("utf-8").splitlines()]
 
 
 def clean(text: str) -> str:
@@ -93,10 +62,9 @@ def words(text: str, language: str) -> list[str]:
 
 def unheard_words(sentence: Sentence) -> list[str]:
     """Words of a sentence that are in no built-in sentence: the pocket decoder never heard them."""
-    rules = read_grammar(GRAMMARS / f"{sentence.language}.txt")
-    text = re.sub("{.+?}", " ", " ".join(sum(rules.values(), [])))
-    heard = {word.lower() for word in words(text, sentence.language)}
-    return [w for w in words(*sentence[::-1]) if w.lower() not in heard]
+    text = (SENTENCES / f"{sentence.language}.txt").read_text("utf-8").lower()
+    heard = set(words(text, sentence.language))
+    return [w for w in words(sentence.text, sentence.language) if w.lower() not in heard]
 
 
 def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
@@ -119,9 +87,12 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
         raise BadInput(f"{path}: say its language, as in en={path}")
     sentences, problems = [], []
     for number, line in enumerate(lines, 1):
+        tsv = path.suffix == ".tsv"
+        code, tab, text = line.partition("\t") if tsv else (language, True, line)
         try:
+            if not tab and line.strip():
+                raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
             if line.strip():
-                code, text = split_tab(line) if path.suffix == ".tsv" else (language, line)
                 sentences.append(read_line(text, code, whisper))
         except BadInput as error:
             problems.append(f"{path}, line {number}: {error}")
@@ -129,13 +100,6 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
         why = f"; {problems[0]}" if problems else ": it is empty"
         raise BadInput(f"{path} has no usable sentence{why}")
     return sentences, problems
-
-
-def split_tab(line: str) -> tuple[str, str]:
-    language, tab, text = line.partition("\t")
-    if not tab:
-        raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
-    return language, text
 
 
 def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
@@ -154,8 +118,7 @@ def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0):
     found, problems = [], []
     for source in sources:
         if source == "builtin":
-            available = sorted(path.stem for path in GRAMMARS.glob("*.txt"))
-            found += builtin([code for code in available if code in whisper.languages])
+            found += [s for s in builtin() if s.language in whisper.languages]
             continue
         language, _, path = source.rpartition("=")
         language = whisper.check_language(language) if language else None

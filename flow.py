@@ -47,9 +47,8 @@ def target_velocity(x0: Tensor, x1: Tensor, sigma_min: float = 0.0) -> Tensor:
     return x1 - (1 - sigma_min) * x0
 
 
-def velocity_from_endpoint(
-    x1_hat: Tensor, x_t: Tensor, t: Tensor, sigma_min: float = 0.0
-) -> Tensor:
+def velocity_from_endpoint(x1_hat: Tensor, x_t: Tensor, t: Tensor,
+                           sigma_min: float = 0.0) -> Tensor:
     """The velocity that leads from x_t to x1_hat, t < 1 if sigma_min is 0. Eq. 21 of Lipman et al.
 
     Solve the path for x0 and put it into the target velocity.
@@ -128,14 +127,8 @@ def solver_step(velocity: Velocity, x: Tensor, t: Tensor, h: Tensor, method: str
     return x + expand(h / 2, x) * (v + velocity(x + expand(h, x) * v, t + h))
 
 
-def sample(
-    velocity: Velocity,
-    x0: Tensor,
-    steps: int = 4,
-    method: str = "euler",
-    sway: float = 0.0,
-    trajectory: bool = False,
-) -> Tensor:
+def sample(velocity: Velocity, x0: Tensor, steps: int = 4, method: str = "euler",
+           sway: float = 0.0, trajectory: bool = False) -> Tensor:
     """Solve dx/dt = velocity(x, t) from x0 at t = 0 to t = 1, (B, T, C) -> (B, T, C).
 
     With trajectory: all states, (steps + 1, B, T, C), noise first. Gradients pass through.

@@ -13,6 +13,7 @@ from typing import NamedTuple, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from whisper.decoding import DecodingResult
 
 import flow
 from data import (
@@ -20,18 +21,18 @@ from data import (
     unheard_words,
 )
 from model import DiT, DiTConfig
-from whisper_decoder import BadInput, FrozenWhisper, Transcription, choose_device, error_rates
+from whisper_decoder import BadInput, FrozenWhisper, choose_device, error_rates
 
 
 class Settings(NamedTuple):
-    """How to solve the ODE; see flow.py."""
+    """How to solve the ODE (see flow.py), and how fast the speech is."""
 
     steps: int = 4
     method: str = "euler"
     guidance: float = 1.0
     sway: float = 0.0
-    sigma_min: float = 0.0
     seed: int = 0
+    speed: float = 1.0
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict:
@@ -57,7 +58,7 @@ def load_model(checkpoint: dict, device: torch.device) -> DiT:
 @torch.no_grad()
 def generate(model: DiT, whisper: FrozenWhisper, batch: Batch, settings: Settings) -> Tensor:
     """A batch of text -> all states of the latents, noise first, (steps + 1, B, T, C)."""
-    velocity = flow.model_velocity(model, batch.cond, settings.guidance, settings.sigma_min)
+    velocity = flow.model_velocity(model, batch.cond, settings.guidance)
     x0 = noise(batch, whisper.channels, settings.seed)
     return flow.sample(velocity, x0, settings.steps, settings.method, settings.sway, True)
 
@@ -65,15 +66,15 @@ def generate(model: DiT, whisper: FrozenWhisper, batch: Batch, settings: Setting
 class RoundTrip(NamedTuple):
     features: np.ndarray  # (N, n_audio_ctx, C) float32
     frames: np.ndarray  # (N,)
-    read: list[Transcription]
+    read: list[DecodingResult]
 
 
-def round_trip(model, whisper, sentences: Sequence[Sentence], settings: Settings,
-               speed: float = 1.0, batch_size: int = 50) -> RoundTrip:
+def round_trip(model: DiT, whisper: FrozenWhisper, sentences: Sequence[Sentence],
+               settings: Settings, batch_size: int = 50) -> RoundTrip:
     """Sentences -> features, and the text that the frozen decoder reads in them."""
     features, frames, read = [], [], []
     for start in range(0, len(sentences), batch_size):
-        batch = make_batch(sentences[start : start + batch_size], whisper, speed)
+        batch = make_batch(sentences[start : start + batch_size], whisper, settings.speed)
         x1 = generate(model, whisper, batch, settings)[-1]
         features.append(whisper.features(x1, batch.cond["frames"]))
         frames.append(batch.cond["frames"])
@@ -81,39 +82,36 @@ def round_trip(model, whisper, sentences: Sequence[Sentence], settings: Settings
     return RoundTrip(torch.cat(features).cpu().numpy(), torch.cat(frames).cpu().numpy(), read)
 
 
-def show_forming(model, whisper, sentence: Sentence, settings: Settings, speed: float) -> None:
+def show(sentence: Sentence, frames: int, read: DecodingResult, settings: Settings) -> None:
+    """Print one round trip."""
+    rates = error_rates([sentence.text], [read.text], [sentence.language])
+    seconds = frames / FRAMES_PER_SECOND
+    nfe = flow.nfe(settings.steps, settings.method, settings.guidance)
+    print(f"text         {sentence.text}  [{sentence.language}]")
+    print(f"read back    {read.text}")
+    print(f"errors       CER {rates.cer:.1%}, WER {rates.wer:.1%}")
+    print(f"confidence   mean log-probability {read.avg_logprob:.2f}, no speech "
+          f"{read.no_speech_prob:.2f}, compression {read.compression_ratio:.2f}")
+    print(f"flow         {seconds:.2f} s, {frames} frames, {settings.steps} {settings.method} "
+          f"steps, NFE {nfe}, seed {settings.seed}")
+
+
+def show_forming(model, whisper, sentence: Sentence, settings: Settings) -> None:
     """Print what the decoder reads at every step of the ODE, from noise to speech."""
-    batch = make_batch([sentence], whisper, speed)
+    batch = make_batch([sentence], whisper, settings.speed)
     times = flow.schedule(settings.steps, settings.sway).tolist()
     for t, x in zip(times, generate(model, whisper, batch, settings)):
         read = whisper.transcribe(whisper.features(x, batch.cond["frames"]), [sentence.language])[0]
         print(f"  t = {t:.2f}     {read.text[:70]}")
 
 
-def show(sentence: Sentence, n_frames: int, read: Transcription, settings: Settings) -> None:
-    """Print one round trip."""
-    rates = error_rates([sentence.text], [read.text], [sentence.language])
-    nfe = flow.nfe(settings.steps, settings.method, settings.guidance)
-    print(f"text         {sentence.text}  [{sentence.language}]")
-    print(f"read back    {read.text}")
-    print(f"errors       CER {rates.cer:.1%}, WER {rates.wer:.1%}; mean log-probability "
-          f"{read.avg_logprob:.2f}, no speech {read.no_speech_prob:.2f}, "
-          f"compression {read.compression_ratio:.2f}")
-    print(f"length       {n_frames / FRAMES_PER_SECOND:.2f} s, {n_frames} frames; "
-          f"{settings.steps} {settings.method} steps, NFE {nfe}, seed {settings.seed}")
-
-
 def save_features(path: Path, trip: RoundTrip, sentences: Sequence[Sentence]) -> None:
     """Write the data set, whole or not at all."""
     temporary = path.with_suffix(".tmp.npz")
-    np.savez_compressed(
-        temporary,
-        features=trip.features,
-        frames=trip.frames,
-        text=np.array([s.text for s in sentences]),
-        language=np.array([s.language for s in sentences]),
-        hypothesis=np.array([read.text for read in trip.read]),
-    )
+    language, text = map(np.array, zip(*sentences))
+    hypothesis = np.array([read.text for read in trip.read])
+    np.savez_compressed(temporary, features=trip.features, frames=trip.frames, text=text,
+                        language=language, hypothesis=hypothesis)
     os.replace(temporary, path)
 
 
@@ -136,12 +134,12 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
     """Texts of the command line, a file or standard input, in pieces that fit the decoder."""
+    problems = []
     if args.text_file:
         sentences, problems = read_file(args.text_file, args.language, whisper)
     else:
         lines = args.text or sys.stdin.read().splitlines()
         sentences = [read_line(line, args.language, whisper) for line in lines if line.strip()]
-        problems = []
     if not sentences:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
     pieces = [piece for s in sentences for piece in split_long(s, whisper, args.speed)]
@@ -156,23 +154,22 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.out and (args.out.suffix != ".npz" or not args.out.parent.is_dir()):
         raise BadInput(f"--out {args.out} must end in .npz and lie in a folder that exists")
+    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
+    flow.schedule(settings.steps, settings.sway)  # a bad value is told before any work
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.ckpt, device)
     whisper = FrozenWhisper(checkpoint["config"]["whisper"], device)
     model = load_model(checkpoint, device)
-    settings = Settings(args.steps, args.method, args.guidance, args.sway,
-                        checkpoint["config"]["sigma_min"], args.seed)
-    flow.schedule(args.steps, args.sway)  # a bad value is told before any work
     sentences = read_texts(args, whisper)
-    trip = round_trip(model, whisper, sentences, settings, args.speed)
-    for i, sentence in enumerate(sentences):
-        show(sentence, int(trip.frames[i]), trip.read[i], settings)
-        unheard = unheard_words(sentence) if whisper.name == "pocket" else []
-        if unheard:
+    trip = round_trip(model, whisper, sentences, settings)
+    for sentence, frames, read in zip(sentences, trip.frames, trip.read):
+        show(sentence, int(frames), read, settings)
+        if whisper.name == "pocket" and (unheard := unheard_words(sentence)):
             print(f"note         the pocket decoder has never heard: {', '.join(unheard)}")
-        if i == 0 and not args.text_file:
-            show_forming(model, whisper, sentence, settings, args.speed)
-    rates = error_rates(*zip(*[(s.text, r.text, s.language) for s, r in zip(sentences, trip.read)]))
+        if sentence is sentences[0] and not args.text_file:
+            show_forming(model, whisper, sentence, settings)
+    texts, codes = [s.text for s in sentences], [s.language for s in sentences]
+    rates = error_rates(texts, [read.text for read in trip.read], codes)
     print(f"{len(sentences)} texts: CER {rates.cer:.2%}, WER {rates.wer:.2%}, "
           f"letter by letter {rates.exact:.1%}")
     if args.out:

@@ -29,8 +29,8 @@ from sample import Settings, load_checkpoint, round_trip
 from whisper_decoder import BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates
 
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
+def setting(default, help, low=None, below=math.inf):
+    return field(default=default, metadata=dict(help=help, low=low, below=below))
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,31 @@ class Config:
     out_dir: str = setting("out", "folder for ckpt.pt and log.csv")
     whisper: str = setting("pocket", "decoder: pocket, an official name, or a checkpoint file")
     data: tuple = setting(("builtin",), "sources: builtin, FILE.tsv, LANGUAGE=FILE.txt")
-    speed: float = setting(1.0, "pace of the speech; 1 is natural")
-    depth: int = setting(4, "size of the DiT: layers and heads; the width is 32 times that")
-    steps: int = setting(1000, "training steps")
-    batch_size: int = setting(24, "sentences per step")
-    learning_rate: float = setting(1e-3, "peak of the schedule")
-    warmup: int = setting(50, "steps to the peak; a cosine leads down from there")
-    weight_decay: float = setting(0.01, "AdamW")
-    clip: float = setting(1.0, "largest norm of the gradient")
-    ema: float = setting(0.99, "decay of the averaged weights, which are what is evaluated")
-    sigma_min: float = setting(0.0, "width of the path's end, see flow.py")
-    sampler_steps: int = setting(1, "ODE steps that the round-trip loss runs through")
-    flow_weight: float = setting(1.0, "weight of the flow loss beside the cross-entropy")
-    drop_text: float = setting(0.1, "share of items whose text is dropped, for guidance")
-    eval_every: int = setting(250, "steps between evaluations and checkpoints")
-    eval_sentences: int = setting(250, "held-out sentences of the final evaluation")
-    seed: int = setting(0, "of everything random")
+    speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
+    depth: int = setting(4, "size of the DiT: layers and heads; the width is 32 times that", 1)
+    steps: int = setting(1000, "training steps", 1)
+    batch_size: int = setting(24, "sentences per step", 4)
+    learning_rate: float = setting(1e-3, "peak of the schedule", 0)
+    warmup: int = setting(50, "steps to the peak; a cosine leads down from there", 1)
+    weight_decay: float = setting(0.01, "AdamW", 0)
+    clip: float = setting(1.0, "largest norm of the gradient", 0)
+    ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
+    sampler_steps: int = setting(1, "ODE steps that the round-trip loss runs through", 1)
+    flow_weight: float = setting(1.0, "weight of the flow loss beside the cross-entropy", 0)
+    drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
+    eval_every: int = setting(250, "steps between evaluations and checkpoints", 1)
+    eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
+    seed: int = setting(0, "of everything random", 0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     compile: bool = setting(False, "torch.compile the DiT")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            low, below, value = f.metadata["low"], f.metadata["below"], getattr(self, f.name)
+            if low is not None and not low <= value < below:
+                limit = f" and below {below}" if below < math.inf else ""
+                raise BadInput(f"--{f.name} {value} cannot be used; at least {low}{limit}")
 
 
 def parse_config(argv=None) -> Config:
@@ -84,13 +90,13 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tens
     The flow's own sample is what the path is regressed on: text alone gives no other x1. So every
     t learns to point where the sampler arrived, and any number of steps can be taken afterwards.
     """
-    velocity = flow.model_velocity(model, batch.cond, sigma_min=config.sigma_min)
+    velocity = flow.model_velocity(model, batch.cond)
     x1 = flow.sample(velocity, x0, config.sampler_steps)
     frames = batch.cond["frames"]
     cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
 
     x1 = x1.detach()
-    x1_hat = model(flow.path(x0, x1, t, config.sigma_min), t, {**batch.cond, "drop": drop})
+    x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
     is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
     return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech)
 
@@ -139,54 +145,47 @@ def rates(sentences: list, read: list) -> ErrorRates:
                        [s.language for s in sentences])
 
 
-def cer_of(whisper: FrozenWhisper, sentences: list, features: Tensor) -> float:
-    return rates(sentences, whisper.transcribe(features, [s.language for s in sentences])).cer
-
-
-def reference_rates(model, whisper: FrozenWhisper, sentences: list, config: Config) -> dict:
-    """What a condition that says nothing scores (lower bounds), and real speech (upper bound)."""
-    # Each sentence from the text of the next one of its language, judged by its own text.
-    same = {s.language: [o for o in sentences if o.language == s.language] for s in sentences}
-    following = {a: b for part in same.values() for a, b in zip(part, part[1:] + part[:1])}
-    settings = Settings(4, sigma_min=config.sigma_min)
-    shuffled = [following[s] for s in sentences]
-    read = round_trip(model, whisper, shuffled, settings, config.speed).read
-    batch = data.make_batch(sentences, whisper, config.speed)
-    noise = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
-    spoken, mel = data.spoken_sentences(whisper)
-    return dict(
-        cer_shuffled_text=rates(sentences, read).cer,
-        cer_noise=cer_of(whisper, sentences, noise),
-        cer_real_speech=cer_of(whisper, spoken, whisper.features_of_speech(mel))
-        if spoken else math.nan,
-    )
-
-
-def final_evaluation(model, whisper: FrozenWhisper, held_out: list, config: Config) -> dict:
+def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> dict:
     """Greedy round trips of held-out text with 1 and 4 steps, and the bounds beside them."""
     sentences = balanced(held_out, config.eval_sentences)
     result = {"val_sentences": len(sentences)}
     for steps in (1, 4):
-        settings = Settings(steps, sigma_min=config.sigma_min)
-        read = round_trip(model, whisper, sentences, settings, config.speed).read
-        result[f"val_cer_{steps}step"] = rates(sentences, read).cer
-    result["val_wer_4step"] = rates(sentences, read).wer
-    for code in dict.fromkeys(s.language for s in sentences):
-        part = [i for i, s in enumerate(sentences) if s.language == code]
-        cer = rates([sentences[i] for i in part], [read[i] for i in part]).cer
-        result[f"val_cer_4step_{code}"] = cer
-    result["val_exact_4step"] = rates(sentences, read).exact
-    return result | reference_rates(model, whisper, sentences, config)
+        settings = Settings(steps, speed=config.speed)
+        read = round_trip(model, whisper, sentences, settings).read
+        result |= {f"val_{name}_{steps}step": rate
+                   for name, rate in rates(sentences, read)._asdict().items()}
+        for code in dict.fromkeys(s.language for s in sentences):
+            pairs = [(s, r) for s, r in zip(sentences, read) if s.language == code]
+            result[f"val_cer_{steps}step_{code}"] = rates(*zip(*pairs)).cer
+
+    # Lower bounds: the text of another sentence, and noise in place of features.
+    shuffled = sentences[1:] + sentences[:1]
+    read = round_trip(model, whisper, shuffled, settings).read
+    result["cer_shuffled_text"] = rates(sentences, read).cer
+    some = balanced(sentences, 50)
+    batch = data.make_batch(some, whisper, config.speed)
+    noise = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
+    read = whisper.transcribe(noise, [s.language for s in some])
+    result["cer_noise"] = rates(some, read).cer
+
+    # Upper bound: what the decoder makes of real speech, where ours fits the checkpoint.
+    spoken, mels = data.spoken_sentences(whisper)
+    read = []
+    for mel in mels.split(25) if spoken else ():
+        part = spoken[len(read) : len(read) + 25]
+        features = whisper.features_of_speech(mel)
+        read += whisper.transcribe(features, [s.language for s in part])
+    result["cer_real_speech"] = rates(spoken, read).cer if spoken else math.nan
+    return result
 
 
 def show_samples(model, whisper: FrozenWhisper, held_out: list, step: int, config: Config) -> None:
     """One held-out sentence of each of up to five languages, with 4 steps."""
     sentences = balanced(held_out, 1)[:5]
-    settings = Settings(4, sigma_min=config.sigma_min)
-    trip = round_trip(model, whisper, sentences, settings, config.speed)
     tqdm.write(f"step {step}", file=sys.stdout)
-    for sentence, read in zip(sentences, trip.read):
-        tqdm.write(f"  {sentence.language}  {sentence.text}  ->  {read.text}", file=sys.stdout)
+    read = round_trip(model, whisper, sentences, Settings(4, speed=config.speed)).read
+    for (code, text), r in zip(sentences, read):
+        tqdm.write(f"  {code}  {text}  ->  {r.text}", file=sys.stdout)
 
 
 # ---- the run ---------------------------------------------------------------------------------
@@ -237,7 +236,8 @@ def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> 
     config, device = run.config, whisper.device
     model = torch.compile(run.model, dynamic=True) if config.compile else run.model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    stop = stop_on_ctrl_c()
+    stop = threading.Event()  # Ctrl-C lets the step end, then saves
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
     start = time.time()
     with open_log(run) as log:
@@ -264,21 +264,9 @@ def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> 
                 show_samples(run.ema, whisper, held_out, run.step, config)
     bar.close()
     run.save()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, before)
     if run.step < config.steps:
         sys.exit(f"train.py: stopped and saved at step {run.step}; --resume goes on from there")
-
-
-def stop_on_ctrl_c() -> threading.Event:
-    """Set by Ctrl-C, so that the step is finished and saved; a second Ctrl-C kills."""
-    stop = threading.Event()
-
-    def on_signal(*_):
-        stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, on_signal)
-    return stop
 
 
 LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
@@ -305,7 +293,6 @@ def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, t, norm) -> 
 
 def main(argv=None) -> dict:
     start, config = time.time(), parse_config(argv)
-    check(config)
     device = choose_device(config.device)
     whisper = FrozenWhisper(config.whisper, device)
     sentences, problems = data.load(config.data, whisper, config.speed)
@@ -318,30 +305,20 @@ def main(argv=None) -> dict:
     run.path.parent.mkdir(parents=True, exist_ok=True)
     if config.resume:
         run.load()
+    elif run.path.exists():
+        os.replace(run.path, run.path.with_suffix(".old"))
+        print(f"note: {run.path} is kept as {run.path.with_suffix('.old')}")
     parameters = sum(p.numel() for p in run.model.parameters())
     languages = ", ".join(sorted({s.language for s in sentences}))
     print(f"{config.whisper} on {device}; {len(training)} sentences to train on, {len(held_out)} "
           f"held out, in {languages}; {parameters:,} parameters")
     train(run, whisper, training, held_out)
-    result = final_evaluation(run.ema, whisper, held_out, config)
+    result = evaluate(run.ema, whisper, held_out, config)
     result = dict(device=device, seconds=time.time() - start, steps=run.step,
                   parameters=parameters) | result
     for name, value in result.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     return result
-
-
-def check(config: Config) -> None:
-    """BadInput for a number that cannot work."""
-    least = dict(depth=1, steps=1, batch_size=4, warmup=1, sampler_steps=1, eval_every=1,
-                 eval_sentences=1, learning_rate=0, clip=0, ema=0, sigma_min=0, flow_weight=0,
-                 drop_text=0, weight_decay=0, seed=0)
-    for name, low in least.items():
-        if not getattr(config, name) >= low:
-            raise BadInput(f"--{name} {getattr(config, name)} is too small; at least {low}")
-    for name in ("ema", "sigma_min", "drop_text"):
-        if not getattr(config, name) < 1:
-            raise BadInput(f"--{name} {getattr(config, name)} must be below 1")
 
 
 if __name__ == "__main__":

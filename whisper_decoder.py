@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import whisper
 from torch import Tensor
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
+from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
@@ -29,13 +30,6 @@ UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without 
 
 class BadInput(ValueError):
     """What the user gave cannot be used; the message names it and a way out."""
-
-
-class Transcription(NamedTuple):
-    text: str
-    avg_logprob: float  # mean log-probability of the tokens, natural logarithm
-    no_speech_prob: float  # probability of <|nospeech|> as the first token
-    compression_ratio: float  # of the text by zlib; above 2.4 Whisper calls it a loop
 
 
 class FrozenWhisper:
@@ -170,18 +164,18 @@ class FrozenWhisper:
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
         return each.sum(1) / said.sum(1)
 
-    def transcribe(self, features: Tensor, languages: Sequence[str]) -> list[Transcription]:
-        """Greedy `whisper.decode`, no teacher forcing, (B, n_audio_ctx, C) -> what is read."""
+    def transcribe(self, features: Tensor, languages: Sequence[str]) -> list[DecodingResult]:
+        """Greedy `whisper.decode`, no teacher forcing, (B, n_audio_ctx, C) -> what is read.
+
+        A result has text, avg_logprob (mean over the tokens, in nats), no_speech_prob (of
+        <|nospeech|> as the first token) and compression_ratio (above 2.4 Whisper calls it a loop).
+        """
         result = {}
         for language in dict.fromkeys(languages):  # whisper.decode takes one language a call
             where = [i for i, code in enumerate(languages) if code == language]
-            options = whisper.DecodingOptions(
-                language=language, without_timestamps=True, fp16=False, temperature=0.0
-            )
-            for some in (where[i : i + 64] for i in range(0, len(where), 64)):
-                result |= zip(some, whisper.decode(self.model, features[some].float(), options))
-        return [Transcription(*(getattr(result[i], field) for field in Transcription._fields))
-                for i in range(len(languages))]
+            options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
+            result |= zip(where, whisper.decode(self.model, features[where].float(), options))
+        return [result[i] for i in range(len(languages))]
 
 
 def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -208,22 +202,16 @@ def choose_device(name: str) -> torch.device:
 
 def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     """`whisper.load_model`, with one clear sentence where it fails."""
-    path = POCKET if name == "pocket" else Path(name)
-    if name in whisper.available_models():
-        try:
-            return whisper.load_model(name, device)
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"could not download Whisper {name!r} ({error}); check the network, or "
-                           "give a checkpoint file, or use the embedded pocket") from error
-    if not path.is_file():
-        names = ", ".join(["pocket", *whisper.available_models()])
-        raise BadInput(f"no Whisper {name!r}: neither a file nor one of {names}")
+    names = ["pocket", *whisper.available_models()]
+    if name not in names and not Path(name).is_file():
+        raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
     try:
-        return whisper.load_model(str(path), device)
-    except Exception as error:  # whatever torch.load and the model's constructor raise
+        return whisper.load_model(str(POCKET) if name == "pocket" else name, device)
+    except Exception as error:  # whatever the download, torch.load and the constructor raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise BadInput(f"{path} is not a Whisper checkpoint (it needs `dims` and "
-                       f"`model_state_dict` as openai-whisper saves them): {reason}") from error
+        hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
+                "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
+        raise BadInput(f"cannot load Whisper {name!r} ({reason}); {hint}") from error
 
 
 # ---- error rates -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -43,9 +44,46 @@ VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph
             "pablo Andy").split()
 HELD_OUT_VARIANTS = ("m8", "f5", "Andrea", "edward")  # heard in no training clip
 # Cosines with warm restarts: steps, peak of the learning rate, share of corrupted decoder inputs.
-CYCLES = ((6000, 1.0, 0.0), (4000, 0.67, 0.25), (1900, 0.67, 0.1))
+CYCLES = ((9000, 1.0, 0.2), (4000, 0.5, 0.1))
+MAX_TAKES = 8  # of one sentence
+N_SENTENCES = 6000  # per language
 SHARD = 1000  # clips per file, so that an interrupted run goes on where it stopped
 SILENT_SHARE = 0.03  # share of clips that are noise or silence, and learn <|nospeech|>
+
+
+# ---- sentences -------------------------------------------------------------------------------
+
+
+def write_sentences():
+    """pocket/grammar/*.txt -> pocket/sentences/*.txt, as many distinct ones in every language."""
+    data.SENTENCES.mkdir(exist_ok=True)
+    for path in sorted((HERE / "grammar").glob("*.txt")):
+        rules, rng, texts = read_grammar(path), random.Random(path.stem), {}
+        while len(texts) < N_SENTENCES:
+            words = expand(rules, "sentence", rng).split()
+            if 2 <= len(words) <= 12:
+                texts[join_words(words, path.stem)] = None
+        temporary = data.SENTENCES / f"{path.stem}.tmp"
+        temporary.write_text("".join(f"{text}\n" for text in texts), "utf-8")
+        os.replace(temporary, data.SENTENCES / path.name)
+
+
+def read_grammar(path):
+    """`name = a | b`, `#` comments, indented lines go on: the rules of a context-free grammar."""
+    lines = re.sub(r"^#.*\n", "", path.read_text("utf-8"), flags=re.M)
+    rules = [line.split(" =", 1) for line in re.sub(r"\n[ \t]+", " ", lines).splitlines() if line]
+    return {name: [text.strip() for text in texts.split("|")] for name, texts in rules}
+
+
+def expand(rules, name, rng):
+    """One random reading of the rule `name`."""
+    return re.sub(r"{(.+?)}", lambda m: expand(rules, m[1], rng), rng.choice(rules[name]))
+
+
+def join_words(words, language):
+    text = ("" if language in whisper_decoder.UNSPACED else " ").join(words)
+    text = re.sub(r" ([.,])", r"\1", text)
+    return re.sub(r"\w", lambda m: m[0].upper(), text, count=1)
 
 
 # ---- speech ----------------------------------------------------------------------------------
@@ -100,6 +138,12 @@ def speak_all(sentences, variants, seed, work, name, workers=2):
     return clips
 
 
+def takes(sentence):
+    """How often it is spoken: few short sentences exist, and spoken once they are not learned."""
+    seconds = data.natural_frames(sentence) / data.FRAMES_PER_SECOND
+    return min(max(round((3 / seconds) ** 2), 1), MAX_TAKES)
+
+
 # ---- training --------------------------------------------------------------------------------
 
 
@@ -141,6 +185,16 @@ class Vocabulary:
         return {**state, "decoder.token_embedding.weight": full}
 
 
+def warp(mel, window, rng):
+    """Vocal tract and tempo up to a tenth longer or shorter, (n_mels, n): more voices."""
+    scale = 0.9 + 0.2 * torch.rand(2, generator=rng).numpy()
+    bins, frames = (np.array(mel.shape) * scale).astype(int).tolist()
+    mel = torch.from_numpy(mel)[None, None].float()
+    mel = F.interpolate(mel, (bins, min(frames, window)), mode="bilinear", antialias=True)
+    top = max(DIMS.n_mels - bins, 0)
+    return F.pad(mel, (0, 0, 0, top), mode="replicate")[0, 0, : DIMS.n_mels].numpy()
+
+
 def augment(mel, rng):
     """Light noise, other loudness, a masked band of frequencies."""
     mel = mel + 0.05 * torch.randn(mel.shape, generator=rng)
@@ -177,6 +231,28 @@ def new_model(vocabulary):
     return model
 
 
+def encode(encoder, mel):
+    """AudioEncoder.forward for a window that may be shorter than the model's: less to compute."""
+    x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
+    x = x + encoder.positional_embedding[: x.shape[1]]
+    for block in encoder.blocks:
+        x = block(x)
+    return encoder.ln_post(x)
+
+
+def draw(clips, batch, rng):
+    """Clips of like length and a window for them: the model's own in a third of the steps."""
+    pool = torch.randint(0, len(clips), (4 * batch,), generator=rng).tolist()
+    pool.sort(key=lambda i: clips[i].shape[1])
+    first = batch * int(torch.randint(4, (), generator=rng))
+    picks = pool[first : first + batch]
+    silence = int(torch.randint(8, 80, (), generator=rng))
+    window = (clips[picks[-1]].shape[1] + silence) // 2 * 2
+    if torch.rand((), generator=rng) < 1 / 3:
+        window = MEL_FRAMES
+    return picks, min(window, MEL_FRAMES)
+
+
 def loss_of(model, vocabulary, mel, targets, corrupt, rng):
     """Cross-entropy; a share `corrupt` of the decoder's text inputs are random tokens.
 
@@ -187,7 +263,7 @@ def loss_of(model, vocabulary, mel, targets, corrupt, rng):
     wrong = torch.rand(inputs.shape, generator=rng) < corrupt
     wrong[:, :4] = False  # the prompt stays
     random_tokens = torch.randint(len(vocabulary.used), inputs.shape, generator=rng)
-    logits = model(mel, torch.where(wrong, random_tokens, inputs))
+    logits = model.decoder(torch.where(wrong, random_tokens, inputs), encode(model.encoder, mel))
     offset = torch.zeros(logits.shape[-1])
     offset[-1] = vocabulary.log_unused
     return F.cross_entropy((logits + offset).flatten(0, 1), targets[:, 1:].flatten())
@@ -210,12 +286,13 @@ def train(sentences, clips, vocabulary, args):
     bar = tqdm(range(first, last), initial=first, total=last, desc="training")
     for step in bar:
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        picks = torch.randint(0, len(sentences), (args.batch,), generator=rng).tolist()
-        mel = augment(torch.stack([data.mel_from_bytes(clips[i], MEL_FRAMES) for i in picks]), rng)
+        picks, window = draw(clips, args.batch, rng)
+        mel = [data.mel_from_bytes(warp(clips[i], window, rng), window) for i in picks]
+        mel = augment(torch.stack(mel), rng)
         rows = [vocabulary.tokens(*sentences[i]) for i in picks]
         for i in range(args.batch):
             if torch.rand((), generator=rng) < SILENT_SHARE:
-                mel[i], rows[i] = silent_clip(rng), vocabulary.no_speech
+                mel[i], rows[i] = silent_clip(rng)[:, :window], vocabulary.no_speech
         targets = vocabulary.batch(rows)
         loss = loss_of(model, vocabulary, mel, targets, cycle_at(step)[1], rng)
         optimizer.zero_grad(set_to_none=True)
@@ -265,8 +342,8 @@ def check(whisper, sentences, clips):
     """Word error rate (characters in Mandarin) and language identification per language."""
     read, heard = [], []
     for start in tqdm(range(0, len(clips), 50), desc="checking"):
-        part = sentences[start : start + 50]
-        mel = torch.stack([data.mel_from_bytes(clip, MEL_FRAMES) for clip in clips[start : start + 50]])
+        part, some = sentences[start : start + 50], clips[start : start + 50]
+        mel = torch.stack([data.mel_from_bytes(clip, MEL_FRAMES) for clip in some])
         features = whisper.features_of_speech(mel)
         read += [t.text for t in whisper.transcribe(features, [s.language for s in part])]
         probabilities = whisper.model.detect_language(features)[1]
@@ -296,11 +373,16 @@ def main():
                  "espeak-ng` (Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
-    everything = data.builtin(LANGUAGES)
+    write_sentences()
+    everything = sorted(data.builtin(), key=lambda s: LANGUAGES.index(s.language))
     training, held_out = data.split(everything)
     vocabulary = Vocabulary(training)
-    clips = speak_all(training, VARIANTS, args.seed, args.work_dir, "train")
-    model = train(training, clips, vocabulary, args)
+    spoken, clips = [], []
+    for take in range(MAX_TAKES):
+        part = [s for s in training if takes(s) > take]
+        clips += speak_all(part, VARIANTS, args.seed + take, args.work_dir, f"train{take}")
+        spoken += part
+    model = train(spoken, clips, vocabulary, args)
     state = {name: x.half() for name, x in vocabulary.expand(model).items()}
     save_deflated({"dims": asdict(DIMS), "model_state_dict": state}, whisper_decoder.POCKET)
     print(f"{whisper_decoder.POCKET}: {whisper_decoder.POCKET.stat().st_size / 1e6:.2f} MB")
