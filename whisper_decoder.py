@@ -47,10 +47,9 @@ class FrozenWhisper:
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         # Rows of the tied embedding that are equal have equal logits: one of each is enough.
-        rows = self.model.decoder.token_embedding.weight
-        self.rows, self.row_of, self.row_count = rows.unique(
-            dim=0, return_inverse=True, return_counts=True
-        )
+        rows = self.model.decoder.token_embedding.weight.cpu()
+        unique = rows.unique(dim=0, return_inverse=True, return_counts=True)
+        self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
         # A language whose token has no embedding of its own was never trained.
         codes = list(LANGUAGES)[: self.model.num_languages]
         codes = codes if self.model.is_multilingual else ["en"]
@@ -158,7 +157,7 @@ class FrozenWhisper:
             x = block(x, features, mask=decoder.mask)
         said = targets >= 0
         x = decoder.ln(x[:, n_prompt - 1 :][said])  # (all targets, E): only where one is predicted
-        logits = x @ self.rows.T
+        logits = (x @ self.rows.T).float()
         chosen = logits.gather(1, self.row_of[targets[said]][:, None])[:, 0]
         nats = (logits + self.row_count.log()).logsumexp(1) - chosen
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
@@ -206,12 +205,15 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     if name not in names and not Path(name).is_file():
         raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
     try:
-        return whisper.load_model(str(POCKET) if name == "pocket" else name, device)
+        model = whisper.load_model(str(POCKET) if name == "pocket" else name, "cpu")
     except Exception as error:  # whatever the download, torch.load and the constructor raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
                 "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
         raise BadInput(f"cannot load Whisper {name!r} ({reason}); {hint}") from error
+    if device.type == "mps":  # has no sparse tensors; only word times need these
+        model.alignment_heads = model.alignment_heads.to_dense()
+    return model.to(device)
 
 
 # ---- error rates -----------------------------------------------------------------------------

@@ -43,8 +43,9 @@ VOICES = {"en": "en", "es": "es", "de": "de", "fr": "fr-fr", "zh": "cmn-latn-pin
 VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph zac david john "
             "pablo Andy").split()
 HELD_OUT_VARIANTS = ("m8", "f5", "Andrea", "edward")  # heard in no training clip
-# Cosines with warm restarts: steps, peak of the learning rate, share of corrupted decoder inputs.
-CYCLES = ((9000, 1.0, 0.2), (4000, 0.5, 0.1))
+# Cosines with warm restarts: steps, peak of the learning rate, share of corrupted decoder inputs,
+# weight of the CTC loss.
+CYCLES = ((9000, 1.0, 0.2, 0.0), (4500, 0.67, 0.1, 0.3))
 MAX_TAKES = 8  # of one sentence
 N_SENTENCES = 6000  # per language
 SHARD = 1000  # clips per file, so that an interrupted run goes on where it stopped
@@ -215,13 +216,14 @@ def silent_clip(rng):
 
 
 def cycle_at(step):
-    """Step -> factor of the learning rate, share of corrupted decoder inputs."""
-    for i, (steps, peak, corrupt) in enumerate(CYCLES):
+    """Step -> factor of the learning rate, share of corrupted inputs, weight of the CTC loss."""
+    for i, (steps, peak, corrupt, ctc) in enumerate(CYCLES):
         if step < steps or i + 1 == len(CYCLES):
             break
         step -= steps
     warm_up = min((step + 1) / 300, 1) if i == 0 else 1
-    return peak * warm_up * max(0.5 * (1 + math.cos(math.pi * min(step / steps, 1))), 0.01), corrupt
+    cosine = max(0.5 * (1 + math.cos(math.pi * min(step / steps, 1))), 0.01)
+    return peak * warm_up * cosine, corrupt, ctc
 
 
 def new_model(vocabulary):
@@ -253,36 +255,47 @@ def draw(clips, batch, rng):
     return picks, min(window, MEL_FRAMES)
 
 
-def loss_of(model, vocabulary, mel, targets, corrupt, rng):
-    """Cross-entropy; a share `corrupt` of the decoder's text inputs are random tokens.
+def loss_of(model, ctc_head, vocabulary, mel, targets, corrupt, ctc_weight, rng):
+    """Cross-entropy of the decoder, and CTC on the encoder: two ways to make it listen.
 
-    Template sentences are easy to guess from the words before. A decoder that cannot trust those
-    words has to listen; without this, short sentences were read as other short sentences.
+    Template sentences are easy to guess from the words before, and short ones were read as other
+    short ones. So a share `corrupt` of the decoder's text inputs are random tokens, and a linear
+    layer, thrown away afterwards, must find the words in the encoder's output alone.
     """
     inputs = targets[:, :-1].clamp(min=0)
     wrong = torch.rand(inputs.shape, generator=rng) < corrupt
     wrong[:, :4] = False  # the prompt stays
     random_tokens = torch.randint(len(vocabulary.used), inputs.shape, generator=rng)
-    logits = model.decoder(torch.where(wrong, random_tokens, inputs), encode(model.encoder, mel))
+    features = encode(model.encoder, mel)
+    logits = model.decoder(torch.where(wrong, random_tokens, inputs), features)
     offset = torch.zeros(logits.shape[-1])
     offset[-1] = vocabulary.log_unused
-    return F.cross_entropy((logits + offset).flatten(0, 1), targets[:, 1:].flatten())
+    loss = F.cross_entropy((logits + offset).flatten(0, 1), targets[:, 1:].flatten())
+    if not ctc_weight:
+        return loss
+    log_probs = ctc_head(features).log_softmax(-1).transpose(0, 1)  # (T, B, blank + tokens)
+    texts = [row[4:][row[4:] >= 0][:-1] + 1 for row in targets]  # without prompt and end
+    n_frames, n_tokens = [len(log_probs)] * len(texts), [len(text) for text in texts]
+    ctc = F.ctc_loss(log_probs, torch.cat(texts), n_frames, n_tokens, zero_infinity=True)
+    return loss + ctc_weight * ctc
 
 
 def train(sentences, clips, vocabulary, args):
     """Plain training; the state is saved every 500 steps and picked up again."""
     torch.manual_seed(args.seed)
     model, state_path = new_model(vocabulary), args.work_dir / "state.pt"
-    optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
-
+    ctc_head = torch.nn.Linear(DIMS.n_audio_state, len(vocabulary.used) + 1)
+    parameters = [*model.parameters(), *ctc_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cycle_at(step)[0])
+    parts = dict(model=model, ctc_head=ctc_head, optimizer=optimizer, schedule=schedule)
     first = 0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         first = state["step"]
-    last = sum(steps for steps, _, _ in CYCLES)
+    last = sum(cycle[0] for cycle in CYCLES)
     bar = tqdm(range(first, last), initial=first, total=last, desc="training")
     for step in bar:
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -294,18 +307,18 @@ def train(sentences, clips, vocabulary, args):
             if torch.rand((), generator=rng) < SILENT_SHARE:
                 mel[i], rows[i] = silent_clip(rng)[:, :window], vocabulary.no_speech
         targets = vocabulary.batch(rows)
-        loss = loss_of(model, vocabulary, mel, targets, cycle_at(step)[1], rng)
+        _, corrupt, ctc = cycle_at(step)
+        loss = loss_of(model, ctc_head, vocabulary, mel, targets, corrupt, ctc, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step + 1 == last:
             bar.write(f"step {step:5d}  loss {loss.item():.4f}")
         if (step + 1) % 500 == 0 or step + 1 == last:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         schedule=schedule.state_dict(), step=step + 1)
-            torch.save(state, state_path.with_suffix(".tmp"))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({**state, "step": step + 1}, state_path.with_suffix(".tmp"))
             os.replace(state_path.with_suffix(".tmp"), state_path)
     return model
 
