@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 import unicodedata
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -57,13 +57,22 @@ def clean(text: str) -> str:
 
 def words(text: str, language: str) -> list[str]:
     """What the length rule counts: words, or characters in languages written without spaces."""
-    return re.findall(r"\w" if language in UNSPACED else r"[\w\u0300-\u036f]+", text)
+    # Letters, digits, and the marks that belong to them, such as the vowel signs of Hindi.
+    # U+200C and U+200D join or part letters inside a word.
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" or c in "\u200c\u200d" else " "
+                   for c in text)
+    return [c for c in kept if c.isalnum()] if language in UNSPACED else kept.split()
+
+
+@cache
+def heard_words(language: str) -> set[str]:
+    text = (SENTENCES / f"{language}.txt").read_text("utf-8").lower()
+    return set(words(text, language))
 
 
 def unheard_words(sentence: Sentence) -> list[str]:
     """Words of a sentence that are in no built-in sentence: the pocket decoder never heard them."""
-    text = (SENTENCES / f"{sentence.language}.txt").read_text("utf-8").lower()
-    heard = set(words(text, sentence.language))
+    heard = heard_words(sentence.language)
     return [w for w in words(sentence.text, sentence.language) if w.lower() not in heard]
 
 
@@ -87,13 +96,13 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
         raise BadInput(f"{path}: say its language, as in en={path}")
     sentences, problems = [], []
     for number, line in enumerate(lines, 1):
-        tsv = path.suffix == ".tsv"
-        code, tab, text = line.partition("\t") if tsv else (language, True, line)
+        if not line.strip():
+            continue
+        code, tab, text = line.partition("\t") if path.suffix == ".tsv" else (language, "\t", line)
         try:
-            if not tab and line.strip():
+            if not tab:
                 raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
-            if line.strip():
-                sentences.append(read_line(text, code, whisper))
+            sentences.append(read_line(text, code, whisper))
         except BadInput as error:
             problems.append(f"{path}, line {number}: {error}")
     if not sentences:
@@ -120,7 +129,7 @@ def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0):
         if source == "builtin":
             found += [s for s in builtin() if s.language in whisper.languages]
             continue
-        language, _, path = source.rpartition("=")
+        language, _, path = source.partition("=") if "=" in source else ("", "", source)
         language = whisper.check_language(language) if language else None
         sentences, more = read_file(Path(path), language, whisper)
         found, problems = found + sentences, problems + more
@@ -129,7 +138,7 @@ def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0):
         problems.append(f"long texts were split: {len(found)} texts, {len(fitting)} pieces")
     distinct = list(dict.fromkeys(fitting))
     if len(distinct) < len(fitting):
-        problems.append(f"{len(fitting) - len(distinct)} sentences stand there twice; used once")
+        problems.append(f"{len(fitting) - len(distinct)} duplicates were left out")
     return distinct, problems
 
 
@@ -140,10 +149,17 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: adding lines moves no other line."""
-    limit = max(HELD_OUT, min(map(hash_share, sentences)))
-    held_out = [s for s in sentences if hash_share(s) <= limit]
-    return [s for s in sentences if hash_share(s) > limit], held_out
+    """Training and held-out sentences, by a hash of each: adding lines moves no other line.
+
+    At least one of each (in tiny sets that one may move); BadInput if there are less than two.
+    """
+    shares = [hash_share(s) for s in sentences]
+    limit = max([HELD_OUT, *sorted(shares)[:1]])
+    training = [s for s, share in zip(sentences, shares) if share > limit]
+    if not training:
+        raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
+                       "more, in languages that the decoder knows")
+    return training, [s for s, share in zip(sentences, shares) if share <= limit]
 
 
 # ---- length ----------------------------------------------------------------------------------
@@ -174,7 +190,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
     if fits(sentence, whisper, speed):
         return [sentence]
     for cut in CUTS:
-        parts = re.split(cut, sentence.text)
+        parts = [part for part in re.split(cut, sentence.text) if part]
         if len(parts) > 1:
             break
     else:
@@ -191,13 +207,16 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
 
 
 def align(n_bytes: Sequence[int], n_frames: int) -> Tensor:
-    """Average upsampling: UTF-8 lengths of tokens (S,) -> the token of each frame (T,).
+    """Average upsampling: UTF-8 lengths of tokens (S,) -> the token of each frame (T,), T >= S.
 
-    Every byte lasts equally long, so a token's share of the frames is its share of the bytes.
+    Every byte lasts equally long, so a token's share of the frames is its share of the bytes; but
+    every token has a frame, or it would be lost.
     """
-    ends = np.cumsum(n_bytes)
-    centres = (np.arange(n_frames) + 0.5) * ends[-1] / n_frames
-    return torch.from_numpy(np.searchsorted(ends, centres, side="right"))
+    i, ends = np.arange(len(n_bytes)), np.cumsum(n_bytes)
+    ends = np.rint(ends / ends[-1] * n_frames).astype(int)
+    ends = np.maximum.accumulate(np.maximum(ends - i, 1)) + i  # each after the one before
+    ends = np.minimum(ends, n_frames - i[::-1])  # and room for those that follow
+    return torch.from_numpy(np.repeat(i, np.diff(ends, prepend=0)))
 
 
 class Batch(NamedTuple):
@@ -209,8 +228,8 @@ class Batch(NamedTuple):
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: float = 1.0) -> Batch:
     """Sentences -> condition of the flow and targets of the decoder, padded, on the device."""
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
-    frames = [natural_frames(s, speed) for s in sentences]
-    encoding = whisper.tokenizer("en").encoding
+    frames = [max(natural_frames(s, speed), len(row)) for s, row in zip(sentences, tokens)]
+    encoding = whisper.tokenizer("en").encoding  # text tokens are the same in every language
     spread = [align([len(encoding.decode_single_token_bytes(t)) for t in row], n)
               for row, n in zip(tokens, frames)]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
@@ -243,7 +262,7 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
 
 def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
     """8-bit log-mel of a clip (n_mels, n) -> log-mel and silence behind it (n_mels, window)."""
-    mel = torch.from_numpy(mel).float() / 85 - 1.5
+    mel = torch.from_numpy(mel).float() / 85 - 1.5  # undoes make_pocket.quantize
     # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
     return torch.nn.functional.pad(mel, (0, window - mel.shape[1]), value=float(mel.max()) - 2)
 

@@ -7,7 +7,10 @@ The contract, stated here and nowhere else
     velocity  u_t = dx_t/dt = x1 - (1 - sigma_min) x0            Lipman et al. 2023, eq. 23
     ODE       dx/dt = v(x_t, t), from t = 0 to t = 1
     network   endpoint(x_t, t, cond) -> x1_hat, the point at t = 1 that x_t flows to
-    guidance  v = v_null + guidance (v_cond - v_null); 1 is off
+    sigma_min width of the noise that is left at t = 1; 0 in all of this repository, so that
+              x_t = (1 - t) x0 + t x1 and u_t = x1 - x0
+    guidance  v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho and Salimans
+              2022, eq. 6
     steps     steps of the solver; NFE = steps * ORDER[method] network evaluations, twice if guided
 
 "OT-CFM" means this conditional optimal-transport path: straight lines from x0 to x1. It is not
@@ -43,7 +46,10 @@ def path(x0: Tensor, x1: Tensor, t: Tensor, sigma_min: float = 0.0) -> Tensor:
 
 
 def target_velocity(x0: Tensor, x1: Tensor, sigma_min: float = 0.0) -> Tensor:
-    """u_t = d path / dt, the same at every t, (B, T, C), (B, T, C) -> (B, T, C). Eq. 23."""
+    """u_t = d path / dt, the same at every t, (B, T, C), (B, T, C) -> (B, T, C). Eq. 23.
+
+    Training regresses the endpoint instead; this is the form of the papers.
+    """
     return x1 - (1 - sigma_min) * x0
 
 
@@ -79,7 +85,7 @@ def cfm_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def schedule(steps: int, sway: float = 0.0) -> Tensor:
-    """Times from 0 to 1, (steps + 1,): uniform, or swayed towards noise by -1 <= sway < 0.
+    """Times from 0 to 1, (steps + 1,): uniform; sway < 0: small steps first, > 0: small ones last.
 
     t' = t + sway (cos(pi t / 2) - 1 + t), F5-TTS, arXiv 2410.06885, eq. 7.
     """
@@ -102,7 +108,8 @@ def model_velocity(endpoint, cond: dict, guidance: float = 1.0, sigma_min: float
     """Network and condition -> the velocity field of the ODE, guided if guidance is not 1.
 
     endpoint(x_t, t, cond) -> x1_hat; cond: tensors whose first dimension is B, among them
-    `drop` (B,) bool, which turns an item's condition off. Ho and Salimans 2022, eq. 6.
+    `drop` (B,) bool, which turns an item's condition off. The velocity is affine in the endpoint,
+    so mixing two endpoints mixes their velocities.
     """
     if guidance == 1:
         return lambda x, t: velocity_from_endpoint(endpoint(x, t, cond), x, t, sigma_min)

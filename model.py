@@ -72,9 +72,9 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.mlp = mlp(width, 4 * width, width)
-        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        nn.init.zeros_(self.condition[1].weight)
-        nn.init.zeros_(self.condition[1].bias)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        nn.init.zeros_(self.modulation[1].weight)
+        nn.init.zeros_(self.modulation[1].bias)
 
     def attention(self, x: Tensor, mask: Tensor) -> Tensor:
         """Self-attention to the patches of the mask, (B, N, D), (B, 1, 1, N) -> (B, N, D)."""
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
         """(B, N, D), (B, 1, D), (B, 1, 1, N) -> (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(condition).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         x = x + gate1 * self.attention(modulate(x, shift1, scale1), mask)
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
@@ -132,7 +132,7 @@ class DiT(nn.Module):
         n_frames, patch = x_t.shape[1], self.config.patch
         padding = -n_frames % patch
         position = torch.arange(n_frames + padding, device=x_t.device)
-        is_speech = position < cond["frames"][:, None]  # (B, T)
+        is_speech = position < cond["frames"][:, None]  # (B, T + padding)
         x_t = F.pad(x_t, (0, 0, 0, padding)) * is_speech[:, :, None]
 
         text = self.spread_text(cond, n_frames + padding) * is_speech[:, :, None]

@@ -21,7 +21,7 @@ from data import (
     unheard_words,
 )
 from model import DiT, DiTConfig
-from whisper_decoder import BadInput, FrozenWhisper, choose_device, error_rates
+from whisper_decoder import BadInput, FrozenWhisper, choose_device, error_rates, first_line
 
 
 class Settings(NamedTuple):
@@ -35,17 +35,16 @@ class Settings(NamedTuple):
     speed: float = 1.0
 
 
-def load_checkpoint(path: Path, device: torch.device) -> dict:
+def load_checkpoint(path: Path) -> dict:
     """What train.py saved; BadInput if it is missing or something else."""
     if not path.is_file():
-        raise BadInput(f"no checkpoint {path}; make one with `python train.py`, or give --ckpt")
+        raise BadInput(f"no checkpoint {path}; `python train.py` makes one")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["model_config"], checkpoint["ema"], checkpoint["config"]
         return checkpoint
     except Exception as error:
-        reason = str(error).splitlines()[0][:100]
-        raise BadInput(f"{path} is not a checkpoint of train.py: {reason}") from error
+        raise BadInput(f"{path} is not a checkpoint of train.py: {first_line(error)}") from error
 
 
 def load_model(checkpoint: dict, device: torch.device) -> DiT:
@@ -76,10 +75,11 @@ def round_trip(model: DiT, whisper: FrozenWhisper, sentences: Sequence[Sentence]
     for start in range(0, len(sentences), batch_size):
         batch = make_batch(sentences[start : start + batch_size], whisper, settings.speed)
         x1 = generate(model, whisper, batch, settings)[-1]
-        features.append(whisper.features(x1, batch.cond["frames"]))
-        frames.append(batch.cond["frames"])
-        read += whisper.transcribe(features[-1], [s.language for s in batch.sentences])
-    return RoundTrip(torch.cat(features).cpu().numpy(), torch.cat(frames).cpu().numpy(), read)
+        seen = whisper.features(x1, batch.cond["frames"])
+        read += whisper.transcribe(seen, [s.language for s in batch.sentences])
+        features.append(seen.cpu())
+        frames.append(batch.cond["frames"].cpu())
+    return RoundTrip(torch.cat(features).numpy(), torch.cat(frames).numpy(), read)
 
 
 def show(sentence: Sentence, frames: int, read: DecodingResult, settings: Settings) -> None:
@@ -116,7 +116,7 @@ def save_features(path: Path, trip: RoundTrip, sentences: Sequence[Sentence]) ->
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("text", nargs="*", help="texts; none: from --text_file or standard input")
     parser.add_argument("--language", default="en", help="of the texts (default: en)")
     parser.add_argument("--text_file", type=Path, help="FILE.tsv (language<TAB>text) or FILE.txt")
@@ -125,7 +125,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--method", choices=list(flow.ORDER), default="euler", help="solver")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is off (default: 1)")
     parser.add_argument("--sway", type=float, default=0.0, help="-1: small steps first")
-    parser.add_argument("--speed", type=float, default=1.0, help="pace; 2 is twice as fast")
+    parser.add_argument("--speed", type=float, help="pace (default: as in training)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--out", type=Path, help="write the features here, as .npz")
@@ -154,10 +154,18 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.out and (args.out.suffix != ".npz" or not args.out.parent.is_dir()):
         raise BadInput(f"--out {args.out} must end in .npz and lie in a folder that exists")
-    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
-    flow.schedule(settings.steps, settings.sway)  # a bad value is told before any work
+    if args.text and args.text_file:
+        raise BadInput("texts and --text_file were given; give one of them")
+    if not 0 <= args.seed < 2**31:
+        raise BadInput(f"--seed {args.seed} cannot be used; at least 0 and below {2**31}")
+    try:
+        flow.schedule(args.steps, args.sway)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from error
     device = choose_device(args.device)
-    checkpoint = load_checkpoint(args.ckpt, device)
+    checkpoint = load_checkpoint(args.ckpt)
+    args.speed = checkpoint["config"]["speed"] if args.speed is None else args.speed
+    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
     whisper = FrozenWhisper(checkpoint["config"]["whisper"], device)
     model = load_model(checkpoint, device)
     sentences = read_texts(args, whisper)
@@ -180,5 +188,7 @@ def main(argv=None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (BadInput, ValueError) as error:
+    except BadInput as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: stopped; nothing was written")

@@ -19,7 +19,7 @@ import sample
 import train
 from data import Sentence
 from model import DiT, DiTConfig
-from whisper_decoder import BadInput, FrozenWhisper, edit_distance, error_rates, normalizer
+from whisper_decoder import POCKET, BadInput, FrozenWhisper, edit_distance, error_rates, normalizer
 
 torch.manual_seed(0)
 
@@ -133,13 +133,15 @@ def test_schedule():
     swayed = flow.schedule(8, -1.0)
     torch.testing.assert_close(swayed[4], torch.tensor(1 - math.cos(math.pi / 4)).double())
     assert (swayed.diff() > 0).all() and swayed[0] == 0 and swayed[-1] == 1
-    for steps, sway, method in ((0, 0, "euler"), (4, -2, "euler"), (4, 0, "rk9")):
-        with pytest.raises(ValueError, match="steps|sway|solver"):
+    wrong = {"steps": (0, 0, "euler"), "sway": (4, -2, "euler"), "solver": (4, 0, "rk9")}
+    for name, (steps, sway, method) in wrong.items():
+        with pytest.raises(ValueError, match=name):
             flow.sample(lambda x, t: x, torch.zeros(1, 1, 1), steps, method, sway)
 
 
 def test_against_torchcfm():
-    cfm = pytest.importorskip("torchcfm.conditional_flow_matching", reason="test extra")
+    reason = "to compare: pip install --no-deps torchcfm pot"
+    cfm = pytest.importorskip("torchcfm.conditional_flow_matching", reason=reason)
     x0, x1, t = latents(4, 3, 2), latents(4, 3, 2, seed=2), torch.rand(4).double() * 0.9
     for sigma in (0.0, 0.1):
         theirs = cfm.TargetConditionalFlowMatcher(sigma=sigma)
@@ -246,7 +248,7 @@ def test_real_speech_is_understood(pocket):
     read = pocket.transcribe(features, [s.language for s in sentences[::5]])
     assert train.rates(sentences[::5], read).cer < 0.05
     noise = pocket.transcribe(torch.randn(4, 256, 128), ["en"] * 4)
-    assert min(r.avg_logprob for r in read) > -2 and all(r.avg_logprob <= 0 for r in noise)
+    assert min(r.avg_logprob for r in read) > max(r.avg_logprob for r in noise)
     assert pocket.transcribe(pocket.silence[None], ["en"])[0].no_speech_prob > 0.5
     assert max(r.no_speech_prob for r in read) < 0.5
 
@@ -318,14 +320,14 @@ def test_files_are_read_whole_or_every_bad_line_is_named(tmp_path, pocket):
     sentences, problems = data.load([str(path)], pocket)
     assert sentences == [Sentence("en", "Café one"), Sentence("de", "Hallo Welt")]
     assert [p.split(": ")[0] for p in problems[:3]] == [f"{path}, line {n}" for n in (3, 4, 5)]
-    assert "used once" in problems[3]
+    assert "1 duplicates" in problems[3]
     assert len(data.load([str(path), "builtin"], pocket)[0]) == 2 + 5 * 6000
 
 
 def test_long_texts_are_split_and_nothing_is_lost(pocket):
     for language, text in (
         ("en", "The dog sleeps, and the cat eats an apple. " * 5 + "word" * 200),
-        ("zh", "老师在教室里吃饺子，" * 9),
+        ("zh", "老师在教室里吃饺子，" * 9), ("zh", "老师在教室里吃饺子" * 9 + "。"),
         ("en", "a " * 300),
     ):
         whole = Sentence(language, data.clean(text))
@@ -335,12 +337,23 @@ def test_long_texts_are_split_and_nothing_is_lost(pocket):
     assert data.split_long(SENTENCES[0], pocket) == [SENTENCES[0]]
 
 
+def test_words_and_tokens_of_all_scripts(pocket):
+    assert data.words("हिन्दी भाषा!", "hi") == ["हिन्दी", "भाषा"]
+    assert data.words("老师，喝茶。", "zh") == list("老师喝茶")
+    assert data.words("l'été, ok 42", "fr") == ["l", "été", "ok", "42"]
+    tokens = pocket.encode('He said: "yes" (twice).', "en")  # what whisper.decode never writes
+    assert pocket.decode(tokens) == "He said yes twice."
+    assert not set(tokens) & set(pocket.tokenizer("en").non_speech_tokens)
+
+
 def test_alignment_gives_every_byte_its_share():
     assert data.align([1, 3], 8).tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert data.align([1, 90, 1, 1], 5).tolist() == [0, 1, 1, 2, 3]  # none is lost
     for n in (7, 50, 129):
         spread = data.align([3, 1, 6, 2], n)
         assert (spread.diff() >= 0).all() and spread[0] == 0 and spread[-1] == 3
         assert np.allclose(np.bincount(spread) / n, np.array([3, 1, 6, 2]) / 12, atol=1 / n)
+        assert len(spread) == n
     slow, fast = (data.natural_frames(SENTENCES[2], speed) for speed in (0.5, 1.0))
     assert abs(slow - 2 * fast) <= 1
 
@@ -359,7 +372,7 @@ def test_four_sentences_come_back_exactly(pocket, tmp_path):
         assert [r.text for r in read] == [s.text for s in SENTENCES]
 
 
-FLAGS = "--steps 6 --batch_size 4 --depth 1 --eval_every 2 --eval_sentences 5".split()
+FLAGS = "--device cpu --steps 6 --batch_size 4 --depth 1 --eval_every 2 --eval_sentences 5".split()
 
 
 def test_resumed_run_equals_straight_run(tmp_path, monkeypatch):
@@ -390,25 +403,27 @@ def test_resumed_run_equals_straight_run(tmp_path, monkeypatch):
 
 
 def test_non_finite_loss_stops_the_run_and_loses_no_checkpoint(tmp_path):
-    (tmp_path / "ckpt.pt").write_bytes(b"of an earlier run")
+    for name in ("ckpt.pt", "log.csv"):
+        (tmp_path / name).write_bytes(b"of an earlier run")
     with pytest.raises(BadInput, match="the loss is .* smaller --learning_rate"):
         flags = f"--steps 50 --learning_rate 1e30 --clip 1e30 --out_dir {tmp_path}"
         train.main([*FLAGS, *flags.split()])
     assert not (tmp_path / "ckpt.pt").exists()
     assert (tmp_path / "ckpt.old").read_bytes() == b"of an earlier run"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sample_writes_what_whisper_decode_reads(tmp_path, capsys, pocket):
     train.main([*FLAGS, "--out_dir", str(tmp_path)])
     texts = tmp_path / "t.tsv"
     texts.write_text("en\tThe dog sleeps.\nes\tEl perro duerme.\nde\tDer Hund schläft.\n")
-    common = ["--ckpt", str(tmp_path / "ckpt.pt"), "--seed", "1"]
+    common = ["--ckpt", str(tmp_path / "ckpt.pt"), "--seed", "1", "--device", "cpu"]
     sample.main([*common, "--text_file", str(texts), "--out", str(tmp_path / "f.npz")])
     with np.load(tmp_path / "f.npz") as file:
         f = dict(file)
     assert f["features"].shape == (3, 256, 128) and f["frames"].shape == (3,)
     assert list(f["language"]) == ["en", "es", "de"] and f["text"][2] == "Der Hund schläft."
-    model = openai_whisper.load_model("pocket/pocket.pt")
+    model = openai_whisper.load_model(str(POCKET), "cpu")
     for features, code, text in zip(f["features"], f["language"], f["hypothesis"]):
         read = openai_whisper.decode(model, torch.from_numpy(features), fp16=False,
                                      language=str(code), without_timestamps=True)
@@ -427,6 +442,8 @@ def test_sample_writes_what_whisper_decode_reads(tmp_path, capsys, pocket):
 
 def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "one.txt").write_text("One line.\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes("one\ncaf\xe9\n".encode("latin1"))
     (tmp_path / "no.pt").write_bytes(b"no checkpoint")
     torch.save({"a": 1}, tmp_path / "other.pt")
@@ -441,6 +458,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "at most 5.12 s": lambda: pocket.log_mel(np.zeros(99_999, np.float32)),
         "cannot read": lambda: train_("--data", f"en={at('missing.txt')}"),
         "empty.txt has no usable sentence": lambda: train_("--data", f"en={at('empty.txt')}"),
+        "1 usable sentences are too few": lambda: train_("--data", f"en={at('one.txt')}"),
         "latin.txt, line 2: byte 0xe9 is not": lambda: train_("--data", f"en={at('latin.txt')}"),
         "say its language": lambda: train_("--data", at("latin2.txt")),
         "speed 99": lambda: train_("--speed", "99"),
@@ -448,8 +466,13 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "drop_text 1.0 cannot be used; at least 0 and below 1": lambda: train_("--drop_text", "1"),
         "device 'gpu9' cannot be used": lambda: train_("--device", "gpu9"),
         "no checkpoint": lambda: train_("--resume"),
-        "make one with": lambda: sample.main(["x", "--ckpt", at("missing.pt")]),
+        "`python train.py` makes one": lambda: sample.main(["x", "--ckpt", at("missing.pt")]),
         "not a checkpoint of train.py": lambda: sample.main(["x", "--ckpt", at("other.pt")]),
+        "train.py: EOFError": lambda: sample.main(["x", "--ckpt", at("empty.pt")]),
+        "cannot write to --out_dir": lambda: train.main(["--out_dir", at("empty.pt")]),
+        "give one of them": lambda: sample.main(["x", "--text_file", at("one.txt")]),
+        "--steps must be at least 1, not 0": lambda: sample.main(["x", "--steps", "0"]),
+        "--seed -1 cannot be used": lambda: sample.main(["x", "--seed", "-1"]),
         "must end in .npz": lambda: sample.main(["x", "--out", at("f.csv")]),
     }
     (tmp_path / "latin2.txt").write_text("one\n")

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from whisper_decoder import BadInput, ErrorRates, FrozenWhisper, choose_device, 
 
 
 def setting(default, help, low=None, below=math.inf):
+    """A field of Config; numbers must be at least low, and below `below`."""
     return field(default=default, metadata=dict(help=help, low=low, below=below))
 
 
@@ -41,18 +42,18 @@ class Config:
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     depth: int = setting(4, "size of the DiT: layers and heads; the width is 32 times that", 1)
     steps: int = setting(1000, "training steps", 1)
-    batch_size: int = setting(24, "sentences per step", 4)
+    batch_size: int = setting(24, "sentences per step", 4)  # one in each quarter of t
     learning_rate: float = setting(1e-3, "peak of the schedule", 0)
     warmup: int = setting(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = setting(0.01, "AdamW", 0)
-    clip: float = setting(1.0, "largest norm of the gradient", 0)
+    clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     sampler_steps: int = setting(1, "ODE steps that the round-trip loss runs through", 1)
     flow_weight: float = setting(1.0, "weight of the flow loss beside the cross-entropy", 0)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
-    eval_every: int = setting(250, "steps between evaluations and checkpoints", 1)
+    eval_every: int = setting(250, "steps between samples and checkpoints", 1)
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
-    seed: int = setting(0, "of everything random", 0)
+    seed: int = setting(0, "of everything random", 0, 2**31)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     compile: bool = setting(False, "torch.compile the DiT")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt")
@@ -67,7 +68,7 @@ class Config:
 
 def parse_config(argv=None) -> Config:
     """The command line is made from the fields of Config."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):
         kind = dict(type=type(f.default))
         if isinstance(f.default, bool):
@@ -87,8 +88,10 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tens
            config: Config) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the round trip and flow loss, each per item (B,).
 
-    The flow's own sample is what the path is regressed on: text alone gives no other x1. So every
-    t learns to point where the sampler arrived, and any number of steps can be taken afterwards.
+    Text alone brings no x1. So the x1 of the path is where the sampler itself arrived from x0,
+    taken as a constant (such pairs are those of reflow, Liu et al. 2022, arXiv 2209.03003): every t
+    learns to point there, and any number of steps can be taken afterwards. What x1 should be, only
+    the cross-entropy says.
     """
     velocity = flow.model_velocity(model, batch.cond)
     x1 = flow.sample(velocity, x0, config.sampler_steps)
@@ -134,7 +137,7 @@ def update_ema(ema: DiT, model: DiT, step: int, config: Config) -> None:
 
 
 def balanced(sentences: list, n: int) -> list:
-    """The same number of sentences of every language, n in all or as many as there are."""
+    """Equally many sentences of every language, n in all (rounded up) or as many as there are."""
     languages = list(dict.fromkeys(s.language for s in sentences))
     each = math.ceil(n / len(languages))
     return [s for c in languages for s in [s for s in sentences if s.language == c][:each]]
@@ -146,21 +149,21 @@ def rates(sentences: list, read: list) -> ErrorRates:
 
 
 def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> dict:
-    """Greedy round trips of held-out text with 1 and 4 steps, and the bounds beside them."""
+    """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
     sentences = balanced(held_out, config.eval_sentences)
     result = {"val_sentences": len(sentences)}
-    for steps in (1, 4):
-        settings = Settings(steps, speed=config.speed)
-        read = round_trip(model, whisper, sentences, settings).read
+    one_step, four_steps = (Settings(steps, speed=config.speed) for steps in (1, 4))
+    for settings in (one_step, four_steps):
+        steps, read = settings.steps, round_trip(model, whisper, sentences, settings).read
         result |= {f"val_{name}_{steps}step": rate
                    for name, rate in rates(sentences, read)._asdict().items()}
         for code in dict.fromkeys(s.language for s in sentences):
             pairs = [(s, r) for s, r in zip(sentences, read) if s.language == code]
             result[f"val_cer_{steps}step_{code}"] = rates(*zip(*pairs)).cer
 
-    # Lower bounds: the text of another sentence, and noise in place of features.
+    # Chance: the text of another sentence, and noise in place of features.
     shuffled = sentences[1:] + sentences[:1]
-    read = round_trip(model, whisper, shuffled, settings).read
+    read = round_trip(model, whisper, shuffled, four_steps).read
     result["cer_shuffled_text"] = rates(sentences, read).cer
     some = balanced(sentences, 50)
     batch = data.make_batch(some, whisper, config.speed)
@@ -168,7 +171,7 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
     read = whisper.transcribe(noise, [s.language for s in some])
     result["cer_noise"] = rates(some, read).cer
 
-    # Upper bound: what the decoder makes of real speech, where ours fits the checkpoint.
+    # What the decoder makes of real speech, where ours fits the checkpoint.
     spoken, mels = data.spoken_sentences(whisper)
     read = []
     for mel in mels.split(25) if spoken else ():
@@ -219,7 +222,7 @@ class Run:
 
     def load(self) -> None:
         """Go on from the checkpoint; BadInput if it was made with another configuration."""
-        checkpoint = load_checkpoint(self.path, self.ema.no_text.device)
+        checkpoint = load_checkpoint(self.path)
         free = {"out_dir", "device", "compile", "resume", "eval_every", "eval_sentences"}
         for name, now in asdict(self.config).items():
             before = checkpoint["config"].get(name)
@@ -236,11 +239,9 @@ def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> 
     config, device = run.config, whisper.device
     model = torch.compile(run.model, dynamic=True) if config.compile else run.model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    stop = threading.Event()  # Ctrl-C lets the step end, then saves
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
     start = time.time()
-    with open_log(run) as log:
+    with open_log(run) as log, stop_on_ctrl_c() as stop:
         while run.step < config.steps and not stop.is_set():
             batch, x0, t, drop = draw(run.step, sentences, whisper, config)
             with autocast:
@@ -264,9 +265,20 @@ def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> 
                 show_samples(run.ema, whisper, held_out, run.step, config)
     bar.close()
     run.save()
-    signal.signal(signal.SIGINT, before)
-    if run.step < config.steps:
-        sys.exit(f"train.py: stopped and saved at step {run.step}; --resume goes on from there")
+    if stop.is_set():
+        sys.exit(f"train.py: stopped and saved at step {run.step}; the same command with "
+                 "--resume goes on from there")
+
+
+@contextmanager
+def stop_on_ctrl_c():
+    """Ctrl-C sets the event, so that the step can end and be saved."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
@@ -296,18 +308,25 @@ def main(argv=None) -> dict:
     device = choose_device(config.device)
     whisper = FrozenWhisper(config.whisper, device)
     sentences, problems = data.load(config.data, whisper, config.speed)
+    training, held_out = data.split(sentences)
+    run = Run(config, whisper)
+    try:
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write to --out_dir {config.out_dir}: {error.strerror}") from error
     for problem in problems[:10]:
         print(f"note: {problem}")
     if len(problems) > 10:
-        print(f"note: and {len(problems) - 10} more lines that could not be used")
-    training, held_out = data.split(sentences)
-    run = Run(config, whisper)
-    run.path.parent.mkdir(parents=True, exist_ok=True)
+        notes = run.path.with_name("notes.txt")
+        notes.write_text("\n".join(problems) + "\n", "utf-8")
+        print(f"note: {len(problems) - 10} more notes are in {notes}")
     if config.resume:
         run.load()
     elif run.path.exists():
-        os.replace(run.path, run.path.with_suffix(".old"))
-        print(f"note: {run.path} is kept as {run.path.with_suffix('.old')}")
+        for file in (run.path, run.path.with_name("log.csv")):
+            if file.exists():
+                os.replace(file, file.with_suffix(".old"))
+        print(f"note: {run.path} of an earlier run is kept as {run.path.with_suffix('.old')}")
     parameters = sum(p.numel() for p in run.model.parameters())
     languages = ", ".join(sorted({s.language for s in sentences}))
     print(f"{config.whisper} on {device}; {len(training)} sentences to train on, {len(held_out)} "
@@ -326,5 +345,7 @@ if __name__ == "__main__":
         main()
     except BadInput as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: out of GPU memory; try a smaller --batch_size or --eval_sentences")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; the last checkpoint, if there is one, is whole")

@@ -9,6 +9,8 @@
 B batch, L prompt + text + end tokens, T latent frames, C latent channels (n_audio_state),
 E embedding width (n_text_state), V vocabulary.
 """
+import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -25,6 +27,9 @@ from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokeni
 
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # 20 ms at 16 kHz
+# Signs that `whisper.decode` never writes (suppress_tokens): inside words, and between words.
+SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
+PARTING_SIGNS = r"[#+/:;=@\\]"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 
 
@@ -46,7 +51,8 @@ class FrozenWhisper:
         self.dims = self.model.dims
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
-        # Rows of the tied embedding that are equal have equal logits: one of each is enough.
+        # One matrix embeds the tokens and makes the logits. Its equal rows have equal logits: one
+        # of each is enough.
         rows = self.model.decoder.token_embedding.weight.cpu()
         unique = rows.unique(dim=0, return_inverse=True, return_counts=True)
         self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
@@ -89,7 +95,7 @@ class FrozenWhisper:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The decoder's own token embeddings on N(0, I)'s scale, (...) -> (..., E)."""
-        return F.layer_norm(self.rows[self.row_of[tokens]], (self.dims.n_text_state,))
+        return F.layer_norm(self.model.decoder.token_embedding(tokens), (self.dims.n_text_state,))
 
     def language_token(self, language: str) -> int:
         """The language's token; <|startoftranscript|> in an English-only checkpoint."""
@@ -115,9 +121,8 @@ class FrozenWhisper:
         before = []  # what goes into ln_post
         ln_post = self.model.encoder.ln_post
         hook = ln_post.register_forward_pre_hook(lambda _, x: before.append(x[0]))
-        with torch.no_grad():
+        with torch.no_grad(), hook:  # which removes itself
             self.model.encoder(mel.to(self.device))
-        hook.remove()
         return F.layer_norm(before[0], (self.channels,))
 
     def features_of_speech(self, mel: Tensor) -> Tensor:
@@ -156,8 +161,10 @@ class FrozenWhisper:
         for block in decoder.blocks:
             x = block(x, features, mask=decoder.mask)
         said = targets >= 0
-        x = decoder.ln(x[:, n_prompt - 1 :][said])  # (all targets, E): only where one is predicted
-        logits = (x @ self.rows.T).float()
+        # Position i predicts token i + 1, so the first text token is predicted at n_prompt - 1.
+        x = decoder.ln(x[:, n_prompt - 1 :][said])  # (all targets, E)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
+            logits = x.float() @ self.rows.T
         chosen = logits.gather(1, self.row_of[targets[said]][:, None])[:, 0]
         nats = (logits + self.row_count.log()).logsumexp(1) - chosen
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
@@ -173,30 +180,36 @@ class FrozenWhisper:
         for language in dict.fromkeys(languages):  # whisper.decode takes one language a call
             where = [i for i, code in enumerate(languages) if code == language]
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
-            result |= zip(where, whisper.decode(self.model, features[where].float(), options))
-        return [result[i] for i in range(len(languages))]
+            result.update(zip(where, whisper.decode(self.model, features[where].float(), options)))
+        return [replace(result[i], audio_features=None) for i in range(len(languages))]
 
 
 def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Text -> tokens; Whisper begins with a blank where that is part of the first word's token.
+    """Text -> the tokens that `whisper.decode` can write for it.
 
-    Before Chinese characters the blank would be a token of its own, and `whisper.decode` never
-    begins with that one (suppress_blank).
+    Whisper begins with a blank where that is part of the first word's token. Before Chinese
+    characters it would be a token of its own, which is never written first (suppress_blank).
     """
-    tokens = tokenizer.encode(" " + text.strip(), disallowed_special=())
+    text = re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text))
+    tokens = tokenizer.encode(" " + " ".join(text.split()), disallowed_special=())
     return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, short enough for one sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
 def choose_device(name: str) -> torch.device:
-    """auto: cuda, mps or cpu, the first that is there."""
+    """auto: mps if there is one, else cuda, else cpu."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if torch.backends.mps.is_available() else name
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"device {name!r} cannot be used ({reason}); try --device cpu") from error
+        raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
+                       ) from error
 
 
 def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
@@ -207,10 +220,9 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     try:
         model = whisper.load_model(str(POCKET) if name == "pocket" else name, "cpu")
     except Exception as error:  # whatever the download, torch.load and the constructor raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
                 "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
-        raise BadInput(f"cannot load Whisper {name!r} ({reason}); {hint}") from error
+        raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); {hint}") from error
     if device.type == "mps":  # has no sparse tensors; only word times need these
         model.alignment_heads = model.alignment_heads.to_dense()
     return model.to(device)

@@ -48,7 +48,7 @@ def real_features(whisper, mels, frames):
 
 
 def spoken(whisper, sentences, seed, work):
-    """Real features of the sentences, spoken by espeak-ng in the pocket decoder's training voices."""
+    """Real features of the sentences, spoken by espeak-ng in the voices of pocket's training."""
     clips = make_pocket.speak_all(sentences, make_pocket.VARIANTS, seed, work, f"realism{seed}")
     window = 2 * whisper.max_frames
     mels = torch.stack([data.mel_from_bytes(clip, window) for clip in clips])
@@ -220,7 +220,8 @@ def spread(values):
 
 def markdown(rows):
     """{name: {column: [a value per seed]}} -> table."""
-    lines = ["| features | " + " | ".join(COLUMNS.values()) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    lines = ["| features | " + " | ".join(COLUMNS.values()) + " |"]
+    lines.append("| --- " * (len(COLUMNS) + 1) + "|")
     for name, row in rows.items():
         cells = [spread(row.get(column, [])) for column in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -257,7 +258,7 @@ def main():
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = choose_device("auto")
-    checkpoints = {path: sample.load_checkpoint(path, device) for path in args.ckpt}
+    checkpoints = {path: sample.load_checkpoint(path) for path in args.ckpt}
     whisper = FrozenWhisper("pocket", device)
 
     everything = data.builtin()

@@ -5,6 +5,7 @@
 Everything unfinished is kept in --work_dir. Needs espeak-ng (Debian: `apt-get install espeak-ng`).
 """
 import argparse
+import hashlib
 import io
 import math
 import os
@@ -125,9 +126,10 @@ def speak_all(sentences, variants, seed, work, name, workers=2):
     """All clips of `sentences`, in order, from shards on disk that are made where missing."""
     clips = []
     shards = range(0, len(sentences), SHARD)
+    key = fingerprint(sentences, variants, seed)  # other sentences or voices, other files
     with ThreadPoolExecutor(workers) as pool:
         for start in tqdm(shards, desc=f"speaking {name}", unit="shard"):
-            path = work / f"{name}_{start:06d}.npz"
+            path = work / f"{name}_{key}_{start:06d}.npz"
             if not path.exists():
                 part = sentences[start : start + SHARD]
                 made = list(pool.map(lambda s: random_clip(s, variants, seed), part))
@@ -137,6 +139,10 @@ def speak_all(sentences, variants, seed, work, name, workers=2):
             with np.load(path) as shard:
                 clips += [shard[f"arr_{i}"] for i in range(len(shard.files))]
     return clips
+
+
+def fingerprint(*what):
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
 def takes(sentence):
@@ -283,7 +289,8 @@ def loss_of(model, ctc_head, vocabulary, mel, targets, corrupt, ctc_weight, rng)
 def train(sentences, clips, vocabulary, args):
     """Plain training; the state is saved every 500 steps and picked up again."""
     torch.manual_seed(args.seed)
-    model, state_path = new_model(vocabulary), args.work_dir / "state.pt"
+    model, key = new_model(vocabulary), fingerprint(sentences, args.seed, args.batch, CYCLES)
+    state_path = args.work_dir / f"state_{key}.pt"
     ctc_head = torch.nn.Linear(DIMS.n_audio_state, len(vocabulary.used) + 1)
     parameters = [*model.parameters(), *ctc_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -403,7 +410,8 @@ def main():
     tests = [s for c in LANGUAGES for s in [s for s in held_out if s.language == c][: args.test]]
     clips = speak_all(tests, HELD_OUT_VARIANTS, args.seed, args.work_dir, "test")
     check(whisper_decoder.FrozenWhisper("pocket"), tests, clips)
-    shipped = [i for i in range(len(tests)) if i % args.test < args.ship]
+    where = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}
+    shipped = [i for c in LANGUAGES for i in where[c][: args.ship]]
     save_speech([tests[i] for i in shipped], [clips[i] for i in shipped], SPEECH)
     print(f"{SPEECH}: {SPEECH.stat().st_size / 1e6:.2f} MB")
 
