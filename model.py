@@ -107,6 +107,7 @@ class DiT(nn.Module):
         self.text_in = mlp(config.embedding, 2 * width, width)
         self.time_in = mlp(width, width, width)
         self.language_in = nn.Linear(config.embedding, width)
+        self.odd = nn.Parameter(torch.zeros(width))
         self.no_text = nn.Parameter(torch.zeros(width))
         self.no_language = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
@@ -116,6 +117,8 @@ class DiT(nn.Module):
     def spread_text(self, cond: dict, n_frames: int) -> Tensor:
         """Average upsampling: each frame takes its token's vector, (B, S, E) -> (B, T, D)."""
         text = self.text_in(cond["text"])  # (B, S, D)
+        # Every other token is marked: a token twice in a row is not one token of double length.
+        text = text + self.odd * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]
         token = F.pad(cond["token"], (0, n_frames - cond["token"].shape[1]))
         text = text.gather(1, token[:, :, None].expand(-1, -1, text.shape[-1]))
         return torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)

@@ -205,6 +205,16 @@ def test_dropped_condition_hides_text_and_language(pocket):
     torch.testing.assert_close(without[0], without[1])
 
 
+def test_a_token_twice_is_not_a_long_token(pocket):
+    model, batch = network(pocket), data.make_batch([Sentence("zh", "天天")], pocket)
+    assert batch.cond["text"].shape[1] == 2
+    n = batch.cond["frames"].item()
+    x, t = torch.randn(1, n, pocket.channels), torch.tensor([0.3])
+    once = {**batch.cond, "token": torch.zeros(1, n, dtype=torch.long)}
+    with torch.no_grad():
+        assert not torch.allclose(model(x, t, batch.cond), model(x, t, once), atol=1e-2)
+
+
 def test_gradient_reaches_the_flow_and_no_whisper_weight(pocket):
     model, config = network(pocket), train.Config()
     before = {k: v.clone() for k, v in pocket.model.state_dict().items()}

@@ -46,7 +46,7 @@ VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph
 HELD_OUT_VARIANTS = ("m8", "f5", "Andrea", "edward")  # heard in no training clip
 # Cosines with warm restarts: steps, peak of the learning rate, share of corrupted decoder inputs,
 # weight of the CTC loss.
-CYCLES = ((9000, 1.0, 0.2, 0.0), (4500, 0.67, 0.1, 0.3))
+CYCLES = ((9000, 1.0, 0.2, 0.0), (4500, 0.67, 0.1, 0.3), (3000, 0.5, 0.1, 0.0))
 MAX_TAKES = 8  # of one sentence
 N_SENTENCES = 6000  # per language
 SHARD = 1000  # clips per file, so that an interrupted run goes on where it stopped
@@ -408,8 +408,11 @@ def main():
     print(f"{whisper_decoder.POCKET}: {whisper_decoder.POCKET.stat().st_size / 1e6:.2f} MB")
 
     tests = [s for c in LANGUAGES for s in [s for s in held_out if s.language == c][: args.test]]
-    clips = speak_all(tests, HELD_OUT_VARIANTS, args.seed, args.work_dir, "test")
-    check(whisper_decoder.FrozenWhisper("pocket"), tests, clips)
+    whisper = whisper_decoder.FrozenWhisper("pocket")
+    for name, variants in (("heard", VARIANTS), ("unheard", HELD_OUT_VARIANTS)):
+        clips = speak_all(tests, variants, args.seed, args.work_dir, f"test_{name}")
+        print(f"sentences that are not in the training text, in voices {name} in training:")
+        check(whisper, tests, clips)
     where = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}
     shipped = [i for c in LANGUAGES for i in where[c][: args.ship]]
     save_speech([tests[i] for i in shipped], [clips[i] for i in shipped], SPEECH)
