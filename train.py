@@ -49,7 +49,7 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     sampler_steps: int = setting(1, "ODE steps that the round-trip loss runs through", 1)
-    flow_weight: float = setting(1.0, "weight of the flow loss beside the cross-entropy", 0)
+    flow_weight: float = setting(0.3, "weight of the flow loss beside the cross-entropy", 0)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = setting(400, "steps between samples and checkpoints", 1)
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
