@@ -382,7 +382,7 @@ def check(whisper, sentences, clips):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work_dir", type=Path, default=HERE / "work", help="shards and state")
+    parser.add_argument("--work_dir", type=Path, default=HERE / "build", help="shards and state")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
