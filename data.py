@@ -133,9 +133,8 @@ def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0):
         language = whisper.check_language(language) if language else None
         sentences, more = read_file(Path(path), language, whisper)
         found, problems = found + sentences, problems + more
-    fitting = [piece for s in found for piece in split_long(s, whisper, speed)]
-    if len(fitting) > len(found):
-        problems.append(f"long texts were split: {len(found)} texts, {len(fitting)} pieces")
+    fitting, more = split_all(found, whisper, speed)
+    problems += more
     distinct = list(dict.fromkeys(fitting))
     if len(distinct) < len(fitting):
         problems.append(f"{len(fitting) - len(distinct)} duplicates were left out")
@@ -203,6 +202,13 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
     return [short for piece in pieces for short in split_long(piece, whisper, speed)]
 
 
+def split_all(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: float):
+    """Texts -> pieces that fit the decoder, and a note if a text was split."""
+    pieces = [piece for s in sentences for piece in split_long(s, whisper, speed)]
+    note = f"long texts were split: {len(sentences)} texts, {len(pieces)} pieces"
+    return pieces, [note] if len(pieces) > len(sentences) else []
+
+
 # ---- batches ---------------------------------------------------------------------------------
 
 
@@ -267,18 +273,19 @@ def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
     return torch.nn.functional.pad(mel, (0, window - mel.shape[1]), value=float(mel.max()) - 2)
 
 
-def spoken_sentences(whisper: FrozenWhisper) -> tuple[list[Sentence], Tensor]:
-    """The spoken test sentences that the repository ships -> sentences, log-mel (N, n_mels, 2T).
+def spoken_sentences(whisper: FrozenWhisper) -> tuple[list[Sentence], list[np.ndarray]]:
+    """The spoken test sentences that the repository ships -> sentences, 8-bit log-mel (n_mels, n).
 
     Only languages that the checkpoint knows; none if its log-mel has other bins.
     """
     with np.load(SPEECH) as file:
         stored = {name: file[name] for name in file.files}
-    sentences, mels = [], []
+    sentences, clips = [], []
     ends = np.cumsum(stored["n_frames"])
     for language, text, end, n in zip(stored["language"], stored["text"], ends, stored["n_frames"]):
-        mel, window = stored["mel"][end - n : end].T, 2 * whisper.max_frames
-        if language in whisper.languages and n <= window and len(mel) == whisper.dims.n_mels:
+        clip = stored["mel"][end - n : end].T
+        if (language in whisper.languages and n <= 2 * whisper.max_frames
+                and len(clip) == whisper.dims.n_mels):
             sentences.append(Sentence(str(language), str(text)))
-            mels.append(mel_from_bytes(mel, window))
-    return sentences, torch.stack(mels) if mels else torch.zeros(0)
+            clips.append(clip)
+    return sentences, clips

@@ -17,11 +17,13 @@ from whisper.decoding import DecodingResult
 
 import flow
 from data import (
-    FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_long,
+    FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_all,
     unheard_words,
 )
 from model import DiT, DiTConfig
-from whisper_decoder import BadInput, FrozenWhisper, choose_device, error_rates, first_line
+from whisper_decoder import (
+    BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
+)
 
 
 class Settings(NamedTuple):
@@ -82,14 +84,20 @@ def round_trip(model: DiT, whisper: FrozenWhisper, sentences: Sequence[Sentence]
     return RoundTrip(torch.cat(features).numpy(), torch.cat(frames).numpy(), read)
 
 
+def rates(sentences: Sequence[Sentence], read: Sequence[DecodingResult]) -> ErrorRates:
+    """Error rates of what the decoder read."""
+    return error_rates([s.text for s in sentences], [r.text for r in read],
+                       [s.language for s in sentences])
+
+
 def show(sentence: Sentence, frames: int, read: DecodingResult, settings: Settings) -> None:
     """Print one round trip."""
-    rates = error_rates([sentence.text], [read.text], [sentence.language])
+    cer, wer, _ = rates([sentence], [read])
     seconds = frames / FRAMES_PER_SECOND
     nfe = flow.nfe(settings.steps, settings.method, settings.guidance)
     print(f"text         {sentence.text}  [{sentence.language}]")
     print(f"read back    {read.text}")
-    print(f"errors       CER {rates.cer:.1%}, WER {rates.wer:.1%}")
+    print(f"errors       CER {cer:.1%}, WER {wer:.1%}")
     print(f"confidence   mean log-probability {read.avg_logprob:.2f}, no speech "
           f"{read.no_speech_prob:.2f}, compression {read.compression_ratio:.2f}")
     print(f"flow         {seconds:.2f} s, {frames} frames, {settings.steps} {settings.method} "
@@ -142,10 +150,8 @@ def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
         sentences = [read_line(line, args.language, whisper) for line in lines if line.strip()]
     if not sentences:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
-    pieces = [piece for s in sentences for piece in split_long(s, whisper, args.speed)]
-    if len(pieces) > len(sentences):
-        problems.append(f"long texts were split: {len(sentences)} texts, {len(pieces)} pieces")
-    for problem in problems:
+    pieces, more = split_all(sentences, whisper, args.speed)
+    for problem in problems + more:
         print(f"note: {problem}", file=sys.stderr)
     return pieces
 
@@ -176,10 +182,8 @@ def main(argv=None) -> None:
             print(f"note         the pocket decoder has never heard: {', '.join(unheard)}")
         if sentence is sentences[0] and not args.text_file:
             show_forming(model, whisper, sentence, settings)
-    texts, codes = [s.text for s in sentences], [s.language for s in sentences]
-    rates = error_rates(texts, [read.text for read in trip.read], codes)
-    print(f"{len(sentences)} texts: CER {rates.cer:.2%}, WER {rates.wer:.2%}, "
-          f"letter by letter {rates.exact:.1%}")
+    cer, wer, exact = rates(sentences, trip.read)
+    print(f"{len(sentences)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}")
     if args.out:
         save_features(args.out, trip, sentences)
         print(f"wrote {args.out}: features {trip.features.shape}")

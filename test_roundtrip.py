@@ -41,6 +41,13 @@ def random_whisper(path: Path, **changes) -> str:
     return str(path)
 
 
+def spoken(whisper: FrozenWhisper, every: int):
+    """Real speech that the repository ships, each `every`-th clip -> sentences, log-mel."""
+    sentences, clips = data.spoken_sentences(whisper)
+    mel = [data.mel_from_bytes(clip, 2 * whisper.max_frames) for clip in clips[::every]]
+    return sentences[::every], torch.stack(mel)
+
+
 def network(whisper: FrozenWhisper, seed: int = 0, noisy: bool = True) -> DiT:
     """A small DiT; noisy: no weight is zero, so that every path through it is alive."""
     torch.manual_seed(seed)
@@ -239,8 +246,7 @@ def test_gradient_reaches_the_flow_and_no_whisper_weight(pocket):
 
 
 def test_real_speech_survives_x1_and_back(pocket):
-    sentences, mel = data.spoken_sentences(pocket)
-    mel = mel[:4]
+    _, mel = spoken(pocket, every=70)
     x1 = pocket.encode_speech(mel)
     variance = x1.var(-1, correction=0)
     torch.testing.assert_close(x1.mean(-1), torch.zeros_like(variance), atol=1e-5, rtol=0)
@@ -253,10 +259,9 @@ def test_real_speech_survives_x1_and_back(pocket):
 
 
 def test_real_speech_is_understood(pocket):
-    sentences, mel = data.spoken_sentences(pocket)
-    features = pocket.features_of_speech(mel[::5])
-    read = pocket.transcribe(features, [s.language for s in sentences[::5]])
-    assert train.rates(sentences[::5], read).cer < 0.05
+    sentences, mel = spoken(pocket, every=5)
+    read = pocket.transcribe(pocket.features_of_speech(mel), [s.language for s in sentences])
+    assert train.rates(sentences, read).cer < 0.05
     noise = pocket.transcribe(torch.randn(4, 256, 128), ["en"] * 4)
     assert min(r.avg_logprob for r in read) > max(r.avg_logprob for r in noise)
     assert pocket.transcribe(pocket.silence[None], ["en"])[0].no_speech_prob > 0.5

@@ -25,8 +25,8 @@ from tqdm import tqdm
 import data
 import flow
 from model import DiT, DiTConfig
-from sample import Settings, load_checkpoint, round_trip
-from whisper_decoder import BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates
+from sample import Settings, load_checkpoint, rates, round_trip
+from whisper_decoder import BadInput, FrozenWhisper, choose_device
 
 
 def setting(default, help, low=None, below=math.inf):
@@ -143,11 +143,6 @@ def balanced(sentences: list, n: int) -> list:
     return [s for c in languages for s in [s for s in sentences if s.language == c][:each]]
 
 
-def rates(sentences: list, read: list) -> ErrorRates:
-    return error_rates([s.text for s in sentences], [r.text for r in read],
-                       [s.language for s in sentences])
-
-
 def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> dict:
     """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
     sentences = balanced(held_out, config.eval_sentences)
@@ -172,12 +167,12 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
     result["cer_noise"] = rates(some, read).cer
 
     # What the decoder makes of real speech, where ours fits the checkpoint.
-    spoken, mels = data.spoken_sentences(whisper)
+    spoken, clips = data.spoken_sentences(whisper)
     read = []
-    for mel in mels.split(25) if spoken else ():
-        part = spoken[len(read) : len(read) + 25]
-        features = whisper.features_of_speech(mel)
-        read += whisper.transcribe(features, [s.language for s in part])
+    for i in range(0, len(spoken), 25):
+        mel = [data.mel_from_bytes(clip, 2 * whisper.max_frames) for clip in clips[i : i + 25]]
+        features = whisper.features_of_speech(torch.stack(mel))
+        read += whisper.transcribe(features, [s.language for s in spoken[i : i + 25]])
     result["cer_real_speech"] = rates(spoken, read).cer if spoken else math.nan
     return result
 

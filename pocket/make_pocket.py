@@ -105,6 +105,12 @@ def speak(sentence, variant, speed, pitch):
     return (np.fft.irfft(spectrum, n_out) * n_out / len(samples)).astype(np.float32)
 
 
+def need_espeak():
+    if not shutil.which("espeak-ng"):
+        sys.exit(f"{Path(sys.argv[0]).name}: espeak-ng is missing; install it, e.g. `apt-get "
+                 "install espeak-ng` (Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
+
+
 def random_clip(sentence, variants, seed):
     """One utterance in a random voice, as 8-bit log-mel (n_mels, frames); faster if too long."""
     rng = random.Random(f"{seed} {sentence.language} {sentence.text}")
@@ -388,9 +394,7 @@ def main():
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
     parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
-    if not shutil.which("espeak-ng"):
-        sys.exit("make_pocket.py: espeak-ng is missing; install it, e.g. `apt-get install "
-                 "espeak-ng` (Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
+    need_espeak()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     write_sentences()
