@@ -5,6 +5,7 @@ L prompt + text + end tokens.
 """
 import hashlib
 import math
+import os
 import re
 import unicodedata
 from functools import cache, partial
@@ -14,8 +15,15 @@ from typing import NamedTuple, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
+from whisper.audio import SAMPLE_RATE
 
-from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, text_tokens
+try:
+    import soundfile  # an extra, for those who have recordings
+except (ImportError, OSError):
+    soundfile = None
+
+from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, first_line, text_tokens
 
 SENTENCES = Path(__file__).parent / "pocket" / "sentences"
 SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
@@ -28,6 +36,7 @@ WORDS_PER_SECOND = {"en": 3.2, "es": 3.0, "de": 3.1, "fr": 3.8}
 CHARACTERS_PER_SECOND = {"zh": 3.9, "yue": 3.9, "ja": 6.0}
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.6, 10.0
 MIN_SECONDS = 0.6
+MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
 
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
@@ -76,22 +85,27 @@ def unheard_words(sentence: Sentence) -> list[str]:
     return [w for w in words(sentence.text, sentence.language) if w.lower() not in heard]
 
 
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file; BadInput, with file and line, if it is missing or not UTF-8."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise BadInput(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert "
+                       f"the file, e.g. `iconv -f latin1 -t utf-8 {path}`") from error
+
+
 def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
     """A UTF-8 .txt (a sentence a line) or .tsv (language, text) -> sentences, problems.
 
     Raises BadInput, with file and line, if the file is missing, empty or not UTF-8. A line that
     cannot be used becomes one problem "file, line n: why"; blank lines are no sentences.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    try:
-        lines = raw.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise BadInput(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert "
-                       f"the file, e.g. `iconv -f latin1 -t utf-8 {path}`") from error
+    lines = read_lines(path)
     if path.suffix != ".tsv" and language is None:
         raise BadInput(f"{path}: say its language, as in en={path}")
     sentences, problems = [], []
@@ -225,16 +239,34 @@ def align(n_bytes: Sequence[int], n_frames: int) -> Tensor:
     return torch.from_numpy(np.repeat(i, np.diff(ends, prepend=0)))
 
 
+class Corpus(NamedTuple):
+    """What a step may draw: sentences, their lengths, and their latents if they were recorded."""
+
+    sentences: list[Sentence]
+    frames: Tensor  # (N,)
+    x1: list[Tensor] | None = None  # (T, C) each
+
+
+def text_corpus(sentences: list[Sentence]) -> Corpus:
+    return Corpus(sentences, torch.tensor([natural_frames(s) for s in sentences]))
+
+
 class Batch(NamedTuple):
     sentences: list[Sentence]
     cond: dict[str, Tensor]  # what model.DiT takes; cond["frames"] (B,) are the lengths
     targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
+    x1: Tensor | None  # (B, T, C) of recordings
 
 
-def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: float = 1.0) -> Batch:
-    """Sentences -> condition of the flow and targets of the decoder, padded, on the device."""
+def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: float = 1.0,
+               x1: Sequence[Tensor] | None = None) -> Batch:
+    """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
+
+    With the latents x1 of recordings (T, C) the lengths are theirs, else those of the length rule.
+    """
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
-    frames = [max(natural_frames(s, speed), len(row)) for s, row in zip(sentences, tokens)]
+    frames = [natural_frames(s, speed) for s in sentences] if x1 is None else map(len, x1)
+    frames = [max(n, len(row)) for n, row in zip(frames, tokens)]
     encoding = whisper.tokenizer("en").encoding  # text tokens are the same in every language
     spread = [align([len(encoding.decode_single_token_bytes(t)) for t in row], n)
               for row, n in zip(tokens, frames)]
@@ -249,7 +281,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: flo
         drop=torch.zeros(len(sentences), dtype=torch.bool, device=whisper.device),
     )
     targets = whisper.target_tokens(tokens, [s.language for s in sentences])
-    return Batch(list(sentences), cond, targets)
+    return Batch(list(sentences), cond, targets, x1 and pad(x1).float().to(whisper.device))
 
 
 def noise(batch: Batch, channels: int, seed: int) -> Tensor:
@@ -264,6 +296,129 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
 
 
 # ---- speech ----------------------------------------------------------------------------------
+
+
+def read_audio(path: Path, whisper: FrozenWhisper) -> np.ndarray:
+    """A .wav, .flac or other file that soundfile reads -> 16 kHz, mono, (n,) in [-1, 1]."""
+    try:
+        info = soundfile.info(path)
+        whisper.check_seconds(info.duration)
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError, TypeError) as error:
+        raise BadInput(f"no audio that can be read ({first_line(error)})") from error
+    if not len(samples) or not np.isfinite(samples).all():
+        raise BadInput("no samples, or some that are no numbers")
+    return resample(samples.mean(1), rate)
+
+
+def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (n,) at any rate -> 16 kHz, by cutting or padding the spectrum: no aliasing."""
+    n = round(len(samples) * SAMPLE_RATE / rate)
+    if n == 0 or rate == SAMPLE_RATE:
+        return samples
+    return (np.fft.irfft(np.fft.rfft(samples), n) * n / len(samples)).astype(np.float32)
+
+
+def read_manifest(folder: Path, whisper: FrozenWhisper):
+    """A folder of speech -> [(path, Sentence or None)], problems; None: the text is not known.
+
+    manifest.tsv has lines path<TAB>language<TAB>text, metadata.csv (LJSpeech, English) has
+    id|text|text as spoken, and wavs/id.wav; with neither, all .wav and .flac have no text.
+    """
+    tsv, csv = folder / "manifest.tsv", folder / "metadata.csv"
+    file = tsv if tsv.exists() else csv
+    if not file.exists():
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".wav", ".flac"))
+        return [(path, None) for path in found], []
+    entries, problems = [], []
+    for number, line in enumerate(read_lines(file), 1):
+        fields = line.split("\t", 2) if file is tsv else line.split("|")
+        try:
+            if len(fields) < 3 and line.strip():
+                raise BadInput(f"3 fields expected: {line[:60]!r}")
+            if line.strip():
+                name, code, text = fields[:3]
+                path, code = (name, code) if file is tsv else (f"wavs/{name}.wav", "en")
+                entries.append((folder / path, read_line(text, code, whisper)))
+        except BadInput as error:
+            problems.append(f"{file}, line {number}: {error}")
+    return entries, problems
+
+
+def speech_span(mel: Tensor) -> slice:
+    """The latent frames between silence and silence: within 40 dB, 1 in Whisper's log-mel units."""
+    loud = (mel.amax(0) > mel.max() - 1).nonzero()[:, 0].tolist()
+    return slice(loud[0] // 2, loud[-1] // 2 + 1)
+
+
+def hear(path: Path, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple[Sentence, Tensor]:
+    """A recording -> what it says, x1 (T, C) fp16; without a text, the frozen Whisper writes it."""
+    mel = whisper.log_mel(read_audio(path, whisper))
+    x1 = whisper.encode_speech(mel)
+    if sentence is None:
+        features, language = whisper.model.encoder.ln_post(x1), "en"
+        if whisper.model.is_multilingual:
+            probabilities = whisper.model.detect_language(features)[1][0]
+            language = max(probabilities, key=probabilities.get)
+        read = whisper.transcribe(features, [language])[0]
+        if read.avg_logprob < MIN_LOGPROB or read.no_speech_prob > 0.5:
+            raise BadInput(f"{whisper.name} is not sure of what it says: {read.text!r}")
+        sentence = read_line(read.text, language, whisper)
+    x1 = x1[0, speech_span(mel[0])].half().cpu()
+    if len(whisper.encode(sentence.text, sentence.language)) > len(x1):
+        raise BadInput(f"{len(x1)} frames are too few for {sentence.text[:60]!r}")
+    return sentence, x1
+
+
+def stamp(path: Path) -> tuple | None:
+    """What changes when a file does; None if there is none."""
+    try:
+        return str(path), path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]]:
+    """A folder of recordings (see read_manifest) -> what they say and sound like, problems.
+
+    What was heard is kept in folder/x1_KEY.pt; KEY depends on recordings, texts and checkpoint.
+    Recordings of sentences that `split` holds out are left out.
+    """
+    if soundfile is None:
+        raise BadInput("to learn from recordings, `pip install soundfile`")
+    if not folder.is_dir():
+        raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
+    entries, problems = read_manifest(folder, whisper)
+    key = hashlib.sha256(repr([(stamp(path), s) for path, s in entries]).encode())
+    for weight in whisper.model.parameters():
+        key.update(weight.cpu().numpy().tobytes())
+    cache = folder / f"x1_{key.hexdigest()[:12]}.pt"
+    if cache.exists():
+        heard = torch.load(cache, weights_only=True)
+    else:
+        heard = dict(texts=[], x1=[], problems=[])
+        for path, sentence in tqdm(entries, desc=f"hearing {folder}"):
+            try:
+                sentence, x1 = hear(path, sentence, whisper)
+                heard["texts"].append(tuple(sentence))
+                heard["x1"].append(x1.clone())
+            except BadInput as error:
+                heard["problems"].append(f"{path}: {error}")
+    problems += heard["problems"]
+    spoken = [(Sentence(*text), x1) for text, x1 in zip(heard["texts"], heard["x1"])]
+    kept = [(sentence, x1) for sentence, x1 in spoken if hash_share(sentence) > HELD_OUT]
+    if not kept:
+        raise BadInput(f"{folder} has no usable recording; {(problems or ['it is empty'])[0]}")
+    if len(kept) < len(spoken):
+        problems.append(f"{len(spoken) - len(kept)} recordings are of held-out sentences, left out")
+    if not cache.exists():
+        try:
+            torch.save(heard, cache.with_suffix(".tmp"))
+            os.replace(cache.with_suffix(".tmp"), cache)
+        except (OSError, RuntimeError) as error:
+            problems.append(f"what was heard cannot be kept in {folder}: {first_line(error)}")
+    sentences, x1 = map(list, zip(*kept))
+    return Corpus(sentences, torch.tensor(list(map(len, x1))), x1), problems
 
 
 def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import whisper as openai_whisper
 from whisper.model import ModelDimensions, Whisper
@@ -17,6 +18,7 @@ import data
 import flow
 import sample
 import train
+from experiments import realism
 from data import Sentence
 from model import DiT, DiTConfig
 from whisper_decoder import POCKET, BadInput, FrozenWhisper, edit_distance, error_rates, normalizer
@@ -373,6 +375,106 @@ def test_alignment_gives_every_byte_its_share():
     assert abs(slow - 2 * fast) <= 1
 
 
+# ---- speech ----------------------------------------------------------------------------------
+
+
+def test_resampling_keeps_a_tone():
+    for rate in (8000, 22050, 44100):
+        tone, same = (np.sin(2 * np.pi * 440 * np.arange(r) / r) for r in (rate, 16000))
+        np.testing.assert_allclose(data.resample(tone.astype(np.float32), rate), same, atol=1e-4)
+
+
+def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
+    tmp_path, pocket, monkeypatch, capsys
+):
+    for name, seconds in (("a.flac", 1.0), ("long.wav", 9.0), ("none.wav", 0.0)):
+        samples = np.random.default_rng(0).normal(0, 0.1, (int(seconds * 22050), 2))
+        samples = np.pad(samples, ((11025 * (name == "a.flac"),), (0,)))  # in silence
+        soundfile.write(tmp_path / name, samples, 22050)
+    (tmp_path / "broken.wav").write_bytes(b"no audio")
+    lines = ["a.flac\ten\tThe dog sleeps.", "no tab", "a.flac\txx\tunknown", "a.flac\ten\t...", "",
+             "long.wav\ten\tA long one.", "none.wav\ten\tNothing.", "broken.wav\ten\tBroken.",
+             "missing.wav\ten\tMissing.", "a.flac\ten\tThe mouse sleeps."]  # one of those held out
+    (tmp_path / "manifest.tsv").write_text("\n".join(lines))
+    corpus, problems = data.load_speech(tmp_path, pocket)
+    assert corpus.sentences == SENTENCES[:1] and abs(corpus.frames[0] - 50) <= 2
+    assert corpus.x1[0].shape == (corpus.frames[0], pocket.channels)
+    wrong = ["line 2: 3 fields", "line 3: pocket does not", "line 4: no word",
+             "long.wav: the clip", "none.wav: no samples",
+             "broken.wav: no audio", "missing.wav: no audio", "1 recordings are of held-out"]
+    assert [w in p for w, p in zip(wrong, problems, strict=True)] == [True] * 8
+    train.main([*FLAGS, "--speech", str(tmp_path), "--out_dir", str(tmp_path / "out")])
+    assert "1 recordings, 0.0 minutes of speech" in capsys.readouterr().out
+    monkeypatch.setattr(data, "hear", lambda *_: pytest.fail("heard again"))
+    again, problems_again = data.load_speech(tmp_path, pocket)
+    assert torch.equal(again.x1[0], corpus.x1[0]) and problems_again == problems
+    other = FrozenWhisper(random_whisper(tmp_path / "other.pt"))
+    with pytest.raises(pytest.fail.Exception, match="heard again"):
+        data.load_speech(tmp_path, other)
+    soundfile.write(tmp_path / "a.flac", samples[:8000], 16000)
+    with pytest.raises(pytest.fail.Exception, match="heard again"):
+        data.load_speech(tmp_path, pocket)
+    with pytest.raises(BadInput, match="no folder"):
+        data.load_speech(tmp_path / "nowhere", pocket)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="no usable recording"):
+        data.load_speech(tmp_path / "empty", pocket)
+
+
+def test_flow_learns_from_recordings(tmp_path, pocket):
+    sentences, mel = spoken(pocket, every=60)
+    x1 = [x[data.speech_span(m)] for x, m in zip(pocket.encode_speech(mel), mel)]
+    speech = data.Corpus(sentences, torch.tensor(list(map(len, x1))), x1)
+    config = train.Config(str(tmp_path), steps=150, batch_size=8, speech_share=1.0, depth=2)
+    train.train(train.Run(config, pocket), pocket, speech, speech, sentences)
+    rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
+    flow_loss, cross_entropy = (
+        [float(row[rows[0].index(name)]) for row in rows[1:]] for name in ("flow", "cross_entropy")
+    )
+    assert np.mean(flow_loss[-20:]) < 0.5 * np.mean(flow_loss[:10]) and not any(cross_entropy)
+
+
+def test_text_of_unlabelled_speech_is_what_whisper_reads(pocket, monkeypatch):
+    sentences, mel = spoken(pocket, every=50)
+    monkeypatch.setattr(data, "read_audio", lambda *_: np.zeros(16000, np.float32))
+    for sentence, one in zip(sentences, mel):
+        monkeypatch.setattr(pocket, "log_mel", lambda samples: one[None])
+        assert data.hear(Path("x.wav"), None, pocket)[0] == sentence
+    monkeypatch.setattr(pocket, "log_mel", lambda samples: torch.full((1, 80, 512), -1.5))
+    with pytest.raises(BadInput, match="not sure"):
+        data.hear(Path("x.wav"), None, pocket)
+
+
+# ---- the measure of realism ------------------------------------------------------------------
+
+
+def test_frechet_autocorrelation_and_classifier_on_known_distributions():
+    a, b, noise = latents(20000, 4), latents(20000, 4, seed=2), latents(200, 50, 1, seed=3)
+    shift, scale = torch.tensor([3.0, 0, 0, 0]), 2.0
+    assert abs(realism.frechet(a, b)) < 0.01
+    assert abs(realism.frechet(a, scale * b + shift) - (9 + 4 * (scale - 1) ** 2)) < 0.3
+    walk = [noise[:, 0]]
+    for i in range(1, 50):
+        walk.append(0.8 * walk[-1] + 0.6 * noise[:, i])
+    walk = list(torch.stack(walk, 1))
+    assert abs(realism.autocorrelation(walk, 1) - 0.8) < 0.03
+    assert abs(realism.autocorrelation(walk, 5) - 0.8**5) < 0.05
+    one, other = (list(x.float().view(100, 200, 4)) for x in (a, b))
+    assert abs(realism.classifier_accuracy(one, other, 0) - 0.5) < 0.03
+    assert realism.classifier_accuracy(one, [x + shift for x in other], 0) > 0.9
+    assert realism.diversity([one[:5], one[:5]]) == 0 < realism.diversity([one[:5], other[:5]])
+
+
+def test_student_learns_from_speech_and_not_from_noise(pocket):
+    speech = realism.hear(*data.spoken_sentences(pocket), pocket)
+    noise = speech._replace(x1=[torch.randn_like(x) for x in speech.x1])
+    seen = sorted({c for s in speech.sentences for c in realism.letters(s)})
+    alphabet = {letter: i for i, letter in enumerate(seen, 1)}
+    cer = [realism.student_cer(realism.train_student(kind, alphabet, 0, 400), speech, alphabet)
+           for kind in (speech, noise)]
+    assert cer[0] < 0.5 and cer[1] > 0.8
+
+
 # ---- training and sampling -------------------------------------------------------------------
 
 
@@ -381,7 +483,7 @@ def test_four_sentences_come_back_exactly(pocket, tmp_path):
     config = train.Config(out_dir=str(tmp_path), steps=150, batch_size=8, eval_every=1000,
                           warmup=20, depth=3)
     run = train.Run(config, pocket)
-    train.train(run, pocket, SENTENCES, SENTENCES)
+    train.train(run, pocket, data.text_corpus(SENTENCES), None, SENTENCES)
     for steps in (1, 4):
         read = sample.round_trip(run.ema, pocket, SENTENCES, sample.Settings(steps)).read
         assert [r.text for r in read] == [s.text for s in SENTENCES]

@@ -39,6 +39,8 @@ class Config:
     out_dir: str = setting("out", "folder for ckpt.pt and log.csv")
     whisper: str = setting("pocket", "decoder: pocket, an official name, or a checkpoint file")
     data: tuple = setting(("builtin",), "sources: builtin, FILE.tsv, LANGUAGE=FILE.txt")
+    speech: str = setting("", "folder of recordings to learn from as well (data.read_manifest)")
+    speech_share: float = setting(0.5, "share of the steps that learn from --speech; 1: all", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     depth: int = setting(4, "size of the DiT: layers and heads; the width is 32 times that", 1)
     steps: int = setting(1600, "training steps", 1)
@@ -88,17 +90,16 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tens
            config: Config) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the round trip and flow loss, each per item (B,).
 
-    Text alone brings no x1. So the x1 of the path is where the sampler itself arrived from x0,
-    taken as a constant (such pairs are those of reflow, Liu et al. 2022, arXiv 2209.03003): every t
-    learns to point there, and any number of steps can be taken afterwards. What x1 should be, only
-    the cross-entropy says.
+    Recordings bring their x1, and no cross-entropy: 0. Text alone brings none. So the x1 of the
+    path is where the sampler itself arrived from x0, taken as a constant (such pairs are those of
+    reflow, Liu et al. 2022, arXiv 2209.03003): every t learns to point there, and any number of
+    steps can be taken afterwards. What x1 should be, only the cross-entropy says.
     """
-    velocity = flow.model_velocity(model, batch.cond)
-    x1 = flow.sample(velocity, x0, config.sampler_steps)
-    frames = batch.cond["frames"]
-    cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
-
-    x1 = x1.detach()
+    frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
+    if x1 is None:
+        x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, config.sampler_steps)
+        cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
+        x1 = x1.detach()
     x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
     is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
     return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech)
@@ -111,14 +112,20 @@ def learning_rate(step: int, config: Config) -> float:
     return config.learning_rate * min((step + 1) / config.warmup, cosine)
 
 
-def draw(step: int, sentences: list, weights: Tensor, whisper: FrozenWhisper, config: Config):
+def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper, config: Config):
     """Batch, noise, times, dropped conditions of one step: from seed and step alone."""
     rng = torch.Generator().manual_seed(config.seed * 2**32 + step)
-    n = config.batch_size
-    picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng).tolist()
-    pool = sorted((sentences[i] for i in picks), key=data.natural_frames)  # so little is padded
+    n, corpus = config.batch_size, text
+    if speech and torch.rand((), generator=rng) < config.speech_share:
+        corpus = speech
+    # Short sentences are rare in most texts, and no easier: they are drawn more often.
+    weights = corpus.frames.double() ** -2
+    picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
+    picks = picks[corpus.frames[picks].argsort(stable=True)]  # so little is padded
     first = n * int(torch.randint(4, (), generator=rng))
-    batch = data.make_batch(pool[first : first + n], whisper, config.speed)
+    picks = picks[first : first + n].tolist()
+    x1 = [corpus.x1[i] for i in picks] if corpus.x1 else None
+    batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, config.speed, x1)
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
@@ -229,21 +236,21 @@ class Run:
             getattr(self, name).load_state_dict(checkpoint[name])
 
 
-def train(run: Run, whisper: FrozenWhisper, sentences: list, held_out: list) -> None:
+def train(run: Run, whisper: FrozenWhisper, text: data.Corpus, speech: data.Corpus | None,
+          held_out: list) -> None:
     """The loop: batch, noise, path, prediction, losses, backward, clip, step, EMA, log."""
     config, device = run.config, whisper.device
     model = torch.compile(run.model, dynamic=True) if config.compile else run.model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
     start = time.time()
-    # Short sentences are rare in most texts, and no easier: they are drawn more often.
-    weights = torch.tensor([data.natural_frames(s) for s in sentences]).double() ** -2
     with open_log(run) as log, stop_on_ctrl_c() as stop:
         while run.step < config.steps and not stop.is_set():
-            batch, x0, t, drop = draw(run.step, sentences, weights, whisper, config)
+            batch, x0, t, drop = draw(run.step, text, speech, whisper, config)
             with autocast:
                 cross_entropy, flow_loss = losses(model, whisper, batch, x0, t, drop, config)
-            loss = cross_entropy.mean() + config.flow_weight * flow_loss.mean()
+            weight = config.flow_weight if batch.x1 is None else 1
+            loss = cross_entropy.mean() + weight * flow_loss.mean()
             if not math.isfinite(loss.item()):
                 raise BadInput(f"the loss is {loss.item()} at step {run.step}; try a smaller "
                                f"--learning_rate than {config.learning_rate}")
@@ -306,6 +313,10 @@ def main(argv=None) -> dict:
     whisper = FrozenWhisper(config.whisper, device)
     sentences, problems = data.load(config.data, whisper, config.speed)
     training, held_out = data.split(sentences)
+    text, speech = data.text_corpus(training), None
+    if config.speech:
+        speech, more = data.load_speech(Path(config.speech), whisper)
+        problems += more
     run = Run(config, whisper)
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
@@ -328,7 +339,10 @@ def main(argv=None) -> dict:
     languages = ", ".join(sorted({s.language for s in sentences}))
     print(f"{config.whisper} on {device}; {len(training)} sentences to train on, {len(held_out)} "
           f"held out, in {languages}; {parameters:,} parameters")
-    train(run, whisper, training, held_out)
+    if speech:
+        minutes = speech.frames.sum() / data.FRAMES_PER_SECOND / 60
+        print(f"{len(speech.sentences)} recordings, {minutes:.1f} minutes of speech")
+    train(run, whisper, text, speech, held_out)
     result = evaluate(run.ema, whisper, held_out, config)
     result = dict(device=device, seconds=time.time() - start, steps=run.step,
                   parameters=parameters) | result

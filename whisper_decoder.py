@@ -103,15 +103,19 @@ class FrozenWhisper:
 
     # ---- speech and latents ------------------------------------------------------------------
 
+    def check_seconds(self, seconds: float) -> None:
+        window = self.max_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
+        if seconds > window:
+            raise BadInput(f"the clip lasts {seconds:.2f} s and {self.name} hears at most "
+                           f"{window:.2f} s; cut it")
+
     def log_mel(self, samples: np.ndarray) -> Tensor:
         """16 kHz samples (n,) in [-1, 1] -> log-mel (1, n_mels, 2 * n_audio_ctx), then silence.
 
         One clip at a time: Whisper clamps at 8 decades below the maximum of what it is given.
         """
         window = self.max_frames * SAMPLES_PER_FRAME
-        if len(samples) > window:
-            raise BadInput(f"the clip lasts {len(samples) / SAMPLE_RATE:.2f} s and {self.name} "
-                           f"hears at most {window / SAMPLE_RATE:.2f} s; cut it")
+        self.check_seconds(len(samples) / SAMPLE_RATE)
         samples = torch.from_numpy(np.asarray(samples, np.float32))
         mel = log_mel_spectrogram(samples, self.dims.n_mels, padding=window - len(samples))
         return mel[None].to(self.device)

@@ -98,11 +98,7 @@ def speak(sentence, variant, speed, pitch):
     wav = subprocess.run([*command, sentence.text], capture_output=True, check=True).stdout
     with wave.open(io.BytesIO(wav)) as clip:
         rate, samples = clip.getframerate(), clip.readframes(10**9)
-    samples = np.frombuffer(samples, np.int16).astype(np.float32) / 32768
-    # Resampling by cutting the spectrum: exact below the new Nyquist frequency.
-    n_out = round(len(samples) * SAMPLE_RATE / rate)
-    spectrum = np.fft.rfft(samples)[: n_out // 2 + 1]
-    return (np.fft.irfft(spectrum, n_out) * n_out / len(samples)).astype(np.float32)
+    return data.resample(np.frombuffer(samples, np.int16) / np.float32(32768), rate)
 
 
 def need_espeak():

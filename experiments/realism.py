@@ -1,0 +1,391 @@
+"""How speech-like are the features? Train a student on them, test it on real speech.
+
+    python experiments/realism.py out/ckpt.pt                       # a table and a picture
+    python experiments/realism.py a.pt b.pt --seeds 0 1 2 --out out/realism
+
+The decoder that trained the flow cannot judge it: it has been pleased already. A student can. It
+is a small convolutional network without a language model that learns letters (CTC) from generated
+features only; then it hears real speech: sentences and voices that nothing was trained on. Beside
+it, from as many sentences: students of real speech (the upper bound), of real speech stretched to
+our lengths (is it the pace?) and of features with the text of other sentences (the lower bound).
+
+Everything is measured on x1 (whisper_decoder.py), between the silences of an utterance. Needs the
+pocket decoder, espeak-ng and matplotlib.
+"""
+import argparse
+import os
+import random
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from matplotlib import pyplot
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+import data  # noqa: E402
+import make_pocket  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, edit_distance  # noqa: E402
+
+VALIDATION = 0.1  # share of a student's utterances that tell when it has converged
+SMALLEST_RATE = 1e-4  # of the student's learning rate; below it, training ends
+FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
+COLUMNS = {  # name of a figure -> heading, format
+    "student": ("student's CER on real speech", "{:.1%}"),
+    "own": ("on its own kind", "{:.1%}"),
+    "round_trip": ("round trip CER", "{:.1%}"),
+    "frechet": ("Frechet distance", "{:.2f}"),
+    "lag1": ("autocorrelation, 20 ms", "{:.2f}"),
+    "lag5": ("100 ms", "{:.2f}"),
+    "classifier": ("told from real", "{:.1%}"),
+    "diversity": ("variance for one text", "{:.3f}"),
+    "seconds": ("seconds", "{:.2f}"),
+}
+
+
+class Speech(NamedTuple):
+    """Utterances of one kind, real or generated."""
+
+    sentences: list
+    x1: list[Tensor]  # (T, C) each
+
+
+# ---- real and generated utterances -----------------------------------------------------------
+
+
+@torch.no_grad()
+def hear(sentences: list, clips: list, whisper: FrozenWhisper) -> Speech:
+    """8-bit log-mel of clips -> what the frozen encoder makes of them."""
+    x1 = []
+    for start in range(0, len(clips), 50):
+        some = clips[start : start + 50]
+        mel = torch.stack([data.mel_from_bytes(c, 2 * whisper.max_frames) for c in some])
+        heard = whisper.encode_speech(mel).cpu()
+        x1 += [x[data.speech_span(m)].clone() for x, m in zip(heard, mel)]
+    return Speech(sentences, x1)
+
+
+def speak(sentences: list, seed: int, whisper: FrozenWhisper, work: Path) -> Speech:
+    """espeak-ng says the sentences, in voices of the pocket decoder's training."""
+    seed += FIRST_SEED
+    clips = make_pocket.speak_all(sentences, make_pocket.VARIANTS, seed, work, "realism")
+    return hear(sentences, clips, whisper)
+
+
+def generate(model, sentences: list, whisper: FrozenWhisper, settings) -> Speech:
+    """The flow says the sentences."""
+    x1 = []
+    for start in range(0, len(sentences), 50):
+        batch = data.make_batch(sentences[start : start + 50], whisper, settings.speed)
+        made = sample.generate(model, whisper, batch, settings)[-1].cpu()
+        x1 += [x[:n].clone() for x, n in zip(made, batch.cond["frames"].tolist())]
+    return Speech(sentences, x1)
+
+
+def stretch(x1: Tensor, frames: int) -> Tensor:
+    """Another length by linear interpolation, (T, C) -> (frames, C)."""
+    x1 = F.interpolate(x1.T[None], frames, mode="linear", align_corners=True)[0].T
+    return F.layer_norm(x1, x1.shape[-1:])
+
+
+# ---- the student -----------------------------------------------------------------------------
+
+
+def letters(sentence) -> str:
+    """What the student writes: words in lower case, no punctuation."""
+    parting = "" if sentence.language in UNSPACED else " "
+    return parting.join(data.words(sentence.text.lower(), sentence.language))
+
+
+class Student(nn.Module):
+    """Four convolutions, 0.34 s wide, then letters: it can hear, but hardly guess."""
+
+    def __init__(self, channels: int, n_letters: int, width: int = 96):
+        super().__init__()
+        self.first = nn.Linear(channels, width)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(width, width, 5, padding=2) for _ in range(4)
+        )
+        self.last = nn.Linear(width, n_letters + 1)  # 0 is CTC's blank
+
+    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
+        """(B, T, C), (B,) -> log-probabilities (B, T, letters + 1)."""
+        is_speech = (torch.arange(x.shape[1]) < frames[:, None])[:, :, None]
+        x = self.first(x)
+        for convolution in self.convolutions:
+            y = F.gelu(F.layer_norm(x, x.shape[-1:])) * is_speech
+            y = convolution(y.transpose(1, 2)).transpose(1, 2)
+            x = x + F.dropout(y, 0.1, self.training)
+        return self.last(F.layer_norm(x, x.shape[-1:])).log_softmax(-1)
+
+
+def student_loss(student: Student, x1: list[Tensor], texts: list[Tensor]) -> Tensor:
+    """CTC in nats per letter, mean over the items."""
+    frames, n_letters = (torch.tensor([len(x) for x in items]) for items in (x1, texts))
+    log_probs = student(nn.utils.rnn.pad_sequence(x1, batch_first=True), frames)
+    return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(texts), frames, n_letters,
+                      zero_infinity=True)
+
+
+def train_student(speech: Speech, alphabet: dict, seed: int, max_steps: int) -> Student:
+    """Until the loss on utterances set aside stops falling, at three learning rates in turn."""
+    torch.manual_seed(seed)
+    student = Student(speech.x1[0].shape[1], len(alphabet))
+    texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
+    order = torch.randperm(len(texts)).tolist()
+    n_validation = max(1, round(VALIDATION * len(order)))
+    validation, training = order[:n_validation], order[n_validation:]
+    optimizer = torch.optim.AdamW(student.parameters(), 2e-3, weight_decay=0.01)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.3, patience=1, threshold=0.02
+    )
+    rng, bar = random.Random(seed), tqdm(range(max_steps), desc="student", leave=False)
+    for step in bar:
+        pool = sorted(rng.choices(training, k=96), key=lambda i: len(speech.x1[i]))
+        first = rng.randrange(0, 96, 24)
+        picks = pool[first : first + 24]  # of like length, so that little is padded
+        loss = student_loss(student, [speech.x1[i] for i in picks], [texts[i] for i in picks])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            with torch.no_grad():
+                student.eval()
+                held_out = student_loss(
+                    student, [speech.x1[i] for i in validation], [texts[i] for i in validation]
+                ).item()
+                student.train()
+            if step >= 500:  # CTC stands still at first, with blanks alone
+                plateau.step(held_out)
+            bar.set_postfix(validation=f"{held_out:.3f}")
+            if optimizer.param_groups[0]["lr"] < SMALLEST_RATE:
+                break
+    else:
+        print(f"note: a student had not converged after {max_steps} steps", file=sys.stderr)
+    bar.close()
+    return student.eval()
+
+
+@torch.no_grad()
+def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
+    """Character error rate of the best path: repeats joined, blanks dropped."""
+    letter_of = {i: letter for letter, i in alphabet.items()}
+    edits = total = 0
+    for sentence, x in zip(*speech):
+        best = student(x[None], torch.tensor([len(x)]))[0].argmax(-1).unique_consecutive()
+        edits += edit_distance(letters(sentence), "".join(letter_of[i] for i in best.tolist() if i))
+        total += len(letters(sentence))
+    return edits / total
+
+
+# ---- the other measures ----------------------------------------------------------------------
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Distance of two Gaussians fitted to frames, (N, C), (M, C): 0 if they are the same.
+
+    |mean difference|^2 + tr(A + B - 2 (A B)^1/2), Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+    """
+    cov_a, cov_b = torch.cov(a.T.double()), torch.cov(b.T.double())
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    gap = (a.mean(0) - b.mean(0)).double().square().sum()
+    return (gap + cov_a.trace() + cov_b.trace() - 2 * mixed).item()
+
+
+def autocorrelation(x1: list[Tensor], lag: int) -> float:
+    """Correlation of frames that are `lag` apart, around the mean frame."""
+    mean = torch.cat(x1).mean(0)
+    products = torch.cat([(x[lag:] - mean) * (x[:-lag] - mean) for x in x1 if len(x) > lag])
+    return (products.mean() / (torch.cat(x1) - mean).square().mean()).item()
+
+
+def classifier_accuracy(a: list[Tensor], b: list[Tensor], seed: int) -> float:
+    """How often a small network tells a frame of a from one of b, on utterances set aside."""
+    torch.manual_seed(seed)
+    training, test = ([torch.cat(kind[part::2]) for kind in (a, b)] for part in (0, 1))
+    network = nn.Sequential(nn.Linear(a[0].shape[1], 128), nn.GELU(), nn.Linear(128, 1))
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    is_b = torch.arange(2).repeat_interleave(128)[:, None]
+    for _ in range(1000):
+        x = torch.cat([frames[torch.randint(len(frames), (128,))] for frames in training])
+        loss = F.binary_cross_entropy_with_logits(network(x), is_b.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        right = [((network(x) > 0) == kind).float().mean() for kind, x in enumerate(test)]
+    return sum(right).item() / 2
+
+
+def diversity(versions: list[list[Tensor]]) -> float:
+    """Variance of the mean frame over versions of a text / over texts; versions[v][text]."""
+    means = torch.stack([torch.stack([x.mean(0) for x in texts]) for texts in versions])
+    return (means.var(0).mean() / means.mean(0).var(0).mean()).item()
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+class Study:
+    """What all rows share: real speech, test sentences, alphabet."""
+
+    def __init__(self, args):
+        self.args, self.whisper = args, FrozenWhisper("pocket")
+        training, _ = data.split(data.builtin())
+        random.Random(0).shuffle(training)
+        self.sentences = train.balanced(training, args.sentences)
+        self.test = hear(*data.spoken_sentences(self.whisper), self.whisper)
+        seen = sorted({c for s in [*training, *self.test.sentences] for c in letters(s)})
+        self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
+        self.some = train.balanced(training[::-1], 50)  # said again and again, for the diversity
+        said = partial(speak, whisper=self.whisper, work=args.work_dir)
+        self.real, self.reference = said(self.sentences, 0), said(self.sentences, 1)
+        self.own = said(self.test.sentences, 2)
+        self.versions = [said(self.some, seed).x1 for seed in range(3, 11)]
+
+    def student(self, speech: Speech, own: Speech, seed: int) -> dict:
+        student = train_student(speech, self.alphabet, seed, self.args.max_steps)
+        return dict(student=student_cer(student, self.test, self.alphabet),
+                    own=student_cer(student, own, self.alphabet))
+
+    def measures(self, speech: Speech, versions: list, seed: int) -> dict:
+        """Everything but the student, against other real speech."""
+        x1, reference = speech.x1, self.reference.x1
+        return dict(
+            frechet=frechet(torch.cat(x1), torch.cat(reference)),
+            lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
+            classifier=classifier_accuracy(x1, reference, seed),
+            diversity=diversity(versions),
+            seconds=statistics.mean(map(len, x1)) / data.FRAMES_PER_SECOND,
+        )
+
+    def read(self, speech: Speech) -> float:
+        """Character error rate of the frozen decoder's greedy reading."""
+        frames = torch.tensor([len(x) for x in speech.x1])
+        x1 = nn.utils.rnn.pad_sequence(speech.x1, batch_first=True)
+        read = []
+        for i in range(0, len(frames), 50):
+            features = self.whisper.features(x1[i : i + 50], frames[i : i + 50])
+            codes = [s.language for s in speech.sentences[i : i + 50]]
+            read += self.whisper.transcribe(features, codes)
+        return train.rates(speech.sentences, read).cer
+
+    def real_rows(self, seed: int) -> dict:
+        """Students of real speech, and of real speech at our pace."""
+        slow, own = (Speech(said.sentences, [stretch(x, data.natural_frames(s)) for s, x in
+                                             zip(*said)]) for said in (self.real, self.own))
+        return {
+            "real speech": self.student(self.real, self.own, seed)
+            | dict(round_trip=self.read(self.test))
+            | self.measures(self.real, self.versions, seed),
+            "real speech at our pace": self.student(slow, own, seed),
+        }
+
+    def generated_rows(self, path: Path, seed: int) -> dict:
+        """Students of a checkpoint's features, and of the same with other texts."""
+        model = sample.load_model(sample.load_checkpoint(path), self.whisper.device)
+        settings = sample.Settings(seed=seed)
+        made = generate(model, self.sentences, self.whisper, settings)
+        own = generate(model, self.test.sentences, self.whisper, settings)
+        versions = [
+            generate(model, self.some, self.whisper, settings._replace(seed=8 * seed + v)).x1
+            for v in range(8)
+        ]
+        languages = dict.fromkeys(s.language for s in self.sentences)
+        same = [[s for s in self.sentences if s.language == language] for language in languages]
+        others = [s for group in same for s in group[1:] + group[:1]]
+        shuffled = self.student(Speech(others, made.x1), own, seed)
+        return {
+            str(path): self.student(made, own, seed) | dict(round_trip=self.read(own))
+            | self.measures(made, versions, seed),
+            f"{path}, with other texts": dict(student=shuffled["student"]),
+        }
+
+
+def markdown(rows: dict) -> str:
+    """{row: [figures of each seed]} -> a table of mean ± standard deviation over the seeds."""
+    lines = ["| features | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |",
+             "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name, results in rows.items():
+        cells = [name]
+        for figure, (_, form) in COLUMNS.items():
+            values = [r[figure] for r in results if figure in r]
+            varies = len(set(values)) > 1
+            spread = " ± " + form.format(statistics.stdev(values)) if varies else ""
+            cells.append(form.format(statistics.mean(values)) + spread if values else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: dict, path: Path) -> None:
+    """Bars: what each student makes of real speech, and the round trip."""
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.6 * len(rows)), layout="constrained")
+    for shift, name, label in ((-0.2, "student", "student on real speech"),
+                               (0.2, "round_trip", "round trip")):
+        values = [[r.get(name, np.nan) for r in results] for results in rows.values()]
+        axes.barh(np.arange(len(rows)) + shift, 100 * np.mean(values, 1), 0.36,
+                  xerr=100 * np.std(values, 1, ddof=min(1, len(values[0]) - 1)), label=label)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set_xlabel("character error rate, %")
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(argv=None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="of train.py, with pocket")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students")
+    parser.add_argument("--sentences", type=int, default=2000, help="a student learns from")
+    parser.add_argument("--max_steps", type=int, default=3000, help="of a student")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "realism",
+                        help="writes OUT.md and OUT.png")
+    args = parser.parse_args(argv)
+    for path in args.checkpoints:
+        config = sample.load_checkpoint(path)["config"]
+        if (config["whisper"], config["speed"]) != ("pocket", 1.0):
+            raise BadInput(f"{path} was trained with --whisper {config['whisper']} --speed "
+                           f"{config['speed']}; there is real speech for pocket at speed 1 only")
+    if args.sentences < 50:
+        raise BadInput(f"--sentences {args.sentences} are too few; at least 50")
+    make_pocket.need_espeak()
+    for folder in (args.work_dir, args.out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    study, rows = Study(args), {}
+    for seed in args.seeds:
+        found = study.real_rows(seed)
+        for path in args.checkpoints:
+            found |= study.generated_rows(path, seed)
+        for name, figures in found.items():
+            rows.setdefault(name, []).append(figures)
+        print(f"seed {seed}: " + ", ".join(f"{n} {f['student']:.1%}" for n, f in found.items()))
+        table = markdown(rows)
+        Path(f"{args.out}.tmp").write_text(table, "utf-8")
+        os.replace(f"{args.out}.tmp", f"{args.out}.md")
+    print(table)
+    picture(rows, Path(f"{args.out}.png"))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"realism.py: {error}")
