@@ -1,4 +1,4 @@
-"""Text in, batches out: sources, cleaning, hold-out split, length rule, tokens -> frames.
+"""Text and recordings in, batches out: cleaning, split, length rule, tokens -> frames.
 
 B batch, S text tokens, T latent frames (50 per second), E embedding width of the frozen decoder,
 L prompt + text + end tokens.
