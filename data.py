@@ -401,7 +401,7 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
             try:
                 sentence, x1 = hear(path, sentence, whisper)
                 heard["texts"].append(tuple(sentence))
-                heard["x1"].append(x1.clone())
+                heard["x1"].append(x1)
             except BadInput as error:
                 heard["problems"].append(f"{path}: {error}")
     problems += heard["problems"]
@@ -426,6 +426,11 @@ def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
     mel = torch.from_numpy(mel).float() / 85 - 1.5  # undoes make_pocket.quantize
     # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
     return torch.nn.functional.pad(mel, (0, window - mel.shape[1]), value=float(mel.max()) - 2)
+
+
+def stack_clips(clips: Sequence[np.ndarray], whisper: FrozenWhisper) -> Tensor:
+    """8-bit log-mel (n_mels, n) each -> log-mel that the encoder takes (B, n_mels, 2T)."""
+    return torch.stack([mel_from_bytes(clip, 2 * whisper.max_frames) for clip in clips])
 
 
 def spoken_sentences(whisper: FrozenWhisper) -> tuple[list[Sentence], list[np.ndarray]]:

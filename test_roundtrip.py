@@ -46,8 +46,7 @@ def random_whisper(path: Path, **changes) -> str:
 def spoken(whisper: FrozenWhisper, every: int):
     """Real speech that the repository ships, each `every`-th clip -> sentences, log-mel."""
     sentences, clips = data.spoken_sentences(whisper)
-    mel = [data.mel_from_bytes(clip, 2 * whisper.max_frames) for clip in clips[::every]]
-    return sentences[::every], torch.stack(mel)
+    return sentences[::every], data.stack_clips(clips[::every], whisper)
 
 
 def network(whisper: FrozenWhisper, seed: int = 0, noisy: bool = True) -> DiT:

@@ -177,8 +177,7 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
     spoken, clips = data.spoken_sentences(whisper)
     read = []
     for i in range(0, len(spoken), 25):
-        mel = [data.mel_from_bytes(clip, 2 * whisper.max_frames) for clip in clips[i : i + 25]]
-        features = whisper.features_of_speech(torch.stack(mel))
+        features = whisper.features_of_speech(data.stack_clips(clips[i : i + 25], whisper))
         read += whisper.transcribe(features, [s.language for s in spoken[i : i + 25]])
     result["cer_real_speech"] = rates(spoken, read).cer if spoken else math.nan
     return result

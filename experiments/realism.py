@@ -70,8 +70,7 @@ def hear(sentences: list, clips: list, whisper: FrozenWhisper) -> Speech:
     """8-bit log-mel of clips -> what the frozen encoder makes of them."""
     x1 = []
     for start in range(0, len(clips), 50):
-        some = clips[start : start + 50]
-        mel = torch.stack([data.mel_from_bytes(c, 2 * whisper.max_frames) for c in some])
+        mel = data.stack_clips(clips[start : start + 50], whisper)
         heard = whisper.encode_speech(mel).cpu()
         x1 += [x[data.speech_span(m)].clone() for x, m in zip(heard, mel)]
     return Speech(sentences, x1)

@@ -365,8 +365,7 @@ def check(whisper, sentences, clips):
     read, heard = [], []
     for start in tqdm(range(0, len(clips), 50), desc="checking"):
         part, some = sentences[start : start + 50], clips[start : start + 50]
-        mel = torch.stack([data.mel_from_bytes(clip, MEL_FRAMES) for clip in some])
-        features = whisper.features_of_speech(mel)
+        features = whisper.features_of_speech(data.stack_clips(some, whisper))
         read += [t.text for t in whisper.transcribe(features, [s.language for s in part])]
         probabilities = whisper.model.detect_language(features)[1]
         heard += [max(p, key=p.get) for p in probabilities]
