@@ -239,6 +239,12 @@ def align(n_bytes: Sequence[int], n_frames: int) -> Tensor:
     return torch.from_numpy(np.repeat(i, np.diff(ends, prepend=0)))
 
 
+def spell(text: str, n_frames: int) -> Tensor:
+    """The UTF-8 byte of the text, in lower case, that sounds in each frame (T,)."""
+    spelling = np.frombuffer(f" {text.lower()} ".encode(), np.uint8)
+    return torch.from_numpy(spelling[np.arange(n_frames) * len(spelling) // n_frames]).long()
+
+
 class Corpus(NamedTuple):
     """What a step may draw: sentences, their lengths, and their latents if they were recorded."""
 
@@ -249,6 +255,10 @@ class Corpus(NamedTuple):
 
 def text_corpus(sentences: list[Sentence]) -> Corpus:
     return Corpus(sentences, torch.tensor([natural_frames(s) for s in sentences]))
+
+
+def speech_corpus(sentences: list[Sentence], x1: list[Tensor]) -> Corpus:
+    return Corpus(sentences, torch.tensor(list(map(len, x1))), x1)
 
 
 class Batch(NamedTuple):
@@ -276,6 +286,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: flo
     cond = dict(
         text=whisper.embed(text),  # (B, S, E)
         token=pad(spread).to(whisper.device),  # (B, T)
+        byte=pad([spell(s.text, n) for s, n in zip(sentences, frames)]).to(whisper.device),
         frames=torch.tensor(frames).to(whisper.device),  # (B,)
         language=whisper.embed(language.to(whisper.device)),  # (B, E)
         drop=torch.zeros(len(sentences), dtype=torch.bool, device=whisper.device),
@@ -351,12 +362,10 @@ def speech_span(mel: Tensor) -> slice:
     return slice(loud[0] // 2, loud[-1] // 2 + 1)
 
 
-def hear(path: Path, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple[Sentence, Tensor]:
-    """A recording -> what it says, x1 (T, C) fp16; without a text, the frozen Whisper writes it."""
-    mel = whisper.log_mel(read_audio(path, whisper))
-    x1 = whisper.encode_speech(mel)
+def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple[Sentence, Tensor]:
+    """Log-mel (1, n_mels, 2T) -> what is said, x1 (T, C) fp16; no text: the frozen Whisper's own."""
     if sentence is None:
-        features, language = whisper.model.encoder.ln_post(x1), "en"
+        features, language = whisper.features_of_speech(mel), "en"
         if whisper.model.is_multilingual:
             probabilities = whisper.model.detect_language(features)[1][0]
             language = max(probabilities, key=probabilities.get)
@@ -364,7 +373,7 @@ def hear(path: Path, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple
         if read.avg_logprob < MIN_LOGPROB or read.no_speech_prob > 0.5:
             raise BadInput(f"{whisper.name} is not sure of what it says: {read.text!r}")
         sentence = read_line(read.text, language, whisper)
-    x1 = x1[0, speech_span(mel[0])].half().cpu()
+    x1 = whisper.latents(mel)[0, speech_span(mel[0])].half().cpu()
     if len(whisper.encode(sentence.text, sentence.language)) > len(x1):
         raise BadInput(f"{len(x1)} frames are too few for {sentence.text[:60]!r}")
     return sentence, x1
@@ -390,6 +399,8 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
         raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
     entries, problems = read_manifest(folder, whisper)
     key = hashlib.sha256(repr([(stamp(path), s) for path, s in entries]).encode())
+    blank = torch.zeros(1, whisper.dims.n_mels, 2 * whisper.max_frames)
+    key.update(whisper.latents(blank).cpu().numpy().tobytes())  # what x1 is
     for weight in whisper.model.parameters():
         key.update(weight.cpu().numpy().tobytes())
     cache = folder / f"x1_{key.hexdigest()[:12]}.pt"
@@ -399,7 +410,8 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
         heard = dict(texts=[], x1=[], problems=[])
         for path, sentence in tqdm(entries, desc=f"hearing {folder}"):
             try:
-                sentence, x1 = hear(path, sentence, whisper)
+                mel = whisper.log_mel(read_audio(path, whisper))
+                sentence, x1 = hear(mel, sentence, whisper)
                 heard["texts"].append(tuple(sentence))
                 heard["x1"].append(x1)
             except BadInput as error:
@@ -417,8 +429,7 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
             os.replace(cache.with_suffix(".tmp"), cache)
         except (OSError, RuntimeError) as error:
             problems.append(f"what was heard cannot be kept in {folder}: {first_line(error)}")
-    sentences, x1 = map(list, zip(*kept))
-    return Corpus(sentences, torch.tensor(list(map(len, x1))), x1), problems
+    return speech_corpus(*map(list, zip(*kept))), problems
 
 
 def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:

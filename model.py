@@ -2,10 +2,14 @@
 
     x_t (B, T, C) --patches--> (B, N, D) --+--> blocks, modulated by time and language --> x1_hat
     text (B, S, E) --MLP, spread over the frames, patches--^
+    spelling (B, T) --embedding, convolution, patches------^
 
 It predicts the endpoint and not the velocity. Whisper's encoder ends in a LayerNorm, so what the
 frozen decoder reads lies on a sphere: every frame has mean 0 and variance 1. A network that points
 at the sphere need not carry the noise through its narrow layers only to subtract it at the end.
+
+Text comes in twice: as the decoder's tokens, which say what is meant, and letter by letter, which
+says how words that were never heard may sound: a token is a name without a spelling.
 
 B batch, S text tokens, T latent frames, N patches, C latent channels, E embedding width of the
 frozen decoder, D model width, H heads. Peebles and Xie 2023 (arXiv 2212.09748) for the DiT.
@@ -18,6 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+REACH = 3.0  # standard deviations
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -27,6 +33,7 @@ class DiTConfig:
     embedding: int  # E, of the frozen decoder's token embeddings
     depth: int = 4  # the dial: layers, and heads; the width follows
     patch: int = 4  # frames per patch, 20 ms each
+    sphere: bool = True  # normalise every frame of the endpoint; else keep it within +-REACH
 
     @property
     def width(self) -> int:
@@ -94,6 +101,7 @@ class DiT(nn.Module):
 
     cond["text"]      (B, S, E)  token embeddings, mean 0 and variance 1 each
     cond["token"]     (B, T)     which token sounds in each frame
+    cond["byte"]      (B, T)     which byte of the UTF-8 text sounds in each frame
     cond["frames"]    (B,)       length of each item; what is behind it changes nothing
     cond["language"]  (B, E)     embedding of the language token
     cond["drop"]      (B,)       True: ignore text and language (for guidance)
@@ -107,6 +115,8 @@ class DiT(nn.Module):
         self.text_in = mlp(config.embedding, 2 * width, width)
         self.time_in = mlp(width, width, width)
         self.language_in = nn.Linear(config.embedding, width)
+        self.byte_in = nn.Embedding(256, width)
+        self.spell = nn.Conv1d(width, width, 9, padding=4)  # a letter and its neighbours
         self.odd = nn.Parameter(torch.zeros(width))
         self.no_text = nn.Parameter(torch.zeros(width))
         self.no_language = nn.Parameter(torch.zeros(width))
@@ -114,14 +124,18 @@ class DiT(nn.Module):
         self.condition_out = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, patch_size)
 
-    def spread_text(self, cond: dict, n_frames: int) -> Tensor:
-        """Average upsampling: each frame takes its token's vector, (B, S, E) -> (B, T, D)."""
+    def spread_text(self, cond: dict, is_speech: Tensor) -> Tensor:
+        """Average upsampling: each frame takes its token and its letters, (B, S, E) -> (B, T, D)."""
         text = self.text_in(cond["text"])  # (B, S, D)
         # Every other token is marked: a token twice in a row is not one token of double length.
         text = text + self.odd * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]
-        token = F.pad(cond["token"], (0, n_frames - cond["token"].shape[1]))
+        padding = is_speech.shape[1] - cond["token"].shape[1]
+        token, byte = (F.pad(cond[name], (0, padding)) for name in ("token", "byte"))
         text = text.gather(1, token[:, :, None].expand(-1, -1, text.shape[-1]))
-        return torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)
+        letters = self.byte_in(byte) * is_speech[:, :, None]
+        text = text + letters + F.silu(self.spell(letters.transpose(1, 2))).transpose(1, 2)
+        text = torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)
+        return text * is_speech[:, :, None]
 
     def condition(self, t: Tensor, cond: dict) -> Tensor:
         """Time and language in one vector, (B,), (B, E) -> (B, 1, D)."""
@@ -131,14 +145,14 @@ class DiT(nn.Module):
         return (self.time_in(sinusoids(t, self.config.width)) + language)[:, None]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
-        """(B, T, C), (B,) -> x1_hat (B, T, C), normalised per frame, 0 behind each item's end."""
+        """(B, T, C), (B,) -> x1_hat (B, T, C), bounded in every frame, 0 behind each item's end."""
         n_frames, patch = x_t.shape[1], self.config.patch
         padding = -n_frames % patch
         position = torch.arange(n_frames + padding, device=x_t.device)
         is_speech = position < cond["frames"][:, None]  # (B, T + padding)
         x_t = F.pad(x_t, (0, 0, 0, padding)) * is_speech[:, :, None]
 
-        text = self.spread_text(cond, n_frames + padding) * is_speech[:, :, None]
+        text = self.spread_text(cond, is_speech)
         x = self.latent_in(x_t.unflatten(1, (-1, patch)).flatten(2))  # (B, N, D)
         x = x + text.unflatten(1, (-1, patch)).mean(2)
         mask = is_speech[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame
@@ -149,4 +163,5 @@ class DiT(nn.Module):
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
-        return F.layer_norm(x, x.shape[-1:]) * is_speech[:, :n_frames, None]
+        x = F.layer_norm(x, x.shape[-1:]) if self.config.sphere else REACH * torch.tanh(x / REACH)
+        return x * is_speech[:, :n_frames, None]

@@ -22,7 +22,7 @@ from data import (
 )
 from model import DiT, DiTConfig
 from whisper_decoder import (
-    BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
+    LATENTS, BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
 )
 
 
@@ -43,10 +43,17 @@ def load_checkpoint(path: Path) -> dict:
         raise BadInput(f"no checkpoint {path}; `python train.py` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_config"], checkpoint["ema"], checkpoint["config"]
+        checkpoint["model_config"], checkpoint["ema"], checkpoint["config"]["latent"]
         return checkpoint
     except Exception as error:
-        raise BadInput(f"{path} is not a checkpoint of train.py: {first_line(error)}") from error
+        raise BadInput(f"{path} is not a checkpoint of train.py, or of an older one: "
+                       f"{first_line(error)}") from error
+
+
+def load_whisper_of(checkpoint: dict, device: torch.device) -> FrozenWhisper:
+    """The frozen Whisper with which a checkpoint was trained."""
+    config = checkpoint["config"]
+    return LATENTS[config["latent"]](config["whisper"], device)
 
 
 def load_model(checkpoint: dict, device: torch.device) -> DiT:
@@ -172,7 +179,7 @@ def main(argv=None) -> None:
     checkpoint = load_checkpoint(args.ckpt)
     args.speed = checkpoint["config"]["speed"] if args.speed is None else args.speed
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
-    whisper = FrozenWhisper(checkpoint["config"]["whisper"], device)
+    whisper = load_whisper_of(checkpoint, device)
     model = load_model(checkpoint, device)
     sentences = read_texts(args, whisper)
     trip = round_trip(model, whisper, sentences, settings)

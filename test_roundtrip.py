@@ -18,10 +18,12 @@ import data
 import flow
 import sample
 import train
-from experiments import realism
+from experiments import arms, realism
 from data import Sentence
 from model import DiT, DiTConfig
-from whisper_decoder import POCKET, BadInput, FrozenWhisper, edit_distance, error_rates, normalizer
+from whisper_decoder import (
+    POCKET, BadInput, FrozenWhisper, SpectralWhisper, edit_distance, error_rates, normalizer,
+)
 
 torch.manual_seed(0)
 
@@ -29,6 +31,11 @@ torch.manual_seed(0)
 @pytest.fixture(scope="session")
 def pocket():
     return FrozenWhisper("pocket")
+
+
+@pytest.fixture(scope="session")
+def spectral():
+    return SpectralWhisper("pocket")
 
 
 def random_whisper(path: Path, **changes) -> str:
@@ -52,7 +59,8 @@ def spoken(whisper: FrozenWhisper, every: int):
 def network(whisper: FrozenWhisper, seed: int = 0, noisy: bool = True) -> DiT:
     """A small DiT; noisy: no weight is zero, so that every path through it is alive."""
     torch.manual_seed(seed)
-    model = DiT(DiTConfig(whisper.channels, whisper.dims.n_text_state, depth=2))
+    shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, 2, sphere=whisper.sphere)
+    model = DiT(shape)
     for p in model.parameters() if noisy else ():
         torch.nn.init.normal_(p, std=0.1)
     return model
@@ -223,24 +231,35 @@ def test_a_token_twice_is_not_a_long_token(pocket):
         assert not torch.allclose(model(x, t, batch.cond), model(x, t, once), atol=1e-2)
 
 
-def test_gradient_reaches_the_flow_and_no_whisper_weight(pocket):
-    model, config = network(pocket), train.Config()
-    before = {k: v.clone() for k, v in pocket.model.state_dict().items()}
-    batch = data.make_batch(SENTENCES, pocket)
+def test_spelling_is_heard(pocket):
+    assert bytes(data.spell("Añ", 10).tolist()) == b"  aa\xc3\xc3\xb1\xb1  "
+    model, batch = network(pocket), data.make_batch(SENTENCES[:1], pocket)
+    x, t = data.noise(batch, pocket.channels, 0), torch.tensor([0.3])
+    other = {**batch.cond, "byte": batch.cond["byte"].roll(9, dims=1)}
+    with torch.no_grad():
+        assert not torch.allclose(model(x, t, batch.cond), model(x, t, other), atol=1e-2)
+
+
+@pytest.mark.parametrize("latent", ["pocket", "spectral"])
+def test_gradient_reaches_the_flow_and_no_whisper_weight(latent, request):
+    whisper, rng = request.getfixturevalue(latent), torch.Generator().manual_seed(0)
+    model, config = network(whisper), train.Config()
+    before = {k: v.clone() for k, v in whisper.model.state_dict().items()}
+    batch = data.make_batch(SENTENCES, whisper)
     drop = torch.tensor([False, False, True, True])
-    x0, t = data.noise(batch, pocket.channels, 0), torch.tensor([0.1, 0.4, 0.6, 0.9])
-    cross_entropy, flow_loss = train.losses(model, pocket, batch, x0, t, drop, config)
+    x0, t = data.noise(batch, whisper.channels, 0), torch.tensor([0.1, 0.4, 0.6, 0.9])
+    parts = train.losses(model, whisper, batch, x0, t, drop, rng, config)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    (cross_entropy.mean() + flow_loss.mean()).backward()
+    sum(part.mean() for part in parts).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
     optimizer.step()
-    assert all(p.grad is None for p in pocket.model.parameters())
-    assert all(torch.equal(before[k], v) for k, v in pocket.model.state_dict().items())
-    alone = network(pocket)
-    cross_entropy, _ = train.losses(alone, pocket, batch, x0, t, drop, config)
-    cross_entropy.mean().backward()
-    assert alone.text_in[0].weight.grad.norm() > 0  # the critic alone teaches the text path
+    assert all(p.grad is None for p in whisper.model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in whisper.model.state_dict().items())
+    for part in (0, 2) if latent == "spectral" else (0,):  # each critic alone teaches the text path
+        alone = network(whisper)
+        train.losses(alone, whisper, batch, x0, t, drop, rng, config)[part].mean().backward()
+        assert alone.text_in[0].weight.grad.norm() > 0 and alone.spell.weight.grad.norm() > 0
 
 
 # ---- the frozen Whisper ----------------------------------------------------------------------
@@ -281,6 +300,55 @@ def test_cross_entropy_is_the_full_softmax(pocket):
     nats = pocket.cross_entropy(features, batch.targets)
     torch.testing.assert_close(nats, expected, atol=1e-4, rtol=1e-4)
     assert pocket.rows.shape[0] < 2000  # the shared row is one
+
+
+def test_false_words_so_far_change_the_inputs_alone(pocket):
+    batch, rng = data.make_batch(SENTENCES, pocket), torch.Generator().manual_seed(0)
+    tokens, n_prompt = batch.targets, pocket.n_prompt
+    many = tokens.repeat(200, 1)
+    so_far = pocket.corrupt(many, 0.3, rng)
+    assert torch.equal(so_far[:, :n_prompt], many[:, :n_prompt]) and (so_far >= -1).all()
+    said = many >= 0
+    said[:, :n_prompt] = False
+    assert 0.2 < (so_far != many)[said].float().mean() < 0.3  # some are replaced by themselves
+    assert torch.equal(pocket.corrupt(tokens, 0.0, rng), tokens)
+    features = torch.randn(4, pocket.max_frames, pocket.channels)
+    plain, told = pocket.cross_entropy(features, tokens), pocket.corrupt(tokens, 0.5, rng)
+    torch.testing.assert_close(pocket.cross_entropy(features, tokens, tokens), plain)
+    assert (pocket.cross_entropy(features, tokens, told) != plain).any()
+
+
+def test_real_speech_survives_as_spectrogram_in_any_voice(spectral):
+    sentences, mel = spoken(spectral, every=5)
+    x1, frames = spectral.latents(mel), torch.full((len(mel),), spectral.max_frames)
+    assert x1.shape == (50, 256, 13) and spectral.channels == 13
+    codes, smooth = [s.language for s in sentences], spectral.spectrogram(x1)
+    torch.testing.assert_close(spectral.latents(smooth)[:, 2:-2], x1[:, 2:-2], atol=3, rtol=0)
+    for rng, most in ((None, 0.05), (torch.Generator().manual_seed(0), 0.15)):
+        read = spectral.transcribe(spectral.features(x1, frames, rng), codes)
+        assert train.rates(sentences, read).cer < most
+    assert not torch.equal(spectral.hear(x1[:2], frames[:2], torch.Generator().manual_seed(1)),
+                           spectral.hear(x1[:2], frames[:2], torch.Generator().manual_seed(2)))
+
+
+def test_what_stands_behind_a_spectrogram_is_silence(spectral):
+    _, mel = spoken(spectral, every=100)
+    x1, frames = spectral.latents(mel)[:, :100], torch.tensor([40, 70, 100])
+    behind = torch.arange(100) >= frames[:, None]
+    features = spectral.features(x1, frames)
+    torch.testing.assert_close(spectral.features(x1 + 9 * behind[..., None], frames), features)
+    assert torch.equal(features[0, 40:], spectral.silence[40:])
+
+
+def test_speech_is_more_like_its_statistics_than_noise(spectral):
+    _, mel = spoken(spectral, every=5)
+    spans = [data.speech_span(m) for m in mel]
+    x1 = torch.nn.utils.rnn.pad_sequence(
+        [x[span] for x, span in zip(spectral.latents(mel), spans)], batch_first=True)
+    frames = torch.tensor([span.stop - span.start for span in spans])
+    real = spectral.unlike_speech(x1, frames)
+    assert 3 * real < spectral.unlike_speech(torch.randn_like(x1), frames)
+    assert 1.5 * real < spectral.unlike_speech(x1[:, torch.randperm(x1.shape[1])], frames)
 
 
 @pytest.mark.parametrize("changes", [
@@ -404,7 +472,7 @@ def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
     assert [w in p for w, p in zip(wrong, problems, strict=True)] == [True] * 8
     train.main([*FLAGS, "--speech", str(tmp_path), "--out_dir", str(tmp_path / "out")])
     assert "1 recordings, 0.0 minutes of speech" in capsys.readouterr().out
-    monkeypatch.setattr(data, "hear", lambda *_: pytest.fail("heard again"))
+    monkeypatch.setattr(data, "read_audio", lambda *_: pytest.fail("heard again"))
     again, problems_again = data.load_speech(tmp_path, pocket)
     assert torch.equal(again.x1[0], corpus.x1[0]) and problems_again == problems
     other = FrozenWhisper(random_whisper(tmp_path / "other.pt"))
@@ -422,8 +490,8 @@ def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
 
 def test_flow_learns_from_recordings(tmp_path, pocket):
     sentences, mel = spoken(pocket, every=60)
-    x1 = [x[data.speech_span(m)] for x, m in zip(pocket.encode_speech(mel), mel)]
-    speech = data.Corpus(sentences, torch.tensor(list(map(len, x1))), x1)
+    x1 = [x[data.speech_span(m)] for x, m in zip(pocket.latents(mel), mel)]
+    speech = data.speech_corpus(sentences, x1)
     config = train.Config(str(tmp_path), steps=150, batch_size=8, speech_share=1.0, depth=2)
     train.train(train.Run(config, pocket), pocket, speech, speech, sentences)
     rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
@@ -433,15 +501,12 @@ def test_flow_learns_from_recordings(tmp_path, pocket):
     assert np.mean(flow_loss[-20:]) < 0.5 * np.mean(flow_loss[:10]) and not any(cross_entropy)
 
 
-def test_text_of_unlabelled_speech_is_what_whisper_reads(pocket, monkeypatch):
+def test_text_of_unlabelled_speech_is_what_whisper_reads(pocket):
     sentences, mel = spoken(pocket, every=50)
-    monkeypatch.setattr(data, "read_audio", lambda *_: np.zeros(16000, np.float32))
     for sentence, one in zip(sentences, mel):
-        monkeypatch.setattr(pocket, "log_mel", lambda samples: one[None])
-        assert data.hear(Path("x.wav"), None, pocket)[0] == sentence
-    monkeypatch.setattr(pocket, "log_mel", lambda samples: torch.full((1, 80, 512), -1.5))
+        assert data.hear(one[None], None, pocket)[0] == sentence
     with pytest.raises(BadInput, match="not sure"):
-        data.hear(Path("x.wav"), None, pocket)
+        data.hear(torch.full((1, 80, 512), -1.5), None, pocket)
 
 
 # ---- the measure of realism ------------------------------------------------------------------
@@ -469,8 +534,8 @@ def test_student_learns_from_speech_and_not_from_noise(pocket):
     noise = speech._replace(x1=[torch.randn_like(x) for x in speech.x1])
     seen = sorted({c for s in speech.sentences for c in realism.letters(s)})
     alphabet = {letter: i for i, letter in enumerate(seen, 1)}
-    cer = [realism.student_cer(realism.train_student(kind, alphabet, 0, 400), speech, alphabet)
-           for kind in (speech, noise)]
+    cer = [realism.student_cer(realism.train_student(kind, alphabet, 0, steps), speech, alphabet)
+           for kind, steps in ((speech, 300), (noise, 100))]
     assert cer[0] < 0.5 and cer[1] > 0.8
 
 
@@ -529,6 +594,33 @@ def test_non_finite_loss_stops_the_run_and_loses_no_checkpoint(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_spectrogram_trains_and_is_sampled(tmp_path, capsys):
+    flags = ["--latent", "spectrogram", "--whisper", random_whisper(tmp_path / "w.pt", n_mels=128)]
+    for whisper in ([], flags[2:]):  # large-v3 has 128 bins
+        result = train.main([*FLAGS, *flags[:2], *whisper, "--out_dir", str(tmp_path)])
+        assert result["steps"] == 6
+        log = (tmp_path / "log.csv").read_text().splitlines()
+        column = log[0].split(",").index("unlike_speech")
+        assert all(float(row.split(",")[column]) > 0 for row in log[1:])
+        sample.main(["--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "The dog sleeps.",
+                     "--out", str(tmp_path / "f.npz")])
+        shape = np.load(tmp_path / "f.npz")["features"].shape
+        assert shape == ((1, 80, 32) if whisper else (1, 256, 128))
+
+
+def test_statistics_bring_the_latents_closer_to_speech(tmp_path, spectral):
+    distance = []
+    for weight in (0.0, 1.0):
+        config = train.Config(str(tmp_path), latent="spectrogram", steps=40, batch_size=8, depth=2,
+                              eval_every=1000, statistics=weight, warmup=10)
+        run, text = train.Run(config, spectral), data.text_corpus(SENTENCES)
+        train.train(run, spectral, text, None, SENTENCES)
+        rows = [row.split(",") for row in (tmp_path / "log.csv").read_text().splitlines()]
+        values = [float(row[rows[0].index("unlike_speech")]) for row in rows[1:]]
+        distance.append(np.mean(values[-10:]))
+    assert distance[1] < 0.7 * distance[0]
+
+
 def test_sample_writes_what_whisper_decode_reads(tmp_path, capsys, pocket):
     train.main([*FLAGS, "--out_dir", str(tmp_path)])
     texts = tmp_path / "t.tsv"
@@ -576,6 +668,9 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "empty.txt has no usable sentence": lambda: train_("--data", f"en={at('empty.txt')}"),
         "1 usable sentences are too few": lambda: train_("--data", f"en={at('one.txt')}"),
         "latin.txt, line 2: byte 0xe9 is not": lambda: train_("--data", f"en={at('latin.txt')}"),
+        "--latent mel is none of features, spectrogram": lambda: train_("--latent", "mel"),
+        "corrupt 0.9 cannot be used": lambda: train_("--corrupt", "0.9"),
+        "give arms, some of spectrogram": lambda: arms.main(["nosuch"]),
         "say its language": lambda: train_("--data", at("latin2.txt")),
         "speed 99": lambda: train_("--speed", "99"),
         "batch_size 0 cannot be used; at least 4": lambda: train_("--batch_size", "0"),
@@ -584,7 +679,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "no checkpoint": lambda: train_("--resume"),
         "`python train.py` makes one": lambda: sample.main(["x", "--ckpt", at("missing.pt")]),
         "not a checkpoint of train.py": lambda: sample.main(["x", "--ckpt", at("other.pt")]),
-        "train.py: EOFError": lambda: sample.main(["x", "--ckpt", at("empty.pt")]),
+        "older one: EOFError": lambda: sample.main(["x", "--ckpt", at("empty.pt")]),
         "cannot write to --out_dir": lambda: train.main(["--out_dir", at("empty.pt")]),
         "give one of them": lambda: sample.main(["x", "--text_file", at("one.txt")]),
         "--steps must be at least 1, not 0": lambda: sample.main(["x", "--steps", "0"]),

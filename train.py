@@ -26,7 +26,7 @@ import data
 import flow
 from model import DiT, DiTConfig
 from sample import Settings, load_checkpoint, rates, round_trip
-from whisper_decoder import BadInput, FrozenWhisper, choose_device
+from whisper_decoder import LATENTS, BadInput, FrozenWhisper, SpectralWhisper, choose_device
 
 
 def setting(default, help, low=None, below=math.inf):
@@ -38,6 +38,7 @@ def setting(default, help, low=None, below=math.inf):
 class Config:
     out_dir: str = setting("out", "folder for ckpt.pt and log.csv")
     whisper: str = setting("pocket", "decoder: pocket, an official name, or a checkpoint file")
+    latent: str = setting("features", "what flows: features, or a spectrogram that Whisper hears")
     data: tuple = setting(("builtin",), "sources: builtin, FILE.tsv, LANGUAGE=FILE.txt")
     speech: str = setting("", "folder of recordings to learn from as well (data.read_manifest)")
     speech_share: float = setting(0.5, "share of the steps that learn from --speech; 1: all", 0)
@@ -52,6 +53,8 @@ class Config:
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     sampler_steps: int = setting(1, "ODE steps that the round-trip loss runs through", 1)
     flow_weight: float = setting(0.3, "weight of the flow loss beside the cross-entropy", 0)
+    statistics: float = setting(1.0, "weight of the statistics of speech; spectrogram only", 0)
+    corrupt: float = setting(0.3, "share of false words so far that the critic gets", 0, 0.51)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = setting(400, "steps between samples and checkpoints", 1)
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
@@ -61,6 +64,8 @@ class Config:
     resume: bool = setting(False, "go on from out_dir/ckpt.pt")
 
     def __post_init__(self):
+        if self.latent not in LATENTS:
+            raise BadInput(f"--latent {self.latent} is none of {', '.join(LATENTS)}")
         for f in dataclasses.fields(self):
             low, below, value = f.metadata["low"], f.metadata["below"], getattr(self, f.name)
             if low is not None and not low <= value < below:
@@ -87,22 +92,28 @@ def parse_config(argv=None) -> Config:
 
 
 def losses(model, whisper: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
-           config: Config) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the round trip and flow loss, each per item (B,).
+           rng: torch.Generator, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of the round trip, flow loss, per item (B,), and distance from speech.
 
-    Recordings bring their x1, and no cross-entropy: 0. Text alone brings none. So the x1 of the
-    path is where the sampler itself arrived from x0, taken as a constant (such pairs are those of
-    reflow, Liu et al. 2022, arXiv 2209.03003): every t learns to point there, and any number of
-    steps can be taken afterwards. What x1 should be, only the cross-entropy says.
+    Recordings bring their x1, and nothing else to learn: 0. Text alone brings none. So the x1 of
+    the path is where the sampler itself arrived from x0, taken as a constant (such pairs are those
+    of reflow, Liu et al. 2022, arXiv 2209.03003): every t learns to point there, and any number of
+    steps can be taken afterwards. What x1 should be, only the cross-entropy says, and, of a
+    spectrogram, the statistics of speech.
     """
-    frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
+    frames, x1 = batch.cond["frames"], batch.x1
+    cross_entropy, unlike = torch.zeros_like(t), torch.zeros((), device=t.device)
     if x1 is None:
         x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, config.sampler_steps)
-        cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
+        so_far = whisper.corrupt(batch.targets, config.corrupt, rng)
+        features = whisper.features(x1, frames, rng)
+        cross_entropy = whisper.cross_entropy(features, batch.targets, so_far)
+        if isinstance(whisper, SpectralWhisper):
+            unlike = whisper.unlike_speech(x1, frames)
         x1 = x1.detach()
     x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
     is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
-    return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech)
+    return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech), unlike
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -113,7 +124,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper, config: Config):
-    """Batch, noise, times, dropped conditions of one step: from seed and step alone."""
+    """Batch, noise, times, dropped conditions, generator of one step: from seed and step alone."""
     rng = torch.Generator().manual_seed(config.seed * 2**32 + step)
     n, corpus = config.batch_size, text
     if speech and torch.rand((), generator=rng) < config.speech_share:
@@ -129,7 +140,7 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper, conf
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
-    return batch, *(x.to(whisper.device) for x in (x0, t, drop))
+    return batch, *(x.to(whisper.device) for x in (x0, t, drop)), rng
 
 
 @torch.no_grad()
@@ -200,7 +211,8 @@ class Run:
 
     def __init__(self, config: Config, whisper: FrozenWhisper):
         torch.manual_seed(config.seed)
-        shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, config.depth)
+        shape = DiTConfig(
+            whisper.channels, whisper.dims.n_text_state, config.depth, sphere=whisper.sphere)
         self.config, self.step = config, 0
         self.model = DiT(shape).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -245,11 +257,11 @@ def train(run: Run, whisper: FrozenWhisper, text: data.Corpus, speech: data.Corp
     start = time.time()
     with open_log(run) as log, stop_on_ctrl_c() as stop:
         while run.step < config.steps and not stop.is_set():
-            batch, x0, t, drop = draw(run.step, text, speech, whisper, config)
+            batch, *noise = draw(run.step, text, speech, whisper, config)
             with autocast:
-                cross_entropy, flow_loss = losses(model, whisper, batch, x0, t, drop, config)
+                cross_entropy, flow_loss, unlike = losses(model, whisper, batch, *noise, config)
             weight = config.flow_weight if batch.x1 is None else 1
-            loss = cross_entropy.mean() + weight * flow_loss.mean()
+            loss = cross_entropy.mean() + weight * flow_loss.mean() + config.statistics * unlike
             if not math.isfinite(loss.item()):
                 raise BadInput(f"the loss is {loss.item()} at step {run.step}; try a smaller "
                                f"--learning_rate than {config.learning_rate}")
@@ -259,7 +271,7 @@ def train(run: Run, whisper: FrozenWhisper, text: data.Corpus, speech: data.Corp
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config)
-            log.write(log_row(run, start, loss, cross_entropy, flow_loss, t, norm))
+            log.write(log_row(run, start, loss, cross_entropy, flow_loss, unlike, noise[1], norm))
             run.step += 1
             bar.update()
             bar.set_postfix(ce=f"{cross_entropy.mean():.3f}", flow=f"{flow_loss.mean():.3f}")
@@ -285,7 +297,7 @@ def stop_on_ctrl_c():
 
 
 LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
-       "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
+       "flow_t50_75", "flow_t75_100", "unlike_speech", "gradient_norm", "learning_rate"]
 
 
 def open_log(run: Run):
@@ -297,22 +309,24 @@ def open_log(run: Run):
     return file
 
 
-def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, t, norm) -> str:
+def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, unlike, t, norm) -> str:
     """The values of LOG; the flow loss also by quarters of t."""
     quarters = [flow_loss[(4 * t).long() == i].mean() for i in range(4)]
-    values = torch.stack([loss, cross_entropy.mean(), flow_loss.mean(), *quarters, norm]).tolist()
+    values = [loss, cross_entropy.mean(), flow_loss.mean(), *quarters, unlike, norm]
+    values = torch.stack(values).tolist()
     rate = run.optimizer.param_groups[0]["lr"]
     values = [f"{time.time() - start:.2f}", *(f"{v:.5f}" for v in values), f"{rate:.3e}"]
     return ",".join([str(run.step), *values]) + "\n"
 
 
-def main(argv=None) -> dict:
+def main(argv=None, speech: data.Corpus | None = None) -> dict:
+    """The run that the flags describe, with recordings from a study or from --speech -> figures."""
     start, config = time.time(), parse_config(argv)
     device = choose_device(config.device)
-    whisper = FrozenWhisper(config.whisper, device)
+    whisper = LATENTS[config.latent](config.whisper, device)
     sentences, problems = data.load(config.data, whisper, config.speed)
     training, held_out = data.split(sentences)
-    text, speech = data.text_corpus(training), None
+    text = data.text_corpus(training)
     if config.speech:
         speech, more = data.load_speech(Path(config.speech), whisper)
         problems += more

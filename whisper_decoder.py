@@ -9,9 +9,10 @@
 B batch, L prompt + text + end tokens, T latent frames, C latent channels (n_audio_state),
 E embedding width (n_text_state), V vocabulary.
 """
+import math
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -22,10 +23,12 @@ import whisper
 from torch import Tensor
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
+from whisper.model import AudioEncoder
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
+STATISTICS = Path(__file__).parent / "pocket" / "statistics.npz"  # of speech
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # 20 ms at 16 kHz
 # Signs that `whisper.decode` never writes (suppress_tokens): inside words, and between words.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
@@ -50,6 +53,7 @@ class FrozenWhisper:
         self.model = load_whisper(name, self.device).eval().requires_grad_(False)
         self.dims = self.model.dims
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
+        self.sphere = True  # every frame of x1 has mean 0 and variance 1
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         # One matrix embeds the tokens and makes the logits. Its equal rows have equal logits: one
         # of each is enough.
@@ -62,6 +66,7 @@ class FrozenWhisper:
         self.languages = [
             code for code in codes if self.row_count[self.row_of[self.language_token(code)]] == 1
         ]
+        self.n_prompt = len(self.prompt(self.languages[0]))
         self.silence = self.features_of_speech(self.log_mel(np.zeros(0, np.float32)))[0]
 
     # ---- text and tokens ---------------------------------------------------------------------
@@ -121,25 +126,29 @@ class FrozenWhisper:
         return mel[None].to(self.device)
 
     def encode_speech(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, n_mels, 2 * n_audio_ctx) -> x1 (B, n_audio_ctx, C)."""
-        before = []  # what goes into ln_post
-        ln_post = self.model.encoder.ln_post
-        hook = ln_post.register_forward_pre_hook(lambda _, x: before.append(x[0]))
-        with torch.no_grad(), hook:  # which removes itself
-            self.model.encoder(mel.to(self.device))
-        return F.layer_norm(before[0], (self.channels,))
+        """Log-mel (B, n_mels, 2T) -> encoder output, normalised before ln_post (B, T, n_state)."""
+        x = run_encoder(self.model.encoder, mel.to(self.device))
+        return F.layer_norm(x, x.shape[-1:])
 
     def features_of_speech(self, mel: Tensor) -> Tensor:
         """What the decoder sees of speech, (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, C)."""
         return self.model.encoder.ln_post(self.encode_speech(mel))
 
-    def features(self, x1: Tensor, frames: Tensor) -> Tensor:
-        """Latents (B, T, C), lengths (B,) -> features with silence after each (B, n_audio_ctx, C).
+    def latents(self, mel: Tensor) -> Tensor:
+        """Log-mel of speech (B, n_mels, 2T) -> x1 (B, T, C)."""
+        return self.encode_speech(mel)
+
+    def hear(self, x1: Tensor, frames: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """x1 (B, T, C), lengths (B,) -> as encode_speech makes it (B, T, n_state): it is that."""
+        return x1.float()
+
+    def features(self, x1: Tensor, frames: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """x1 (B, T, C), lengths (B,) -> features, silence after each (B, n_audio_ctx, n_state).
 
         Cross-attention has no mask, so what stands after the speech is seen: in training as in use
-        it is what the encoder makes of silence.
+        it is what the encoder makes of silence. rng: the voices of a SpectralWhisper.
         """
-        speech = self.model.encoder.ln_post(x1.float())
+        speech = self.model.encoder.ln_post(self.hear(x1, frames, rng))
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         position = torch.arange(self.max_frames, device=x1.device)
         is_speech = (position < frames[:, None]).unsqueeze(-1)  # (B, n_audio_ctx, 1)
@@ -153,20 +162,35 @@ class FrozenWhisper:
         rows = [torch.tensor([*self.prompt(c), *row, end]) for row, c in zip(tokens, languages)]
         return torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1).to(self.device)
 
-    def cross_entropy(self, features: Tensor, tokens: Tensor) -> Tensor:
+    def corrupt(self, tokens: Tensor, share: float, rng: torch.Generator) -> Tensor:
+        """Text tokens replaced by others of the batch, in each item a random part, (B, L) -> (B, L).
+
+        share is the mean of that part, at most half. Words so far that are false make the decoder
+        listen, where it would guess the next one from them.
+        """
+        draw = partial(torch.rand, generator=rng)
+        false = draw(tokens.shape) < 2 * share * draw(len(tokens), 1)
+        false[:, : self.n_prompt] = False
+        said = tokens[:, self.n_prompt :]
+        said = said[said >= 0]
+        others = said[torch.randint(len(said), tokens.shape, generator=rng)]
+        return torch.where(false.to(tokens.device), others, tokens)
+
+    def cross_entropy(self, features: Tensor, tokens: Tensor, so_far: Tensor | None = None):
         """Teacher-forced, in nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
 
-        tokens come from `target_tokens`. The logits of equal rows are equal, so k of them weigh as
+        tokens come from `target_tokens`; so_far (B, L), if given, is what the decoder is told that
+        it has read, in place of them. The logits of equal rows are equal, so k of them weigh as
         much in the softmax as one plus log k: exact, and 50 times less work for the pocket decoder.
         """
-        decoder, n_prompt = self.model.decoder, len(self.prompt(self.languages[0]))
-        inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, n_prompt:]
+        decoder, targets = self.model.decoder, tokens[:, self.n_prompt :]
+        inputs = (tokens if so_far is None else so_far)[:, :-1].clamp(min=0)
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
         for block in decoder.blocks:
             x = block(x, features, mask=decoder.mask)
         said = targets >= 0
         # Position i predicts token i + 1, so the first text token is predicted at n_prompt - 1.
-        x = decoder.ln(x[:, n_prompt - 1 :][said])  # (all targets, E)
+        x = decoder.ln(x[:, self.n_prompt - 1 :][said])  # (all targets, E)
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
             logits = x.float() @ self.rows.T
         chosen = logits.gather(1, self.row_of[targets[said]][:, None])[:, 0]
@@ -186,6 +210,96 @@ class FrozenWhisper:
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
             result.update(zip(where, whisper.decode(self.model, features[where].float(), options)))
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
+
+
+class SpectralWhisper(FrozenWhisper):
+    """The latent is a spectrogram and the frozen encoder listens to it.
+
+    x1 (B, T, C) are the first C cosines of the log-mel spectrum ("cepstra"), each 20 ms, in units of
+    their spread in speech. That is little room for what only a network would notice. Features are
+    encoder outputs by construction, and recordings have an x1 as well.
+    """
+
+    def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
+        super().__init__(name, device)
+        with np.load(STATISTICS) as file:
+            found = {key: torch.from_numpy(file[key]).to(self.device) for key in file.files}
+        self.window_mean, self.window_cov = found["window_mean"], found["window_cov"]
+        self.channels, self.sphere = len(found["mean"]), False
+        n_mels = self.dims.n_mels  # the statistics are of 80
+        self.mean, self.spread = (found[key] * (n_mels / 80) ** 0.5 for key in ("mean", "spread"))
+        self.cosines = cosines(self.channels, n_mels).to(self.device)
+
+    def latents(self, mel: Tensor) -> Tensor:
+        """Log-mel (B, n_mels, 2T) -> x1 (B, T, C): cepstra, averaged over two hops."""
+        cepstra = F.avg_pool1d(self.cosines @ mel.to(self.device), 2).transpose(1, 2)
+        return (cepstra - self.mean) / self.spread
+
+    def spectrogram(self, x1: Tensor) -> Tensor:
+        """The way back, smoothed: x1 (B, T, C) -> log-mel (B, n_mels, 2T)."""
+        mel = (x1.float() * self.spread + self.mean) @ self.cosines
+        return F.interpolate(mel.transpose(1, 2), scale_factor=2, mode="linear")
+
+    def hear(self, x1: Tensor, frames: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """x1 (B, T, C) -> encoder output (B, T, n_state); with rng, each item in another voice."""
+        last = torch.arange(x1.shape[1], device=x1.device).minimum(frames[:, None] - 1)
+        mel = self.spectrogram(x1.gather(1, last[:, :, None].expand_as(x1)))  # end at the end
+        mel = change_voice(mel, rng) if rng else mel
+        # pocket learned from windows of any length; official checkpoints know 30 seconds only.
+        window = x1.shape[1] + 32 if self.name == "pocket" else self.max_frames
+        window = 2 * min(window, self.max_frames)
+        mel = F.pad(mel, (0, window - mel.shape[2]))
+        is_speech = (torch.arange(window, device=mel.device) < 2 * frames[:, None])[:, None]
+        loudest = mel.detach().masked_fill(~is_speech, -9).amax((1, 2), keepdim=True)
+        mel = torch.where(is_speech, mel, loudest - 2).maximum(loudest - 2)  # as log_mel clamps
+        return self.encode_speech(mel)[:, : x1.shape[1]]
+
+    def unlike_speech(self, x1: Tensor, frames: Tensor) -> Tensor:
+        """Distance of a batch from the statistics of speech, (B, T, C), (B,) -> number.
+
+        Mean squared difference of the means, and ten times that of the covariances, of windows of
+        a few frames in a row: the idea of DeepInversion (arXiv 1912.08795).
+        """
+        length = len(self.window_mean) // self.channels
+        items = [x[:n] for x, n in zip(x1, frames.tolist()) if n >= length]
+        windows = torch.cat([x.unfold(0, length, 1).flatten(1) for x in items]).float()
+        mean = (windows.mean(0) - self.window_mean).square().mean()
+        return mean + 10 * (torch.cov(windows.T) - self.window_cov).square().mean()
+
+
+LATENTS = {"features": FrozenWhisper, "spectrogram": SpectralWhisper}  # what flows
+
+
+def cosines(n: int, n_mels: int) -> Tensor:
+    """The first n rows of the orthonormal discrete cosine transform (n, n_mels)."""
+    angle = math.pi / n_mels * (torch.arange(n_mels) + 0.5) * torch.arange(n)[:, None]
+    return F.normalize(angle.cos(), dim=1)
+
+
+def change_voice(mel: Tensor, rng: torch.Generator) -> Tensor:
+    """Another vocal tract, loudness, tilt and some noise for each item, (B, n_mels, n).
+
+    What is to be read has to be read in all of them: the expectation over transformations with
+    which Athalye et al. (arXiv 1707.07397) made examples that hold in the real world.
+    """
+    n_items, n_mels, _ = mel.shape
+    draw = lambda f, *size: f(*size, generator=rng).to(mel.device)  # noqa: E731
+    length = 0.9 + 0.2 * draw(torch.rand, n_items, 1)  # of the vocal tract
+    place = (torch.arange(n_mels, device=mel.device) * length).clamp(max=n_mels - 1.001)
+    below, share = place.long()[:, :, None].expand_as(mel), place.frac()[:, :, None]
+    mel = mel.gather(1, below) * (1 - share) + mel.gather(1, below + 1) * share
+    slope = torch.linspace(-1, 1, n_mels, device=mel.device)[:, None]
+    tilt = 0.1 * draw(torch.randn, n_items, 1, 1) + 0.15 * draw(torch.randn, n_items, 1, 1) * slope
+    return mel + tilt + 0.05 * draw(torch.randn, *mel.shape)
+
+
+def run_encoder(encoder: AudioEncoder, mel: Tensor) -> Tensor:
+    """AudioEncoder.forward up to ln_post, for shorter windows too (B, n_mels, 2T) -> (B, T, C)."""
+    x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
+    x = x + encoder.positional_embedding[: x.shape[1]]
+    for block in encoder.blocks:
+        x = block(x)
+    return x
 
 
 def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:

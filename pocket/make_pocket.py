@@ -241,15 +241,6 @@ def new_model(vocabulary):
     return model
 
 
-def encode(encoder, mel):
-    """AudioEncoder.forward for a window that may be shorter than the model's: less to compute."""
-    x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
-    x = x + encoder.positional_embedding[: x.shape[1]]
-    for block in encoder.blocks:
-        x = block(x)
-    return encoder.ln_post(x)
-
-
 def draw(clips, batch, rng):
     """Clips of like length and a window for them: the model's own in a third of the steps."""
     pool = torch.randint(0, len(clips), (4 * batch,), generator=rng).tolist()
@@ -274,7 +265,7 @@ def loss_of(model, ctc_head, vocabulary, mel, targets, corrupt, ctc_weight, rng)
     wrong = torch.rand(inputs.shape, generator=rng) < corrupt
     wrong[:, :4] = False  # the prompt stays
     random_tokens = torch.randint(len(vocabulary.used), inputs.shape, generator=rng)
-    features = encode(model.encoder, mel)
+    features = model.encoder.ln_post(whisper_decoder.run_encoder(model.encoder, mel))
     logits = model.decoder(torch.where(wrong, random_tokens, inputs), features)
     offset = torch.zeros(logits.shape[-1])
     offset[-1] = vocabulary.log_unused

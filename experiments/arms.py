@@ -1,0 +1,77 @@
+"""Train the checkpoints that the README's table of realism compares, each with its speech.
+
+    python experiments/arms.py spectrogram pairs-7         # writes out/arms/NAME/ckpt.pt
+    python experiments/arms.py pairs-7 --steps 500         # other flags go to train.py
+
+espeak-ng speaks, in voices of the pocket decoder's training, sentences that are not in the test.
+"""
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+import data  # noqa: E402
+import make_pocket  # noqa: E402
+import train  # noqa: E402
+from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
+
+MEAN_SECONDS = 2.25  # of a spoken sentence
+FIRST_SEED = 2000  # of speech; realism.py's voices have others
+# minutes of speech, is its text given, flags of train.py
+ARMS = {
+    "spectrogram": (0, True, "--latent spectrogram --steps 600"),
+    "spectrogram-alone": (0, True, "--latent spectrogram --steps 600 --statistics 0"),
+}
+for minutes in (1, 7, 30, 110):
+    ARMS |= {
+        f"pairs-{minutes}": (minutes, True, "--speech_share 1 --steps 1000"),
+        f"unlabelled-{minutes}": (minutes, False, "--speech_share 1 --steps 1000"),
+        f"both-{minutes}": (minutes, True, "--speech_share 0.5 --steps 1000"),
+    }
+
+
+def speak(minutes: float, has_text: bool, sentences: list, whisper) -> data.Corpus | None:
+    """So many minutes of sentences that are spoken once, in equal parts of every language."""
+    if not minutes:
+        return None
+    make_pocket.need_espeak()
+    work = ROOT / "out" / "arms"
+    work.mkdir(parents=True, exist_ok=True)
+    random.Random(2).shuffle(sentences)
+    most = train.balanced(sentences, round(110 * 60 / MEAN_SECONDS))
+    said = most[:: max(1, round(110 / minutes))]
+    clips = make_pocket.speak_all(said, make_pocket.VARIANTS, FIRST_SEED, work, "speech")
+    texts, x1 = [], []
+    for sentence, clip in zip(tqdm(said, desc="hearing"), clips):
+        try:
+            mel = data.stack_clips([clip], whisper)
+            text, latent = data.hear(mel, sentence if has_text else None, whisper)
+        except BadInput:  # what Whisper does not understand is left out
+            continue
+        texts.append(text)
+        x1.append(latent)
+    return data.speech_corpus(texts, x1)
+
+
+def main(argv):
+    names = argv[: next((i for i, a in enumerate(argv) if a[0] == "-"), None)]
+    if not names or set(names) - set(ARMS):
+        raise BadInput(f"give arms, some of {', '.join(ARMS)}")
+    for name in names:
+        minutes, has_text, flags = ARMS[name]
+        whisper = FrozenWhisper("pocket")
+        training, _ = data.split(data.builtin())
+        speech = speak(minutes, has_text, training, whisper)
+        out = ["--out_dir", f"out/arms/{name}", *flags.split(), *argv[len(names) :]]
+        train.main([*out, "--device", "cpu"], speech)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (BadInput, ValueError) as error:
+        sys.exit(f"arms.py: {error}")
