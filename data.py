@@ -363,7 +363,7 @@ def speech_span(mel: Tensor) -> slice:
 
 
 def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple[Sentence, Tensor]:
-    """Log-mel (1, n_mels, 2T) -> what is said, x1 (T, C) fp16; no text: the frozen Whisper's own."""
+    """Log-mel (1, n_mels, 2T) -> what is said, x1 (T, C) fp16; no text: the one Whisper reads."""
     if sentence is None:
         features, language = whisper.features_of_speech(mel), "en"
         if whisper.model.is_multilingual:

@@ -125,7 +125,7 @@ class DiT(nn.Module):
         self.latent_out = nn.Linear(width, patch_size)
 
     def spread_text(self, cond: dict, is_speech: Tensor) -> Tensor:
-        """Average upsampling: each frame takes its token and its letters, (B, S, E) -> (B, T, D)."""
+        """Average upsampling: each frame takes its token and letters, (B, S, E) -> (B, T, D)."""
         text = self.text_in(cond["text"])  # (B, S, D)
         # Every other token is marked: a token twice in a row is not one token of double length.
         text = text + self.odd * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]

@@ -338,6 +338,8 @@ def test_what_stands_behind_a_spectrogram_is_silence(spectral):
     features = spectral.features(x1, frames)
     torch.testing.assert_close(spectral.features(x1 + 9 * behind[..., None], frames), features)
     assert torch.equal(features[0, 40:], spectral.silence[40:])
+    alone = spectral.features(x1[:1, :40], frames[:1])
+    torch.testing.assert_close(alone, features[:1], atol=1e-3, rtol=1e-3)
 
 
 def test_speech_is_more_like_its_statistics_than_noise(spectral):
@@ -452,7 +454,7 @@ def test_resampling_keeps_a_tone():
 
 
 def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
-    tmp_path, pocket, monkeypatch, capsys
+    tmp_path, pocket, spectral, monkeypatch, capsys
 ):
     for name, seconds in (("a.flac", 1.0), ("long.wav", 9.0), ("none.wav", 0.0)):
         samples = np.random.default_rng(0).normal(0, 0.1, (int(seconds * 22050), 2))
@@ -476,8 +478,9 @@ def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
     again, problems_again = data.load_speech(tmp_path, pocket)
     assert torch.equal(again.x1[0], corpus.x1[0]) and problems_again == problems
     other = FrozenWhisper(random_whisper(tmp_path / "other.pt"))
-    with pytest.raises(pytest.fail.Exception, match="heard again"):
-        data.load_speech(tmp_path, other)
+    for whisper in (other, spectral):
+        with pytest.raises(pytest.fail.Exception, match="heard again"):
+            data.load_speech(tmp_path, whisper)
     soundfile.write(tmp_path / "a.flac", samples[:8000], 16000)
     with pytest.raises(pytest.fail.Exception, match="heard again"):
         data.load_speech(tmp_path, pocket)

@@ -163,7 +163,7 @@ class FrozenWhisper:
         return torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1).to(self.device)
 
     def corrupt(self, tokens: Tensor, share: float, rng: torch.Generator) -> Tensor:
-        """Text tokens replaced by others of the batch, in each item a random part, (B, L) -> (B, L).
+        """Text tokens of a random part of each item become others of the batch, (B, L) -> (B, L).
 
         share is the mean of that part, at most half. Words so far that are false make the decoder
         listen, where it would guess the next one from them.
@@ -215,8 +215,8 @@ class FrozenWhisper:
 class SpectralWhisper(FrozenWhisper):
     """The latent is a spectrogram and the frozen encoder listens to it.
 
-    x1 (B, T, C) are the first C cosines of the log-mel spectrum ("cepstra"), each 20 ms, in units of
-    their spread in speech. That is little room for what only a network would notice. Features are
+    x1 (B, T, C) are the first C cosines of the log-mel spectrum ("cepstra"), each 20 ms, in units
+    of their spread in speech: little room for what only a network would notice. Features are
     encoder outputs by construction, and recordings have an x1 as well.
     """
 
@@ -245,8 +245,8 @@ class SpectralWhisper(FrozenWhisper):
         last = torch.arange(x1.shape[1], device=x1.device).minimum(frames[:, None] - 1)
         mel = self.spectrogram(x1.gather(1, last[:, :, None].expand_as(x1)))  # end at the end
         mel = change_voice(mel, rng) if rng else mel
-        # pocket learned from windows of any length; official checkpoints know 30 seconds only.
-        window = x1.shape[1] + 32 if self.name == "pocket" else self.max_frames
+        # In training a short window saves time, but official checkpoints know 30 seconds only.
+        window = x1.shape[1] + 32 if rng and self.name == "pocket" else self.max_frames
         window = 2 * min(window, self.max_frames)
         mel = F.pad(mel, (0, window - mel.shape[2]))
         is_speech = (torch.arange(window, device=mel.device) < 2 * frames[:, None])[:, None]

@@ -335,7 +335,7 @@ class Study:
                 | self.measures(made, versions, seed)}
         if shuffle:
             languages = dict.fromkeys(s.language for s in self.sentences)
-            same = [[s for s in self.sentences if s.language == language] for language in languages]
+            same = [[s for s in self.sentences if s.language == code] for code in languages]
             others = [s for group in same for s in group[1:] + group[:1]]
             shuffled = self.student(Speech(others, made.x1), own, seed)
             rows[f"{path}, with other texts"] = dict(student=shuffled["student"])
@@ -391,8 +391,8 @@ def main(argv=None) -> dict:
             raise BadInput(f"{path} was trained with --whisper {config['whisper']} --speed "
                            f"{config['speed']}; there is real speech for pocket at speed 1 only")
     if args.sentences < 50 or args.steps < 1:
-        raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; at least 50 "
-                       "sentences and 1 step")
+        raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; give at "
+                       "least 50 sentences and 1 step")
     make_pocket.need_espeak()
     for folder in (args.work_dir, args.out.parent):
         folder.mkdir(parents=True, exist_ok=True)
