@@ -1,6 +1,6 @@
 """Make pocket/statistics.npz: means and covariances of the cepstra of speech, measured once.
 
-    python pocket/make_statistics.py    # speaks 1,500 sentences, 20 seconds; needs espeak-ng
+    python pocket/make_statistics.py    # speaks 1,500 sentences; needs espeak-ng
 
 What whisper_decoder.SpectralWhisper and train.py know of speech without a recording: the mean and
 spread of each cepstrum (C,), and of WINDOW frames in a row, in units of that spread, the mean
