@@ -9,7 +9,6 @@ import random
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +53,8 @@ def speak(minutes: float, has_text: bool, sentences: list, whisper) -> data.Corp
             continue
         texts.append(text)
         x1.append(latent)
+    if len(texts) < len(said):
+        print(f"{len(said) - len(texts)} of {len(said)} utterances were not understood: left out")
     return data.speech_corpus(texts, x1)
 
 
