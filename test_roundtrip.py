@@ -213,7 +213,7 @@ def test_dropped_condition_hides_text_and_language(pocket):
     model, batch = network(pocket), data.make_batch(SENTENCES[:2], pocket)
     batch.cond["frames"][:] = 40
     x, t = torch.randn(1, 40, pocket.channels).repeat(2, 1, 1), torch.full((2,), 0.3)
-    cond = {**batch.cond, "token": batch.cond["token"][:, :40]}
+    cond = batch.cond | {name: batch.cond[name][:, :40] for name in ("token", "byte")}
     with torch.no_grad():
         with_text = model(x, t, cond)
         without = model(x, t, {**cond, "drop": torch.ones(2, dtype=torch.bool)})
