@@ -3,14 +3,24 @@
 B batch, S text tokens, T latent frames (50 per second), E embedding width of the frozen decoder,
 L prompt + text + end tokens.
 """
+import bz2
+import gzip
 import hashlib
 import math
 import os
+import random
 import re
+import shutil
 import unicodedata
+import zlib
+from collections import Counter, defaultdict
+from contextlib import contextmanager
 from functools import cache, partial
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -27,14 +37,38 @@ from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, first_line, text_
 
 SENTENCES = Path(__file__).parent / "pocket" / "sentences"
 SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
+TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
+PACKED = {".gz": gzip.open, ".bz2": bz2.open}
+BIG, SHARD = 2**26, 100_000  # of a file of more bytes, only so many lines are in memory
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 
-# Length rule: words per second where words are written apart, characters per second where not.
-# en, es, de, fr, zh: pace of the clips in pocket/speech.npz; the others are guesses.
-WORDS_PER_SECOND = {"en": 3.2, "es": 3.0, "de": 3.1, "fr": 3.8}
-CHARACTERS_PER_SECOND = {"zh": 3.9, "yue": 3.9, "ja": 6.0}
-DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.6, 10.0
+# All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), and the pace of the
+# length rule: words per second, or characters where words are written together (UNSPACED). Paces
+# of en, es, de, fr, zh are those of the clips in pocket/speech.npz; the others come from one
+# sentence each, read by espeak-ng at its usual speed (experiments/pace.py); "-": it cannot read it.
+TABLE = """
+    en eng 3.2 | zh cmn 3.9 | de deu 3.1 | es spa 3.0 | ru rus 2.8 | ko kor 1.8 | fr fra 3.8
+    ja jpn 6.3 | pt por 3.1 | tr tur 2.2 | pl pol 2.3 | ca cat 3.5 | nl nld 3.3 | ar ara 2.0
+    sv swe 2.8 | it ita 3.1 | id ind 2.9 | hi hin 2.7 | fi fin 2.4 | vi vie 4.1 | he heb -
+    uk ukr 3.1 | el ell 3.0 | ms zsm 2.9 | cs ces 2.8 | ro ron 2.5 | da dan 3.5 | hu hun 2.7
+    ta tam 2.0 | no nob 2.9 | th tha - | ur urd 2.7 | hr hrv 2.5 | bg bul 2.6 | lt lit 2.0
+    la lat 2.4 | mi mri 3.7 | ml mal 1.9 | cy cym 3.9 | sk slk 2.8 | te tel 1.9 | fa pes 2.5
+    lv lvs 2.6 | bn ben 2.2 | sr srp 3.2 | az aze 2.4 | sl slv 2.4 | kn kan 1.7 | et est 2.5
+    mk mkd 3.1 | br bre - | eu eus 2.3 | is isl 2.8 | hy hye 2.4 | ne npi 2.3 | mn mon -
+    bs bos 2.6 | kk kaz 2.4 | sq sqi 3.0 | sw swh 2.1 | gl glg - | mr mar 2.4 | pa pan 2.7
+    si sin 2.2 | km khm - | sn sna - | yo yor - | so som - | af afr 3.1 | oc oci -
+    ka kat 2.1 | be bel 2.9 | tg tgk - | sd snd 2.8 | gu guj 2.3 | am amh 1.9 | yi yid -
+    lo lao - | uz uzb 2.5 | fo fao - | ht hat 3.3 | ps pus - | tk tuk 2.6 | nn nno 2.9
+    mt mlt 2.7 | sa san - | lb ltz 3.7 | my mya - | bo bod - | tl tgl - | mg mlg -
+    as asm 2.1 | tt tat 2.7 | haw haw 3.6 | ln lin - | ha hau - | ba bak 2.7 | jw jav -
+    su sun - | yue yue 4.7
+"""
+ROWS = [row.split() for row in re.split(r"[|\n]", TABLE.strip())]
+ISO_639_3 = {code: iso for code, iso, _ in ROWS}
+PACE = {code: float(pace) for code, _, pace in ROWS if pace != "-"}
+DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
 MIN_SECONDS = 0.6
 MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
 
@@ -85,40 +119,140 @@ def unheard_words(sentence: Sentence) -> list[str]:
     return [w for w in words(sentence.text, sentence.language) if w.lower() not in heard]
 
 
-def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file; BadInput, with file and line, if it is missing or not UTF-8."""
+@contextmanager
+def writing(file: Path):
+    """A temporary name that becomes `file` when all is written; if not, nothing stays."""
+    part = file.with_name(f"{file.name}.tmp")
     try:
-        raw = path.read_bytes()
+        yield part
+        os.replace(part, file)
+    except OSError as error:
+        raise BadInput(f"cannot write {file} ({error.strerror or first_line(error)}); free some "
+                       "space or name another place") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def download(url: str) -> Path:
+    """URL, perhaps with #sha256=HEX -> its file in CACHE, fetched unless it is there already."""
+    address, _, wanted = url.partition("#sha256=")
+    name = re.sub(r"[^\w.-]", "_", address.split("?")[0].rstrip("/").rpartition("/")[2])
+    file = CACHE / f"{hashlib.sha256(address.encode()).hexdigest()[:8]}_{name}"
+    if not file.exists():
+        fetch(address, file)
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while wanted and (block := f.read(2**20)):
+            digest.update(block)
+    if wanted and digest.hexdigest() != wanted.lower():
+        file.unlink()
+        raise BadInput(f"{address} has the SHA-256 checksum {digest.hexdigest()}, not {wanted}; "
+                       "the file was removed: fetch it again, or correct the checksum")
+    return file
+
+
+def fetch(address: str, file: Path) -> None:
+    """Download; what was interrupted is kept as file.part and goes on where it stopped."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        start = part.stat().st_size if part.exists() else 0
+        request = Request(address, headers={"Range": f"bytes={start}-"} if start else {})
+        with urlopen(request, timeout=30) as answer:
+            start *= answer.status == 206  # partial content; else it is sent from the beginning
+            total = start + int(answer.headers.get("Content-Length") or 0)
+            with (open(part, "ab" if start else "wb") as f,
+                  tqdm.wrapattr(f, "write", desc=address, total=total, initial=start) as out):
+                shutil.copyfileobj(answer, out)
+        if part.stat().st_size < total:
+            raise BadInput(f"{address} broke off after {part.stat().st_size:,} of {total:,} bytes; "
+                           "run it again, and it goes on from there")
+        os.replace(part, file)
+    except HTTPError as error:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"{address} answers {error.code} {error.reason}; check the address, or "
+                       "download it in another way and give the file") from error
+    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        raise BadInput(f"cannot fetch {address} ({first_line(error)}); check the network, or give "
+                       "a file that you have") from error
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"cannot write {file} ({error.strerror}); free some space, or set "
+                       "XDG_CACHE_HOME to another folder") from error
+
+
+def unpack(file: Path) -> Path:
+    """A .gz or .bz2 -> the plain file in CACHE, unpacked again when it changes; others: as is."""
+    if file.suffix not in PACKED or not file.exists():
+        return file
+    plain = CACHE / f"{hashlib.sha256(repr(stamp(file)).encode()).hexdigest()[:8]}_{file.stem}"
+    if not plain.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with writing(plain) as part, open(part, "wb") as out:
+            try:
+                with PACKED[file.suffix](file) as packed:
+                    while block := packed.read(2**20):
+                        out.write(block)
+            except (EOFError, zlib.error, OSError) as error:
+                if getattr(error, "errno", None):  # not of the format, but of the disk
+                    raise
+                raise BadInput(f"{file} is broken ({first_line(error)}); delete it, and get it "
+                               "again") from error
+    return plain
+
+
+def read_lines(path: Path, shard: int = 0) -> Iterator[tuple[str, str]]:
+    """UTF-8 file -> (place, line) each; of a file over BIG bytes, those at SHARD random places.
+
+    Memory so stays small, and another shard has other lines. Raises BadInput, with file and
+    place, if the file is missing or not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.path.getsize(path)
+            if size <= BIG:
+                lines = [(f"line {n}", line) for n, line in enumerate(file, 1)]
+            else:
+                lines = []
+                for place in sorted(random.Random(shard).choices(range(size), k=SHARD)):
+                    file.seek(place)
+                    file.readline()  # the rest of a line
+                    lines.append((f"byte {file.tell()}", file.readline()))
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return raw.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise BadInput(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; convert "
-                       f"the file, e.g. `iconv -f latin1 -t utf-8 {path}`") from error
+    for place, line in lines:
+        try:
+            yield place, line.decode().lstrip("\ufeff").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path}, {place}: byte 0x{line[error.start]:02x} is not UTF-8; convert "
+                           f"the file, e.g. `iconv -f latin1 -t utf-8 {path}`") from error
 
 
-def read_file(path: Path, language: str | None, whisper: FrozenWhisper):
-    """A UTF-8 .txt (a sentence a line) or .tsv (language, text) -> sentences, problems.
+def read_file(path: Path, language: str | None, whisper: FrozenWhisper, shard: int = 0):
+    """A text file, packed or not -> sentences, problems.
 
-    Raises BadInput, with file and line, if the file is missing, empty or not UTF-8. A line that
-    cannot be used becomes one problem "file, line n: why"; blank lines are no sentences.
+    FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
+    in its last column. Raises BadInput, with file and line, if the file is missing, empty or not
+    UTF-8. A line that cannot be used becomes one problem "file, line n: why"; blank lines are no
+    sentences.
     """
-    lines = read_lines(path)
-    if path.suffix != ".tsv" and language is None:
+    plain = unpack(path)
+    is_table = plain.suffix == ".tsv"
+    if not is_table and language is None:
         raise BadInput(f"{path}: say its language, as in en={path}")
     sentences, problems = [], []
-    for number, line in enumerate(lines, 1):
+    for place, line in read_lines(plain, shard):
         if not line.strip():
             continue
-        code, tab, text = line.partition("\t") if path.suffix == ".tsv" else (language, "\t", line)
+        code, tab, text = line.partition("\t") if is_table else (language, "\t", line)
+        if language:
+            code, text = language, text.rpartition("\t")[2]
         try:
             if not tab:
                 raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
             sentences.append(read_line(text, code, whisper))
         except BadInput as error:
-            problems.append(f"{path}, line {number}: {error}")
+            problems.append(f"{path}, {place}: {error}")
     if not sentences:
         why = f"; {problems[0]}" if problems else ": it is empty"
         raise BadInput(f"{path} has no usable sentence{why}")
@@ -133,26 +267,67 @@ def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
     return Sentence(code, text)
 
 
-def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0):
-    """Sources -> distinct sentences that fit the decoder, and what was left out or changed and why.
+def files_of(source: str, whisper: FrozenWhisper) -> list[tuple[Path, str | None]]:
+    """A source of `load` -> its files, fetched if need be, and their languages if they are given."""
+    language, _, place = re.fullmatch(r"(?:([^=:/]+)(=))?(.+)", source).groups()
+    if source.startswith("tatoeba:"):
+        language = source.partition(":")[2]
+    language = whisper.check_language(language) if language else None
+    if source.startswith("tatoeba:"):
+        place = TATOEBA.format(ISO_639_3[language])
+    if re.match("https?://", place):
+        return [(download(place), language)]
+    if not Path(place).is_dir():
+        return [(Path(place), language)]
+    found = [p for p in sorted(Path(place).iterdir()) if {".txt", ".tsv"} & set(p.suffixes)]
+    if not found:
+        raise BadInput(f"{place} has no .txt and no .tsv file")
+    named = [p.name.partition(".")[0] if ".txt" in p.suffixes else None for p in found]
+    return [(path, language or name) for path, name in zip(found, named)]
 
-    A source is "builtin", PATH.tsv (lines of language<TAB>text) or LANGUAGE=PATH.txt.
+
+class Text(NamedTuple):
+    """What `load` found."""
+
+    weights: dict[Sentence, float]  # distinct sentences that fit the decoder; of their draws
+    problems: list[str]  # what was left out or changed, and why
+    has_shards: bool  # load again, with another shard, for other lines of big files
+
+
+def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
+         temperature: float = 1.0, shard: int = 0) -> Text:
+    """Sources, each perhaps with a weight as in 0.5*builtin -> Text.
+
+    A source is "builtin", a file (see `read_file`) or a URL of one, LANGUAGE=FILE, a folder of
+    such files (fr.txt is French), or tatoeba:LANGUAGE. Those without a weight are one together, of
+    weight 1. In it a language has a share of the draws in proportion to the number of its
+    sentences to the power of 1 / temperature.
     """
-    found, problems = [], []
-    for source in sources:
-        if source == "builtin":
-            found += [s for s in builtin() if s.language in whisper.languages]
+    pools, problems, has_shards = defaultdict(list), [], False
+    for i, source in enumerate(sources):
+        weight, name = re.fullmatch(r"(?:([\d.]+)\*)?(.*)", source).groups()
+        pool = pools[i if weight else None, float(weight or 1)]
+        if name == "builtin":
+            pool += [s for s in builtin() if s.language in whisper.languages]
             continue
-        language, _, path = source.partition("=") if "=" in source else ("", "", source)
-        language = whisper.check_language(language) if language else None
-        sentences, more = read_file(Path(path), language, whisper)
-        found, problems = found + sentences, problems + more
-    fitting, more = split_all(found, whisper, speed)
-    problems += more
-    distinct = list(dict.fromkeys(fitting))
-    if len(distinct) < len(fitting):
-        problems.append(f"{len(fitting) - len(distinct)} duplicates were left out")
-    return distinct, problems
+        for path, language in files_of(name, whisper):
+            sentences, more = read_file(path, language, whisper, shard)
+            pool += sentences
+            problems += more
+            has_shards |= os.path.getsize(unpack(path)) > BIG
+    weights = Counter()
+    for (_, weight), sentences in pools.items():
+        fitting, more = split_all(sentences, whisper, speed)
+        distinct = list(dict.fromkeys(fitting))
+        problems += more
+        if len(distinct) < len(fitting):
+            problems.append(f"{len(fitting) - len(distinct)} duplicates were left out")
+        counts = Counter(s.language for s in distinct)
+        each = {code: n ** (1 / temperature - 1) for code, n in counts.items()}
+        total = sum(each[code] * n for code, n in counts.items())
+        for s in distinct:
+            weights[s] += weight * each[s.language] / total
+    return Text(dict(weights), problems, has_shards)
 
 
 def hash_share(sentence: Sentence) -> float:
@@ -182,20 +357,19 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
     """The length rule: how many latent frames the sentence takes when spoken; more when slower."""
     if not 0.1 <= speed <= 10:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
-    rates, default = (
-        (CHARACTERS_PER_SECOND, DEFAULT_CHARACTERS)
-        if sentence.language in UNSPACED
-        else (WORDS_PER_SECOND, DEFAULT_WORDS)
-    )
-    count = len(words(sentence.text, sentence.language))
-    seconds = max(count / rates.get(sentence.language, default), MIN_SECONDS) / speed
+    default = DEFAULT_CHARACTERS if sentence.language in UNSPACED else DEFAULT_WORDS
+    pace = PACE.get(sentence.language, default)
+    seconds = max(len(words(sentence.text, sentence.language)) / pace, MIN_SECONDS) / speed
     return math.ceil(seconds * FRAMES_PER_SECOND)
 
 
 def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
+    if natural_frames(sentence, speed) > whisper.max_frames:
+        return False
+    if len(sentence.text.encode()) < whisper.max_tokens:  # a token is a byte or more
+        return True
     tokens = text_tokens(sentence.text, whisper.tokenizer(sentence.language))
-    return (natural_frames(sentence, speed) <= whisper.max_frames
-            and len(tokens) <= whisper.max_tokens)
+    return len(tokens) <= whisper.max_tokens
 
 
 def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -> list[Sentence]:
@@ -249,16 +423,20 @@ class Corpus(NamedTuple):
     """What a step may draw: sentences, their lengths, and their latents if they were recorded."""
 
     sentences: list[Sentence]
-    frames: Tensor  # (N,)
+    weights: Tensor  # (N,) of their draws
+    frames: Tensor  # (N,) at natural speed, or as recorded
     x1: list[Tensor] | None = None  # (T, C) each
 
 
-def text_corpus(sentences: list[Sentence]) -> Corpus:
-    return Corpus(sentences, torch.tensor([natural_frames(s) for s in sentences]))
+def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None = None) -> Corpus:
+    drawn = [weights[s] if weights else 1.0 for s in sentences]
+    frames = [natural_frames(s) for s in sentences]
+    return Corpus(sentences, torch.tensor(drawn, dtype=torch.double), torch.tensor(frames))
 
 
 def speech_corpus(sentences: list[Sentence], x1: list[Tensor]) -> Corpus:
-    return Corpus(sentences, torch.tensor(list(map(len, x1))), x1)
+    weights = torch.ones(len(x1), dtype=torch.double)
+    return Corpus(sentences, weights, torch.tensor([len(x) for x in x1]), x1)
 
 
 class Batch(NamedTuple):
@@ -268,15 +446,16 @@ class Batch(NamedTuple):
     x1: Tensor | None  # (B, T, C) of recordings
 
 
-def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: float = 1.0,
-               x1: Sequence[Tensor] | None = None) -> Batch:
+def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
+               frames: Sequence[int] | None = None, x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
 
-    With the latents x1 of recordings (T, C) the lengths are theirs, else those of the length rule.
+    frames: their lengths, else those of the length rule, and in any case one frame a token;
+    x1: their latents if they were recorded, (frames, C) each.
     """
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
-    frames = [natural_frames(s, speed) for s in sentences] if x1 is None else map(len, x1)
-    frames = [max(n, len(row)) for n, row in zip(frames, tokens)]
+    frames = [natural_frames(s) for s in sentences] if frames is None else frames
+    frames = [max(int(n), len(row)) for n, row in zip(frames, tokens)]
     encoding = whisper.tokenizer("en").encoding  # text tokens are the same in every language
     spread = [align([len(encoding.decode_single_token_bytes(t)) for t in row], n)
               for row, n in zip(tokens, frames)]
@@ -342,7 +521,7 @@ def read_manifest(folder: Path, whisper: FrozenWhisper):
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".wav", ".flac"))
         return [(path, None) for path in found], []
     entries, problems = [], []
-    for number, line in enumerate(read_lines(file), 1):
+    for place, line in read_lines(file):
         fields = line.split("\t", 2) if file is tsv else line.split("|")
         try:
             if len(fields) < 3 and line.strip():
@@ -352,7 +531,7 @@ def read_manifest(folder: Path, whisper: FrozenWhisper):
                 path, code = (name, code) if file is tsv else (f"wavs/{name}.wav", "en")
                 entries.append((folder / path, read_line(text, code, whisper)))
         except BadInput as error:
-            problems.append(f"{file}, line {number}: {error}")
+            problems.append(f"{file}, {place}: {error}")
     return entries, problems
 
 
@@ -425,10 +604,10 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
         problems.append(f"{len(spoken) - len(kept)} recordings are of held-out sentences, left out")
     if not cache.exists():
         try:
-            torch.save(heard, cache.with_suffix(".tmp"))
-            os.replace(cache.with_suffix(".tmp"), cache)
-        except (OSError, RuntimeError) as error:
-            problems.append(f"what was heard cannot be kept in {folder}: {first_line(error)}")
+            with writing(cache) as part, open(part, "wb") as file:
+                torch.save(heard, file)
+        except BadInput as error:
+            problems.append(f"what was heard is not kept: {error}")
     return speech_corpus(*map(list, zip(*kept))), problems
 
 

@@ -5,7 +5,6 @@
     echo "El perro duerme." | python sample.py --language es
 """
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -17,24 +16,23 @@ from whisper.decoding import DecodingResult
 
 import flow
 from data import (
-    FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_all,
-    unheard_words,
+    FRAMES_PER_SECOND, Batch, Sentence, make_batch, natural_frames, noise, read_file, read_line,
+    split_long, unheard_words, writing,
 )
 from model import DiT, DiTConfig
 from whisper_decoder import (
-    LATENTS, BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
+    UNSPACED, BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
 )
 
 
 class Settings(NamedTuple):
-    """How to solve the ODE (see flow.py), and how fast the speech is."""
+    """How to solve the ODE (see flow.py)."""
 
     steps: int = 4
     method: str = "euler"
     guidance: float = 1.0
     sway: float = 0.0
     seed: int = 0
-    speed: float = 1.0
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -43,17 +41,11 @@ def load_checkpoint(path: Path) -> dict:
         raise BadInput(f"no checkpoint {path}; `python train.py` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_config"], checkpoint["ema"], checkpoint["config"]["latent"]
+        checkpoint["model_config"], checkpoint["ema"], checkpoint["config"]["speed_range"]
         return checkpoint
     except Exception as error:
         raise BadInput(f"{path} is not a checkpoint of train.py, or of an older one: "
                        f"{first_line(error)}") from error
-
-
-def load_whisper_of(checkpoint: dict, device: torch.device) -> FrozenWhisper:
-    """The frozen Whisper with which a checkpoint was trained."""
-    config = checkpoint["config"]
-    return LATENTS[config["latent"]](config["whisper"], device)
 
 
 def load_model(checkpoint: dict, device: torch.device) -> DiT:
@@ -78,11 +70,12 @@ class RoundTrip(NamedTuple):
 
 
 def round_trip(model: DiT, whisper: FrozenWhisper, sentences: Sequence[Sentence],
-               settings: Settings, batch_size: int = 50) -> RoundTrip:
-    """Sentences -> features, and the text that the frozen decoder reads in them."""
+               settings: Settings, lengths: Sequence[int], batch_size: int = 50) -> RoundTrip:
+    """Sentences of these lengths in frames -> features, and what the frozen decoder reads there."""
     features, frames, read = [], [], []
     for start in range(0, len(sentences), batch_size):
-        batch = make_batch(sentences[start : start + batch_size], whisper, settings.speed)
+        part = slice(start, start + batch_size)
+        batch = make_batch(sentences[part], whisper, lengths[part])
         x1 = generate(model, whisper, batch, settings)[-1]
         seen = whisper.features(x1, batch.cond["frames"])
         read += whisper.transcribe(seen, [s.language for s in batch.sentences])
@@ -97,37 +90,45 @@ def rates(sentences: Sequence[Sentence], read: Sequence[DecodingResult]) -> Erro
                        [s.language for s in sentences])
 
 
-def show(sentence: Sentence, frames: int, read: DecodingResult, settings: Settings) -> None:
-    """Print one round trip."""
-    cer, wer, _ = rates([sentence], [read])
-    seconds = frames / FRAMES_PER_SECOND
+def joined(texts: Sequence[str], language: str) -> str:
+    """Pieces of a text -> the text."""
+    return ("" if language in UNSPACED else " ").join(texts)
+
+
+def show(text: Sentence, frames: np.ndarray, read: Sequence[DecodingResult],
+         settings: Settings) -> None:
+    """Print the round trip of a text: its pieces' lengths, and what was read in each."""
+    found = joined([r.text for r in read], text.language)
+    cer, wer, _ = error_rates([text.text], [found], [text.language])
     nfe = flow.nfe(settings.steps, settings.method, settings.guidance)
-    print(f"text         {sentence.text}  [{sentence.language}]")
-    print(f"read back    {read.text}")
+    pieces = f" in {len(read)} pieces" if len(read) > 1 else ""
+    print(f"text         {text.text}  [{text.language}]")
+    print(f"read back    {found}")
     print(f"errors       CER {cer:.1%}, WER {wer:.1%}")
-    print(f"confidence   mean log-probability {read.avg_logprob:.2f}, no speech "
-          f"{read.no_speech_prob:.2f}, compression {read.compression_ratio:.2f}")
-    print(f"flow         {seconds:.2f} s, {frames} frames, {settings.steps} {settings.method} "
-          f"steps, NFE {nfe}, seed {settings.seed}")
+    print(f"confidence   mean log-probability {np.mean([r.avg_logprob for r in read]):.2f}, no "
+          f"speech {max(r.no_speech_prob for r in read):.2f}, compression "
+          f"{max(r.compression_ratio for r in read):.2f}")
+    print(f"flow         {sum(frames) / FRAMES_PER_SECOND:.2f} s, {sum(frames)} frames{pieces}, "
+          f"{settings.steps} {settings.method} steps, NFE {nfe}, seed {settings.seed}")
 
 
-def show_forming(model, whisper, sentence: Sentence, settings: Settings) -> None:
+def show_forming(model, whisper, sentence: Sentence, frames: int, settings: Settings) -> None:
     """Print what the decoder reads at every step of the ODE, from noise to speech."""
-    batch = make_batch([sentence], whisper, settings.speed)
+    batch = make_batch([sentence], whisper, [frames])
     times = flow.schedule(settings.steps, settings.sway).tolist()
     for t, x in zip(times, generate(model, whisper, batch, settings)):
         read = whisper.transcribe(whisper.features(x, batch.cond["frames"]), [sentence.language])[0]
         print(f"  t = {t:.2f}     {read.text[:70]}")
 
 
-def save_features(path: Path, trip: RoundTrip, sentences: Sequence[Sentence]) -> None:
-    """Write the data set, whole or not at all."""
-    temporary = path.with_suffix(".tmp.npz")
-    language, text = map(np.array, zip(*sentences))
+def save_features(path: Path, trip: RoundTrip, pieces: Sequence[Sentence],
+                  text_of: Sequence[int]) -> None:
+    """Write the data set, whole or not at all; text_of numbers the texts that were cut in pieces."""
+    language, text = map(np.array, zip(*pieces))
     hypothesis = np.array([read.text for read in trip.read])
-    np.savez_compressed(temporary, features=trip.features, frames=trip.frames, text=text,
-                        language=language, hypothesis=hypothesis)
-    os.replace(temporary, path)
+    with writing(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, features=trip.features, frames=trip.frames, text=text,
+                            language=language, hypothesis=hypothesis, text_of=np.array(text_of))
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -140,7 +141,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--method", choices=list(flow.ORDER), default="euler", help="solver")
     parser.add_argument("--guidance", type=float, default=1.0, help="1 is off (default: 1)")
     parser.add_argument("--sway", type=float, default=0.0, help="-1: small steps first")
-    parser.add_argument("--speed", type=float, help="pace (default: as in training)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
+    length.add_argument("--seconds", type=float, help="that each text lasts, in place of --speed")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--out", type=Path, help="write the features here, as .npz")
@@ -148,19 +151,31 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
-    """Texts of the command line, a file or standard input, in pieces that fit the decoder."""
+    """Texts of the command line, a file or standard input."""
     problems = []
     if args.text_file:
-        sentences, problems = read_file(args.text_file, args.language, whisper)
+        language = None if ".tsv" in args.text_file.suffixes else args.language
+        sentences, problems = read_file(args.text_file, language, whisper)
     else:
         lines = args.text or sys.stdin.read().splitlines()
         sentences = [read_line(line, args.language, whisper) for line in lines if line.strip()]
     if not sentences:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
-    pieces, more = split_all(sentences, whisper, args.speed)
-    for problem in problems + more:
+    for problem in problems:
         print(f"note: {problem}", file=sys.stderr)
-    return pieces
+    return sentences
+
+
+def cut(text: Sentence, args, whisper: FrozenWhisper) -> list[tuple[Sentence, int]]:
+    """A text -> pieces that fit the decoder, and how many frames each lasts."""
+    speed = args.speed
+    if args.seconds is not None:
+        natural = natural_frames(text) / FRAMES_PER_SECOND
+        if not natural / 10 <= args.seconds <= natural * 10:
+            raise BadInput(f"--seconds {args.seconds} cannot be used for {text.text[:60]!r}; "
+                           f"{natural} are natural, a tenth to ten times of that is possible")
+        speed = natural / args.seconds
+    return [(piece, natural_frames(piece, speed)) for piece in split_long(text, whisper, speed)]
 
 
 def main(argv=None) -> None:
@@ -177,22 +192,24 @@ def main(argv=None) -> None:
         raise BadInput(f"--{error}") from error
     device = choose_device(args.device)
     checkpoint = load_checkpoint(args.ckpt)
-    args.speed = checkpoint["config"]["speed"] if args.speed is None else args.speed
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
-    whisper = load_whisper_of(checkpoint, device)
-    model = load_model(checkpoint, device)
-    sentences = read_texts(args, whisper)
-    trip = round_trip(model, whisper, sentences, settings)
-    for sentence, frames, read in zip(sentences, trip.frames, trip.read):
-        show(sentence, int(frames), read, settings)
-        if whisper.name == "pocket" and (unheard := unheard_words(sentence)):
+    whisper = FrozenWhisper(checkpoint["config"]["whisper"], device)
+    model, texts = load_model(checkpoint, device), read_texts(args, whisper)
+    cuts = [cut(text, args, whisper) for text in texts]
+    pieces, lengths = zip(*(pair for pairs in cuts for pair in pairs))
+    trip = round_trip(model, whisper, pieces, settings, lengths)
+    text_of = np.repeat(np.arange(len(texts)), [len(pairs) for pairs in cuts])
+    for i, text in enumerate(texts):
+        where = np.flatnonzero(text_of == i)
+        show(text, trip.frames[where], [trip.read[j] for j in where], settings)
+        if whisper.name == "pocket" and (unheard := unheard_words(text)):
             print(f"note         the pocket decoder has never heard: {', '.join(unheard)}")
-        if sentence is sentences[0] and not args.text_file:
-            show_forming(model, whisper, sentence, settings)
-    cer, wer, exact = rates(sentences, trip.read)
-    print(f"{len(sentences)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}")
+        if i == 0 and not args.text_file:
+            show_forming(model, whisper, *cuts[0][0], settings)
+    cer, wer, exact = rates(pieces, trip.read)
+    print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}")
     if args.out:
-        save_features(args.out, trip, sentences)
+        save_features(args.out, trip, pieces, text_of)
         print(f"wrote {args.out}: features {trip.features.shape}")
 
 

@@ -3,6 +3,7 @@
     python train.py                     # minutes on a laptop, offline, with the embedded decoder
     python train.py --data fr=livre.txt builtin --whisper tiny --depth 12
     python train.py --resume            # go on where Ctrl-C stopped it
+    torchrun --nproc_per_node=4 train.py --batch_size 96        # several GPUs
     python train.py --help              # every field of Config is a flag
 """
 import argparse
@@ -16,9 +17,12 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +30,7 @@ import data
 import flow
 from model import DiT, DiTConfig
 from sample import Settings, load_checkpoint, rates, round_trip
-from whisper_decoder import LATENTS, BadInput, FrozenWhisper, SpectralWhisper, choose_device
+from whisper_decoder import BadInput, FrozenWhisper, choose_device
 
 
 def setting(default, help, low=None, below=math.inf):
@@ -38,14 +42,15 @@ def setting(default, help, low=None, below=math.inf):
 class Config:
     out_dir: str = setting("out", "folder for ckpt.pt and log.csv")
     whisper: str = setting("pocket", "decoder: pocket, an official name, or a checkpoint file")
-    latent: str = setting("features", "what flows: features, or a spectrogram that Whisper hears")
-    data: tuple = setting(("builtin",), "sources: builtin, FILE.tsv, LANGUAGE=FILE.txt")
+    data: tuple = setting(("builtin",), "sources of text: see data.load")
+    temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings to learn from as well (data.read_manifest)")
     speech_share: float = setting(0.5, "share of the steps that learn from --speech; 1: all", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    depth: int = setting(4, "size of the DiT: layers and heads; the width is 32 times that", 1)
+    speed_range: float = setting(1.7, "training is up to so many times faster or slower", 1, 10)
+    depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
     steps: int = setting(1600, "training steps", 1)
-    batch_size: int = setting(24, "sentences per step", 4)  # one in each quarter of t
+    batch_size: int = setting(24, "sentences per step, on all GPUs together", 4)
     learning_rate: float = setting(2e-3, "peak of the schedule", 0)
     warmup: int = setting(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = setting(0.01, "AdamW", 0)
@@ -53,7 +58,6 @@ class Config:
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     sampler_steps: int = setting(1, "ODE steps that the round-trip loss runs through", 1)
     flow_weight: float = setting(0.3, "weight of the flow loss beside the cross-entropy", 0)
-    statistics: float = setting(1.0, "weight of the statistics of speech; spectrogram only", 0)
     corrupt: float = setting(0.3, "share of false words so far that the critic gets", 0, 0.51)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = setting(400, "steps between samples and checkpoints", 1)
@@ -64,8 +68,6 @@ class Config:
     resume: bool = setting(False, "go on from out_dir/ckpt.pt")
 
     def __post_init__(self):
-        if self.latent not in LATENTS:
-            raise BadInput(f"--latent {self.latent} is none of {', '.join(LATENTS)}")
         for f in dataclasses.fields(self):
             low, below, value = f.metadata["low"], f.metadata["below"], getattr(self, f.name)
             if low is not None and not low <= value < below:
@@ -91,29 +93,81 @@ def parse_config(argv=None) -> Config:
 # ---- one step --------------------------------------------------------------------------------
 
 
-def losses(model, whisper: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
-           rng: torch.Generator, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of the round trip, flow loss, per item (B,), and distance from speech.
+class Draws(NamedTuple):
+    """What is random in a step, beside its sentences."""
+
+    x0: Tensor  # (B, T, C)
+    t: Tensor  # (B,)
+    drop: Tensor  # (B,) bool, items without their condition
+    so_far: Tensor  # (B, L) what the decoder is told that it has read
+
+
+def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
+         config: Config) -> tuple[data.Batch, Draws]:
+    """Everything random in one step: from seed and step alone."""
+    rng = torch.Generator().manual_seed(config.seed * 2**32 + step)
+    n, corpus = config.batch_size, text
+    if speech and torch.rand((), generator=rng) < config.speech_share:
+        corpus = speech
+    # Short sentences are rare in most texts, and no easier: they are drawn more often.
+    weights = corpus.weights * corpus.frames.double() ** -2
+    picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
+    picks = picks[corpus.frames[picks].argsort(stable=True)]  # so little is padded
+    first = n * int(torch.randint(4, (), generator=rng))
+    picks = picks[first : first + n]
+    x1 = [corpus.x1[i] for i in picks] if corpus.x1 else None
+    pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng) - 1)
+    frames = corpus.frames[picks] if x1 else (corpus.frames[picks] / pace).ceil()
+    frames = frames.clamp(max=whisper.max_frames).int().tolist()
+    batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, frames, x1)
+    x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
+    t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
+    drop = torch.rand(n, generator=rng) < config.drop_text
+    so_far = whisper.corrupt(batch.targets, config.corrupt, rng)
+    return batch, Draws(*(x.to(whisper.device) for x in (x0, t, drop, so_far)))
+
+
+def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
+           config: Config) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the round trip and flow loss, (B,) each.
 
     Recordings bring their x1, and nothing else to learn: 0. Text alone brings none. So the x1 of
     the path is where the sampler itself arrived from x0, taken as a constant (such pairs are those
     of reflow, Liu et al. 2022, arXiv 2209.03003): every t learns to point there, and any number of
-    steps can be taken afterwards. What x1 should be, only the cross-entropy says, and, of a
-    spectrogram, the statistics of speech.
+    steps can be taken afterwards. What x1 should be, only the cross-entropy says.
     """
-    frames, x1 = batch.cond["frames"], batch.x1
-    cross_entropy, unlike = torch.zeros_like(t), torch.zeros((), device=t.device)
+    x0, t, drop, so_far = draws
+    frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
     if x1 is None:
         x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, config.sampler_steps)
-        so_far = whisper.corrupt(batch.targets, config.corrupt, rng)
-        features = whisper.features(x1, frames, rng)
+        features = whisper.features(x1, frames)
         cross_entropy = whisper.cross_entropy(features, batch.targets, so_far)
-        if isinstance(whisper, SpectralWhisper):
-            unlike = whisper.unlike_speech(x1, frames)
         x1 = x1.detach()
     x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
     is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
-    return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech), unlike
+    return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech)
+
+
+def share(batch: data.Batch, draws: Draws, rank: int, n_ranks: int) -> tuple[data.Batch, Draws]:
+    """Every n_ranks-th item of a batch, for one of several GPUs."""
+    mine = slice(rank, None, n_ranks)
+    cond = {name: x[mine] for name, x in batch.cond.items()}
+    x1 = None if batch.x1 is None else batch.x1[mine]
+    part = data.Batch(batch.sentences[mine], cond, batch.targets[mine], x1)
+    return part, Draws(*(x[mine] for x in draws))
+
+
+def average_gradients(model: DiT, stop: bool, n_ranks: int) -> bool:
+    """Gradients become their mean over all GPUs; true if one of these is to stop."""
+    if n_ranks == 1:
+        return stop
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([stop])])
+    dist.all_reduce(flat)
+    *means, stops = (flat / n_ranks).split([*(g.numel() for g in gradients), 1])
+    for gradient, mean in zip(gradients, means):
+        gradient.copy_(mean.view_as(gradient))
+    return bool(stops > 0)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -121,26 +175,6 @@ def learning_rate(step: int, config: Config) -> float:
     progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
     cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
     return config.learning_rate * min((step + 1) / config.warmup, cosine)
-
-
-def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper, config: Config):
-    """Batch, noise, times, dropped conditions, generator of one step: from seed and step alone."""
-    rng = torch.Generator().manual_seed(config.seed * 2**32 + step)
-    n, corpus = config.batch_size, text
-    if speech and torch.rand((), generator=rng) < config.speech_share:
-        corpus = speech
-    # Short sentences are rare in most texts, and no easier: they are drawn more often.
-    weights = corpus.frames.double() ** -2
-    picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
-    picks = picks[corpus.frames[picks].argsort(stable=True)]  # so little is padded
-    first = n * int(torch.randint(4, (), generator=rng))
-    picks = picks[first : first + n].tolist()
-    x1 = [corpus.x1[i] for i in picks] if corpus.x1 else None
-    batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, config.speed, x1)
-    x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
-    t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
-    drop = torch.rand(n, generator=rng) < config.drop_text
-    return batch, *(x.to(whisper.device) for x in (x0, t, drop)), rng
 
 
 @torch.no_grad()
@@ -165,9 +199,9 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
     """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
     sentences = balanced(held_out, config.eval_sentences)
     result = {"val_sentences": len(sentences)}
-    one_step, four_steps = (Settings(steps, speed=config.speed) for steps in (1, 4))
-    for settings in (one_step, four_steps):
-        steps, read = settings.steps, round_trip(model, whisper, sentences, settings).read
+    frames = [data.natural_frames(s, config.speed) for s in sentences]
+    for steps in (1, 4):
+        read = round_trip(model, whisper, sentences, Settings(steps), frames).read
         result |= {f"val_{name}_{steps}step": rate
                    for name, rate in rates(sentences, read)._asdict().items()}
         for code in dict.fromkeys(s.language for s in sentences):
@@ -176,10 +210,10 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
 
     # Chance: the text of another sentence, and noise in place of features.
     shuffled = sentences[1:] + sentences[:1]
-    read = round_trip(model, whisper, shuffled, four_steps).read
+    read = round_trip(model, whisper, shuffled, Settings(), frames[1:] + frames[:1]).read
     result["cer_shuffled_text"] = rates(sentences, read).cer
     some = balanced(sentences, 50)
-    batch = data.make_batch(some, whisper, config.speed)
+    batch = data.make_batch(some, whisper)
     noise = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
     read = whisper.transcribe(noise, [s.language for s in some])
     result["cer_noise"] = rates(some, read).cer
@@ -198,7 +232,8 @@ def show_samples(model, whisper: FrozenWhisper, held_out: list, step: int, confi
     """One held-out sentence of each of up to five languages, with 4 steps."""
     sentences = balanced(held_out, 1)[:5]
     tqdm.write(f"step {step}", file=sys.stdout)
-    read = round_trip(model, whisper, sentences, Settings(4, speed=config.speed)).read
+    frames = [data.natural_frames(s, config.speed) for s in sentences]
+    read = round_trip(model, whisper, sentences, Settings(), frames).read
     for (code, text), r in zip(sentences, read):
         tqdm.write(f"  {code}  {text}  ->  {r.text}", file=sys.stdout)
 
@@ -209,11 +244,14 @@ def show_samples(model, whisper: FrozenWhisper, held_out: list, step: int, confi
 class Run:
     """Everything that a checkpoint keeps: network, average, optimizer, step."""
 
-    def __init__(self, config: Config, whisper: FrozenWhisper):
+    def __init__(self, config: Config, whisper: FrozenWhisper, rank: int = 0, n_ranks: int = 1):
         torch.manual_seed(config.seed)
-        shape = DiTConfig(
-            whisper.channels, whisper.dims.n_text_state, config.depth, sphere=whisper.sphere)
-        self.config, self.step = config, 0
+        if config.batch_size % n_ranks:
+            raise BadInput(f"--batch_size {config.batch_size} cannot be shared by {n_ranks} "
+                           "processes; give a multiple of their number")
+        depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
+        shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, sphere=whisper.sphere)
+        self.config, self.step, self.rank, self.n_ranks = config, 0, rank, n_ranks
         self.model = DiT(shape).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -221,17 +259,35 @@ class Run:
             weight_decay=config.weight_decay,
         )
         self.path = Path(config.out_dir) / "ckpt.pt"
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+
+    def prepare(self, problems: list[str]) -> None:
+        """Tell what is wrong with the data; keep an earlier run, unless this one goes on from it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot write to --out_dir {self.config.out_dir}: {error.strerror}"
+                           ) from error
+        for problem in problems[:10]:
+            print(f"note: {problem}")
+        if len(problems) > 10:
+            notes = self.path.with_name("notes.txt")
+            notes.write_text("\n".join(problems) + "\n", "utf-8")
+            print(f"note: {len(problems) - 10} more notes are in {notes}")
+        for file in (self.path, self.path.with_name("log.csv")):
+            if file.exists() and not self.config.resume:
+                os.replace(file, file.with_suffix(".old"))
+                print(f"note: {file} of an earlier run is kept as {file.with_suffix('.old')}")
 
     def save(self) -> None:
-        """Write to a temporary file, then rename: there is always one whole checkpoint."""
+        """There is always one whole checkpoint."""
         checkpoint = dict(
             model_config=asdict(self.model.config), config=asdict(self.config), step=self.step,
             model=self.model.state_dict(), ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, self.path)
+        with data.writing(self.path) as part, open(part, "wb") as file:
+            torch.save(checkpoint, file)
 
     def load(self) -> None:
         """Go on from the checkpoint; BadInput if it was made with another configuration."""
@@ -247,40 +303,48 @@ class Run:
             getattr(self, name).load_state_dict(checkpoint[name])
 
 
-def train(run: Run, whisper: FrozenWhisper, text: data.Corpus, speech: data.Corpus | None,
-          held_out: list) -> None:
-    """The loop: batch, noise, path, prediction, losses, backward, clip, step, EMA, log."""
+def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
+          speech: data.Corpus | None, held_out: list) -> None:
+    """The loop: batch, noise, path, prediction, losses, backward, clip, step, EMA, log.
+
+    text(shard) is what may be drawn in this part of the run (data.read_lines).
+    """
     config, device = run.config, whisper.device
     model = torch.compile(run.model, dynamic=True) if config.compile else run.model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
-    start = time.time()
+    bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1,
+               disable=run.rank > 0)
+    start, stopped = time.time(), False
     with open_log(run) as log, stop_on_ctrl_c() as stop:
-        while run.step < config.steps and not stop.is_set():
-            batch, *noise = draw(run.step, text, speech, whisper, config)
+        while run.step < config.steps and not stopped:
+            corpus = text(run.step * config.batch_size // data.SHARD)
+            batch, draws = draw(run.step, corpus, speech, whisper, config)
+            batch, draws = share(batch, draws, run.rank, run.n_ranks)
             with autocast:
-                cross_entropy, flow_loss, unlike = losses(model, whisper, batch, *noise, config)
+                cross_entropy, flow_loss = losses(model, whisper, batch, draws, config)
             weight = config.flow_weight if batch.x1 is None else 1
-            loss = cross_entropy.mean() + weight * flow_loss.mean() + config.statistics * unlike
-            if not math.isfinite(loss.item()):
-                raise BadInput(f"the loss is {loss.item()} at step {run.step}; try a smaller "
-                               f"--learning_rate than {config.learning_rate}")
+            loss = cross_entropy.mean() + weight * flow_loss.mean()
             run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, config)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            stopped = average_gradients(run.model, stop.is_set(), run.n_ranks)
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+            if not math.isfinite(norm):
+                raise BadInput(f"the loss is {loss.item()} at step {run.step}, its gradient {norm};"
+                               f" try a smaller --learning_rate than {config.learning_rate}")
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config)
-            log.write(log_row(run, start, loss, cross_entropy, flow_loss, unlike, noise[1], norm))
+            log.write(log_row(run, start, loss, cross_entropy, flow_loss, draws.t, norm))
             run.step += 1
             bar.update()
             bar.set_postfix(ce=f"{cross_entropy.mean():.3f}", flow=f"{flow_loss.mean():.3f}")
-            if run.step % config.eval_every == 0:
+            if run.step % config.eval_every == 0 and run.rank == 0:
                 run.save()
                 show_samples(run.ema, whisper, held_out, run.step, config)
     bar.close()
-    run.save()
-    if stop.is_set():
+    if run.rank == 0:
+        run.save()
+    if stopped:
         sys.exit(f"train.py: stopped and saved at step {run.step}; the same command with "
                  "--resume goes on from there")
 
@@ -297,68 +361,78 @@ def stop_on_ctrl_c():
 
 
 LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
-       "flow_t50_75", "flow_t75_100", "unlike_speech", "gradient_norm", "learning_rate"]
+       "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
 
 
 def open_log(run: Run):
     """log.csv, one row a step; a resumed run cuts it back to its checkpoint and goes on."""
-    path = run.path.with_name("log.csv")
+    path = run.path.with_name("log.csv" if run.rank == 0 else f"log{run.rank}.csv")
     old = path.read_text().splitlines()[1 : run.step + 1] if run.step and path.exists() else []
     file = open(path, "w", buffering=1)
     file.write("\n".join([",".join(LOG), *old]) + "\n")
     return file
 
 
-def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, unlike, t, norm) -> str:
+def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, t, norm) -> str:
     """The values of LOG; the flow loss also by quarters of t."""
     quarters = [flow_loss[(4 * t).long() == i].mean() for i in range(4)]
-    values = [loss, cross_entropy.mean(), flow_loss.mean(), *quarters, unlike, norm]
+    values = [loss, cross_entropy.mean(), flow_loss.mean(), *quarters, norm]
     values = torch.stack(values).tolist()
     rate = run.optimizer.param_groups[0]["lr"]
     values = [f"{time.time() - start:.2f}", *(f"{v:.5f}" for v in values), f"{rate:.3e}"]
     return ",".join([str(run.step), *values]) + "\n"
 
 
-def main(argv=None, speech: data.Corpus | None = None) -> dict:
-    """The run that the flags describe, with recordings from a study or from --speech -> figures."""
+def ranks(device: torch.device) -> tuple[int, int]:
+    """This process among those of torchrun, which start to work together: rank, number."""
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if n_ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return (dist.get_rank(), n_ranks) if n_ranks > 1 else (0, 1)
+
+
+def main(argv=None, speech: data.Corpus | None = None,
+         whisper: FrozenWhisper | None = None) -> dict:
+    """The run that the flags describe -> its figures; a study may bring what it changes."""
     start, config = time.time(), parse_config(argv)
     device = choose_device(config.device)
-    whisper = LATENTS[config.latent](config.whisper, device)
-    sentences, problems = data.load(config.data, whisper, config.speed)
-    training, held_out = data.split(sentences)
-    text = data.text_corpus(training)
+    rank, n_ranks = ranks(device)
+    if rank > 0:
+        dist.barrier()  # until the first has downloaded and heard everything
+    whisper = whisper or FrozenWhisper(config.whisper, device)
+    load = partial(data.load, config.data, whisper, config.speed, config.temperature)
+    found = load()
+    training, held_out = data.split(list(found.weights))
     if config.speech:
         speech, more = data.load_speech(Path(config.speech), whisper)
-        problems += more
-    run = Run(config, whisper)
-    try:
-        run.path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write to --out_dir {config.out_dir}: {error.strerror}") from error
-    for problem in problems[:10]:
-        print(f"note: {problem}")
-    if len(problems) > 10:
-        notes = run.path.with_name("notes.txt")
-        notes.write_text("\n".join(problems) + "\n", "utf-8")
-        print(f"note: {len(problems) - 10} more notes are in {notes}")
+        found.problems.extend(more)
+    if n_ranks > 1 and rank == 0:
+        dist.barrier()
+
+    @lru_cache(1)
+    def text(shard: int) -> data.Corpus:
+        weights = load(shard).weights if shard else found.weights
+        return data.text_corpus(data.split(list(weights))[0], weights)
+
+    run = Run(config, whisper, rank, n_ranks)
+    if rank == 0:
+        run.prepare(found.problems)
+        languages = ", ".join(sorted({s.language for s in found.weights}))
+        print(f"{config.whisper} on {n_ranks} x {device}; {len(training)} sentences to train on, "
+              f"{len(held_out)} held out, in {languages}; {run.parameters:,} parameters")
+        if speech:
+            minutes = speech.frames.sum() / data.FRAMES_PER_SECOND / 60
+            print(f"{len(speech.sentences)} recordings, {minutes:.1f} minutes of speech")
     if config.resume:
         run.load()
-    elif run.path.exists():
-        for file in (run.path, run.path.with_name("log.csv")):
-            if file.exists():
-                os.replace(file, file.with_suffix(".old"))
-        print(f"note: {run.path} of an earlier run is kept as {run.path.with_suffix('.old')}")
-    parameters = sum(p.numel() for p in run.model.parameters())
-    languages = ", ".join(sorted({s.language for s in sentences}))
-    print(f"{config.whisper} on {device}; {len(training)} sentences to train on, {len(held_out)} "
-          f"held out, in {languages}; {parameters:,} parameters")
-    if speech:
-        minutes = speech.frames.sum() / data.FRAMES_PER_SECOND / 60
-        print(f"{len(speech.sentences)} recordings, {minutes:.1f} minutes of speech")
-    train(run, whisper, text, speech, held_out)
+    train(run, whisper, text if found.has_shards else lambda _: text(0), speech, held_out)
+    if n_ranks > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return {}
     result = evaluate(run.ema, whisper, held_out, config)
     result = dict(device=device, seconds=time.time() - start, steps=run.step,
-                  parameters=parameters) | result
+                  parameters=run.parameters) | result
     for name, value in result.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     return result

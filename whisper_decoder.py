@@ -9,7 +9,7 @@
 B batch, L prompt + text + end tokens, T latent frames, C latent channels (n_audio_state),
 E embedding width (n_text_state), V vocabulary.
 """
-import math
+import os
 import re
 from dataclasses import replace
 from functools import cache, partial
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import whisper
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import AudioEncoder
@@ -28,11 +29,11 @@ from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
-STATISTICS = Path(__file__).parent / "pocket" / "statistics.npz"  # of speech
 SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # 20 ms at 16 kHz
 # Signs that `whisper.decode` never writes (suppress_tokens): inside words, and between words.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
 PARTING_SIGNS = r"[#+/:;=@\\]"
+CHUNK = 512  # targets whose logits are in memory at once
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 
 
@@ -126,7 +127,7 @@ class FrozenWhisper:
         return mel[None].to(self.device)
 
     def encode_speech(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, n_mels, 2T) -> encoder output, normalised before ln_post (B, T, n_state)."""
+        """Log-mel (B, n_mels, 2T) -> encoder output, normalised before ln_post (B, T, C)."""
         x = run_encoder(self.model.encoder, mel.to(self.device))
         return F.layer_norm(x, x.shape[-1:])
 
@@ -135,20 +136,16 @@ class FrozenWhisper:
         return self.model.encoder.ln_post(self.encode_speech(mel))
 
     def latents(self, mel: Tensor) -> Tensor:
-        """Log-mel of speech (B, n_mels, 2T) -> x1 (B, T, C)."""
+        """What the flow has to make of recordings, (B, n_mels, 2T) -> x1 (B, T, C)."""
         return self.encode_speech(mel)
 
-    def hear(self, x1: Tensor, frames: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """x1 (B, T, C), lengths (B,) -> as encode_speech makes it (B, T, n_state): it is that."""
-        return x1.float()
-
-    def features(self, x1: Tensor, frames: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """x1 (B, T, C), lengths (B,) -> features, silence after each (B, n_audio_ctx, n_state).
+    def features(self, x1: Tensor, frames: Tensor) -> Tensor:
+        """x1 (B, T, C), lengths (B,) -> features, silence after each (B, n_audio_ctx, C).
 
         Cross-attention has no mask, so what stands after the speech is seen: in training as in use
-        it is what the encoder makes of silence. rng: the voices of a SpectralWhisper.
+        it is what the encoder makes of silence.
         """
-        speech = self.model.encoder.ln_post(self.hear(x1, frames, rng))
+        speech = self.model.encoder.ln_post(x1.float())
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         position = torch.arange(self.max_frames, device=x1.device)
         is_speech = (position < frames[:, None]).unsqueeze(-1)  # (B, n_audio_ctx, 1)
@@ -180,8 +177,9 @@ class FrozenWhisper:
         """Teacher-forced, in nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
 
         tokens come from `target_tokens`; so_far (B, L), if given, is what the decoder is told that
-        it has read, in place of them. The logits of equal rows are equal, so k of them weigh as
-        much in the softmax as one plus log k: exact, and 50 times less work for the pocket decoder.
+        it has read, in place of them. Logits are made for the targets only, CHUNK of them at a
+        time, and made again for the gradient: all at once they would be the largest tensor of a
+        step (51,866 numbers for each target).
         """
         decoder, targets = self.model.decoder, tokens[:, self.n_prompt :]
         inputs = (tokens if so_far is None else so_far)[:, :-1].clamp(min=0)
@@ -190,13 +188,22 @@ class FrozenWhisper:
             x = block(x, features, mask=decoder.mask)
         said = targets >= 0
         # Position i predicts token i + 1, so the first text token is predicted at n_prompt - 1.
-        x = decoder.ln(x[:, self.n_prompt - 1 :][said])  # (all targets, E)
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
-            logits = x.float() @ self.rows.T
-        chosen = logits.gather(1, self.row_of[targets[said]][:, None])[:, 0]
-        nats = (logits + self.row_count.log()).logsumexp(1) - chosen
+        x = decoder.ln(x[:, self.n_prompt - 1 :][said]).float()  # (all targets, E)
+        parts = zip(x.split(CHUNK), targets[said].split(CHUNK))
+        nats = torch.cat([checkpoint(self.nats, *part, use_reentrant=False) for part in parts])
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
         return each.sum(1) / said.sum(1)
+
+    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Decoder output and the tokens it should name -> -log p, (N, E), (N,) -> (N,).
+
+        The logits of equal rows are equal, so k of them weigh as much in the softmax as one plus
+        log k: exact, and 50 times less work for the pocket decoder.
+        """
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
+            logits = x @ self.rows.T
+        chosen = logits.gather(1, self.row_of[targets][:, None])[:, 0]
+        return (logits + self.row_count.log()).logsumexp(1) - chosen
 
     def transcribe(self, features: Tensor, languages: Sequence[str]) -> list[DecodingResult]:
         """Greedy `whisper.decode`, no teacher forcing, (B, n_audio_ctx, C) -> what is read.
@@ -210,87 +217,6 @@ class FrozenWhisper:
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
             result.update(zip(where, whisper.decode(self.model, features[where].float(), options)))
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
-
-
-class SpectralWhisper(FrozenWhisper):
-    """The latent is a spectrogram and the frozen encoder listens to it.
-
-    x1 (B, T, C) are the first C cosines of the log-mel spectrum ("cepstra"), each 20 ms, in units
-    of their spread in speech: little room for what only a network would notice. Features are
-    encoder outputs by construction, and recordings have an x1 as well.
-    """
-
-    def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
-        super().__init__(name, device)
-        with np.load(STATISTICS) as file:
-            found = {key: torch.from_numpy(file[key]).to(self.device) for key in file.files}
-        self.window_mean, self.window_cov = found["window_mean"], found["window_cov"]
-        self.channels, self.sphere = len(found["mean"]), False
-        n_mels = self.dims.n_mels  # the statistics are of 80
-        self.mean, self.spread = (found[key] * (n_mels / 80) ** 0.5 for key in ("mean", "spread"))
-        self.cosines = cosines(self.channels, n_mels).to(self.device)
-
-    def latents(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, n_mels, 2T) -> x1 (B, T, C): cepstra, averaged over two hops."""
-        cepstra = F.avg_pool1d(self.cosines @ mel.to(self.device), 2).transpose(1, 2)
-        return (cepstra - self.mean) / self.spread
-
-    def spectrogram(self, x1: Tensor) -> Tensor:
-        """The way back, smoothed: x1 (B, T, C) -> log-mel (B, n_mels, 2T)."""
-        mel = (x1.float() * self.spread + self.mean) @ self.cosines
-        return F.interpolate(mel.transpose(1, 2), scale_factor=2, mode="linear")
-
-    def hear(self, x1: Tensor, frames: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """x1 (B, T, C) -> encoder output (B, T, n_state); with rng, each item in another voice."""
-        last = torch.arange(x1.shape[1], device=x1.device).minimum(frames[:, None] - 1)
-        mel = self.spectrogram(x1.gather(1, last[:, :, None].expand_as(x1)))  # end at the end
-        mel = change_voice(mel, rng) if rng else mel
-        # In training a short window saves time, but official checkpoints know 30 seconds only.
-        window = x1.shape[1] + 32 if rng and self.name == "pocket" else self.max_frames
-        window = 2 * min(window, self.max_frames)
-        mel = F.pad(mel, (0, window - mel.shape[2]))
-        is_speech = (torch.arange(window, device=mel.device) < 2 * frames[:, None])[:, None]
-        loudest = mel.detach().masked_fill(~is_speech, -9).amax((1, 2), keepdim=True)
-        mel = torch.where(is_speech, mel, loudest - 2).maximum(loudest - 2)  # as log_mel clamps
-        return self.encode_speech(mel)[:, : x1.shape[1]]
-
-    def unlike_speech(self, x1: Tensor, frames: Tensor) -> Tensor:
-        """Distance of a batch from the statistics of speech, (B, T, C), (B,) -> number.
-
-        Mean squared difference of the means, and ten times that of the covariances, of windows of
-        a few frames in a row: the idea of DeepInversion (arXiv 1912.08795).
-        """
-        length = len(self.window_mean) // self.channels
-        items = [x[:n] for x, n in zip(x1, frames.tolist()) if n >= length]
-        windows = torch.cat([x.unfold(0, length, 1).flatten(1) for x in items]).float()
-        mean = (windows.mean(0) - self.window_mean).square().mean()
-        return mean + 10 * (torch.cov(windows.T) - self.window_cov).square().mean()
-
-
-LATENTS = {"features": FrozenWhisper, "spectrogram": SpectralWhisper}  # what flows
-
-
-def cosines(n: int, n_mels: int) -> Tensor:
-    """The first n rows of the orthonormal discrete cosine transform (n, n_mels)."""
-    angle = math.pi / n_mels * (torch.arange(n_mels) + 0.5) * torch.arange(n)[:, None]
-    return F.normalize(angle.cos(), dim=1)
-
-
-def change_voice(mel: Tensor, rng: torch.Generator) -> Tensor:
-    """Another vocal tract, loudness, tilt and some noise for each item, (B, n_mels, n).
-
-    What is to be read has to be read in all of them: the expectation over transformations with
-    which Athalye et al. (arXiv 1707.07397) made examples that hold in the real world.
-    """
-    n_items, n_mels, _ = mel.shape
-    draw = lambda f, *size: f(*size, generator=rng).to(mel.device)  # noqa: E731
-    length = 0.9 + 0.2 * draw(torch.rand, n_items, 1)  # of the vocal tract
-    place = (torch.arange(n_mels, device=mel.device) * length).clamp(max=n_mels - 1.001)
-    below, share = place.long()[:, :, None].expand_as(mel), place.frac()[:, :, None]
-    mel = mel.gather(1, below) * (1 - share) + mel.gather(1, below + 1) * share
-    slope = torch.linspace(-1, 1, n_mels, device=mel.device)[:, None]
-    tilt = 0.1 * draw(torch.randn, n_items, 1, 1) + 0.15 * draw(torch.randn, n_items, 1, 1) * slope
-    return mel + tilt + 0.05 * draw(torch.randn, *mel.shape)
 
 
 def run_encoder(encoder: AudioEncoder, mel: Tensor) -> Tensor:
@@ -319,9 +245,10 @@ def first_line(error: Exception) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: mps if there is one, else cuda, else cpu."""
+    """auto: mps if there is one, else the cuda of this process, else cpu."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes
+        name = cuda if torch.cuda.is_available() else "cpu"
         name = "mps" if torch.backends.mps.is_available() else name
     try:
         return torch.zeros(0, device=name).device

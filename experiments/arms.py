@@ -16,14 +16,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
 import train  # noqa: E402
+from experiments.spectrogram import SpectralWhisper  # noqa: E402
 from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
 
 MEAN_SECONDS = 2.25  # of a spoken sentence
 FIRST_SEED = 2000  # of speech; realism.py's voices have others
 # minutes of speech, is its text given, flags of train.py
 ARMS = {
-    "spectrogram": (0, True, "--latent spectrogram --steps 600"),
-    "spectrogram-alone": (0, True, "--latent spectrogram --steps 600 --statistics 0"),
+    "spectrogram": (0, True, "--steps 600"),
 }
 for minutes in (1, 7, 30, 110):
     ARMS |= {
@@ -64,11 +64,11 @@ def main(argv):
         raise BadInput(f"give arms, some of {', '.join(ARMS)}")
     for name in names:
         minutes, has_text, flags = ARMS[name]
-        whisper = FrozenWhisper("pocket")
+        whisper = SpectralWhisper() if name == "spectrogram" else FrozenWhisper("pocket")
         training, _ = data.split(data.builtin())
         speech = speak(minutes, has_text, training, whisper)
         out = ["--out_dir", f"out/arms/{name}", *flags.split(), *argv[len(names) :]]
-        train.main([*out, "--device", "cpu"], speech)
+        train.main([*out, "--device", "cpu"], speech, whisper)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ import data  # noqa: E402
 import make_pocket  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from experiments.spectrogram import SpectralWhisper  # noqa: E402
 from model import mlp  # noqa: E402
 from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, edit_distance  # noqa: E402
 
@@ -93,9 +94,10 @@ def generate(model, sentences: list, whisper: FrozenWhisper, settings) -> Speech
     """The flow says the sentences, spectrograms in many voices; what Whisper's encoder hears."""
     x1, rng = [], torch.Generator().manual_seed(settings.seed)
     for start in range(0, len(sentences), 50):
-        batch = data.make_batch(sentences[start : start + 50], whisper, settings.speed)
-        frames = batch.cond["frames"]
-        made = whisper.hear(sample.generate(model, whisper, batch, settings)[-1], frames, rng)
+        batch = data.make_batch(sentences[start : start + 50], whisper)
+        frames, made = batch.cond["frames"], sample.generate(model, whisper, batch, settings)[-1]
+        if isinstance(whisper, SpectralWhisper):
+            made = whisper.hear(made, frames, rng)
         x1 += [x[:n].clone() for x, n in zip(made.cpu(), frames.tolist())]
     return Speech(sentences, x1)
 
@@ -324,7 +326,8 @@ class Study:
     def generated_rows(self, path: Path, seed: int, shuffle: bool) -> dict:
         """Students of a checkpoint's features, and of the same with other texts."""
         checkpoint = sample.load_checkpoint(path)
-        whisper = sample.load_whisper_of(checkpoint, self.whisper.device)
+        is_spectrogram = not checkpoint["model_config"]["sphere"]
+        whisper = SpectralWhisper() if is_spectrogram else self.whisper
         say = partial(generate, sample.load_model(checkpoint, whisper.device), whisper=whisper)
         settings = sample.Settings(seed=seed)
         made = say(self.sentences, settings=settings)

@@ -1,0 +1,57 @@
+"""The paces of data.TABLE: words per second of espeak-ng, reading a sentence of every language.
+
+    python experiments/pace.py          # prints TABLE's rows; needs espeak-ng
+
+Reads experiments/languages.tsv: Whisper's code, ISO 639-3, a sentence (written for this project).
+The five languages of pocket have their paces from its own clips, in many voices.
+"""
+import io
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+import data  # noqa: E402
+import make_pocket  # noqa: E402
+
+SENTENCES = ROOT / "experiments" / "languages.tsv"
+# Whisper's code -> espeak-ng's voice, where they differ; "" where it cannot read the usual
+# spelling: kanji (ja; measured on kana: 6.3), vowels that are not written (he), syllables that it
+# drops or spells (th, my). Other voices are missing; nn borrows that of nb.
+VOICES = {"zh": "cmn-latn-pinyin", "no": "nb", "nn": "nb", "ja": "", "he": "", "th": "", "my": ""}
+# Letters that espeak-ng names in place of reading them, and how it reads them.
+RESPELLED = {"as": {"\u09af\u09bc": "\u09df", "\u09a2\u09bc": "\u09f0"},
+             "mt": {"l-": "l", "is-s": "iss"}}
+
+
+def seconds(text: str, voice: str) -> float | None:
+    """How long the voice speaks, between the silences (40 dB); None if there is no such voice."""
+    command = ["espeak-ng", "-v", voice, "--stdout", text]
+    wav = subprocess.run(command, capture_output=True).stdout
+    if not voice or not wav:
+        return None
+    with wave.open(io.BytesIO(wav)) as clip:
+        rate, samples = clip.getframerate(), np.frombuffer(clip.readframes(10**9), np.int16)
+    power = np.square(samples[: len(samples) // 100 * 100].reshape(-1, 100).astype(float)).mean(1)
+    loud = np.flatnonzero(power > power.max() / 1e4)
+    return (loud[-1] + 1 - loud[0]) * 100 / rate
+
+
+def main():
+    make_pocket.need_espeak()
+    for line in SENTENCES.read_text("utf-8").splitlines():
+        code, iso, text = line.split("\t")
+        said = text
+        for sign, letters in RESPELLED.get(code, {}).items():
+            said = said.replace(sign, letters)
+        spoken = seconds(said, VOICES.get(code, code))
+        pace = f"{len(data.words(text, code)) / spoken:.1f}" if spoken else "-"
+        print(code, iso, pace)
+
+
+if __name__ == "__main__":
+    main()
