@@ -70,6 +70,7 @@ ISO_639_3 = {code: iso for code, iso, _ in ROWS}
 PACE = {code: float(pace) for code, _, pace in ROWS if pace != "-"}
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
 MIN_SECONDS = 0.6
+ALIGN_ROUNDS, STRAY = 10, 0.06  # of the utterance's length: by so much letters come too early
 MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
 
 
@@ -98,13 +99,18 @@ def clean(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def runs(text: str) -> list[str]:
+    """Runs of letters and digits, and of marks that belong to them, such as Hindi's vowel signs."""
+    # U+200C and U+200D join or part letters inside a word.
+    return "".join(c if unicodedata.category(c)[0] in "LMN" or c in "\u200c\u200d" else " "
+                   for c in text).split()
+
+
 def words(text: str, language: str) -> list[str]:
     """What the length rule counts: words, or characters in languages written without spaces."""
-    # Letters, digits, and the marks that belong to them, such as the vowel signs of Hindi.
-    # U+200C and U+200D join or part letters inside a word.
-    kept = "".join(c if unicodedata.category(c)[0] in "LMN" or c in "\u200c\u200d" else " "
-                   for c in text)
-    return [c for c in kept if c.isalnum()] if language in UNSPACED else kept.split()
+    if language in UNSPACED:
+        return [c for c in "".join(runs(text)) if c.isalnum()]
+    return runs(text)
 
 
 @cache
@@ -413,10 +419,76 @@ def align(n_bytes: Sequence[int], n_frames: int) -> Tensor:
     return torch.from_numpy(np.repeat(i, np.diff(ends, prepend=0)))
 
 
-def spell(text: str, n_frames: int) -> Tensor:
-    """The UTF-8 byte of the text, in lower case, that sounds in each frame (T,)."""
-    spelling = np.frombuffer(f" {text.lower()} ".encode(), np.uint8)
-    return torch.from_numpy(spelling[np.arange(n_frames) * len(spelling) // n_frames]).long()
+def sounds(text: str) -> str:
+    """What may be heard of a text: lower case, letters, digits, their marks, and blanks."""
+    return " ".join(runs(text.lower())) or " "
+
+
+def spell(text: str, n_frames: int, lengths: Sequence[float] | None = None) -> Tensor:
+    """The UTF-8 byte of the text that sounds in each frame (T,).
+
+    lengths: in proportion to which the letters of `sounds` last; None: all are equally long.
+    """
+    letters = [letter.encode() for letter in sounds(text)]
+    each = np.ones(len(letters)) if lengths is None else np.asarray(lengths)
+    n_bytes = np.array([len(letter) for letter in letters])
+    ends = np.cumsum(np.repeat(each / n_bytes, n_bytes))
+    where = np.searchsorted(ends / ends[-1] * n_frames, np.arange(n_frames) + 0.5)
+    spelling = np.frombuffer(b"".join(letters), np.uint8)
+    return torch.from_numpy(spelling[where.clip(max=len(spelling) - 1)].copy()).long()
+
+
+def best_path(score: np.ndarray) -> np.ndarray:
+    """Viterbi: scores of letters in frames (T, S) -> the letter of each frame (T,), none left out.
+
+    Rabiner 1989, III.B, where a letter is followed by itself or by the next one only.
+    """
+    n_frames, n_letters = score.shape
+    best, moved = np.full(n_letters, -np.inf), np.zeros(score.shape, bool)
+    best[0] = score[0, 0]
+    for t in range(1, n_frames):
+        from_before = np.concatenate([[-np.inf], best[:-1]])
+        moved[t] = from_before > best
+        best = np.maximum(best, from_before) + score[t]
+    path = np.full(n_frames, n_letters - 1)
+    for t in range(n_frames - 1, 0, -1):
+        path[t - 1] = path[t] - moved[t, path[t]]
+    return path
+
+
+def align_letters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> list[np.ndarray]:
+    """Recordings and what they say -> how many frames each letter of `sounds` lasts.
+
+    Viterbi training of a hidden Markov model for each language, whose states are the letters: in
+    turn, the mean frame of every letter, around which all have one covariance, and the best path
+    through every utterance. Nothing is known at the beginning: all letters are equally long, and
+    no path may stray far from that, or one letter would swallow all that none explains.
+    """
+    lengths = [None] * len(x1)
+    for language in dict.fromkeys(s.language for s in sentences):
+        where = [i for i, s in enumerate(sentences) if s.language == language]
+        texts, clips = [sounds(sentences[i].text) for i in where], [x1[i].float().numpy()
+                                                                    for i in where]
+        names = {letter: k for k, letter in enumerate(sorted(set("".join(texts))))}
+        states = [np.array([names[letter] for letter in text]) for text in texts]
+        paths = [np.arange(len(x)) * len(s) // len(x) for s, x in zip(states, clips)]
+        for _ in tqdm(range(ALIGN_ROUNDS), desc=f"aligning {language}", leave=False):
+            x, letter = np.concatenate(clips), np.concatenate([s[p] for s, p in zip(states, paths)])
+            mean = 3 * np.repeat(x.mean(0)[None], len(names), 0)  # as if it was heard 3 times
+            np.add.at(mean, letter, x)
+            mean /= (3 + np.bincount(letter, minlength=len(names)))[:, None]
+            cov = np.cov((x - mean[letter]).T)
+            cov += 0.1 * cov.trace() / len(cov) * np.eye(len(cov))
+            whiten = np.linalg.cholesky(np.linalg.inv(cov))
+            for i, (s, clip) in enumerate(zip(states, clips)):
+                gap = (clip @ whiten)[:, None] - (mean @ whiten)[s]  # (T, S, C)
+                place = (np.arange(len(clip)) + 0.5) / len(clip)
+                stray = (place[:, None] - (np.arange(len(s)) + 0.5) / len(s)) / STRAY
+                if len(s) <= len(clip):
+                    paths[i] = best_path(-0.5 * (np.square(gap).sum(2) + np.square(stray)))
+        for i, s, path in zip(where, states, paths):
+            lengths[i] = np.bincount(path, minlength=len(s))
+    return lengths
 
 
 class Corpus(NamedTuple):
@@ -426,6 +498,7 @@ class Corpus(NamedTuple):
     weights: Tensor  # (N,) of their draws
     frames: Tensor  # (N,) at natural speed, or as recorded
     x1: list[Tensor] | None = None  # (T, C) each
+    lengths: list[np.ndarray] | None = None  # frames of each letter
 
 
 def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None = None) -> Corpus:
@@ -434,9 +507,11 @@ def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None
     return Corpus(sentences, torch.tensor(drawn, dtype=torch.double), torch.tensor(frames))
 
 
-def speech_corpus(sentences: list[Sentence], x1: list[Tensor]) -> Corpus:
-    weights = torch.ones(len(x1), dtype=torch.double)
-    return Corpus(sentences, weights, torch.tensor([len(x) for x in x1]), x1)
+def speech_corpus(sentences: list[Sentence], x1: list[Tensor],
+                  lengths: list[np.ndarray] | None = None) -> Corpus:
+    weights, frames = torch.ones(len(x1), dtype=torch.double), [len(x) for x in x1]
+    lengths = align_letters(sentences, x1) if lengths is None else lengths
+    return Corpus(sentences, weights, torch.tensor(frames), x1, lengths)
 
 
 class Batch(NamedTuple):
@@ -447,11 +522,12 @@ class Batch(NamedTuple):
 
 
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
-               frames: Sequence[int] | None = None, x1: Sequence[Tensor] | None = None) -> Batch:
+               frames: Sequence[int] | None = None, x1: Sequence[Tensor] | None = None,
+               lengths: Sequence[np.ndarray] | None = None) -> Batch:
     """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
 
-    frames: their lengths, else those of the length rule, and in any case one frame a token;
-    x1: their latents if they were recorded, (frames, C) each.
+    frames: their lengths, else those of the length rule, and in any case one frame a token; of
+    recordings also x1, (frames, C) each, and the lengths of their letters.
     """
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
     frames = [natural_frames(s) for s in sentences] if frames is None else frames
@@ -459,13 +535,15 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     encoding = whisper.tokenizer("en").encoding  # text tokens are the same in every language
     spread = [align([len(encoding.decode_single_token_bytes(t)) for t in row], n)
               for row, n in zip(tokens, frames)]
+    spelled = [spell(s.text, n, each) for s, n, each in
+               zip(sentences, frames, lengths or [None] * len(frames))]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     text = pad([torch.tensor(row) for row in tokens]).to(whisper.device)
     language = torch.tensor([whisper.language_token(s.language) for s in sentences])
     cond = dict(
         text=whisper.embed(text),  # (B, S, E)
         token=pad(spread).to(whisper.device),  # (B, T)
-        byte=pad([spell(s.text, n) for s, n in zip(sentences, frames)]).to(whisper.device),
+        byte=pad(spelled).to(whisper.device),  # (B, T)
         frames=torch.tensor(frames).to(whisper.device),  # (B,)
         language=whisper.embed(language.to(whisper.device)),  # (B, E)
         drop=torch.zeros(len(sentences), dtype=torch.bool, device=whisper.device),
@@ -595,9 +673,12 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
                 heard["x1"].append(x1)
             except BadInput as error:
                 heard["problems"].append(f"{path}: {error}")
+        sentences = [Sentence(*text) for text in heard["texts"]]
+        lengths = align_letters(sentences, heard["x1"])
+        heard["lengths"] = [torch.from_numpy(each) for each in lengths]
     problems += heard["problems"]
-    spoken = [(Sentence(*text), x1) for text, x1 in zip(heard["texts"], heard["x1"])]
-    kept = [(sentence, x1) for sentence, x1 in spoken if hash_share(sentence) > HELD_OUT]
+    spoken = list(zip(map(Sentence._make, heard["texts"]), heard["x1"], heard["lengths"]))
+    kept = [entry for entry in spoken if hash_share(entry[0]) > HELD_OUT]
     if not kept:
         raise BadInput(f"{folder} has no usable recording; {(problems or ['it is empty'])[0]}")
     if len(kept) < len(spoken):

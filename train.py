@@ -51,7 +51,7 @@ class Config:
     depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
     steps: int = setting(1600, "training steps", 1)
     batch_size: int = setting(24, "sentences per step, on all GPUs together", 4)
-    learning_rate: float = setting(2e-3, "peak of the schedule", 0)
+    learning_rate: float = setting(2e-3, "peak, up to a width of 128; wider: in proportion less", 0)
     warmup: int = setting(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = setting(0.01, "AdamW", 0)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
@@ -115,11 +115,13 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     picks = picks[corpus.frames[picks].argsort(stable=True)]  # so little is padded
     first = n * int(torch.randint(4, (), generator=rng))
     picks = picks[first : first + n]
-    x1 = [corpus.x1[i] for i in picks] if corpus.x1 else None
+    x1, lengths = ([each[i] for i in picks] if each else None
+                   for each in (corpus.x1, corpus.lengths))
     pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng) - 1)
     frames = corpus.frames[picks] if x1 else (corpus.frames[picks] / pace).ceil()
     frames = frames.clamp(max=whisper.max_frames).int().tolist()
-    batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, frames, x1)
+    sentences = [corpus.sentences[i] for i in picks]
+    batch = data.make_batch(sentences, whisper, frames, x1, lengths)
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
@@ -170,11 +172,11 @@ def average_gradients(model: DiT, stop: bool, n_ranks: int) -> bool:
     return bool(stops > 0)
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up, then half a cosine down to a twentieth."""
+def learning_rate(step: int, width: int, config: Config) -> float:
+    """Linear warm-up, then half a cosine down to a twentieth; lower in a wider network."""
     progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
     cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
-    return config.learning_rate * min((step + 1) / config.warmup, cosine)
+    return config.learning_rate * min(1, 128 / width) * min((step + 1) / config.warmup, cosine)
 
 
 @torch.no_grad()
@@ -324,7 +326,8 @@ def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
                 cross_entropy, flow_loss = losses(model, whisper, batch, draws, config)
             weight = config.flow_weight if batch.x1 is None else 1
             loss = cross_entropy.mean() + weight * flow_loss.mean()
-            run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, config)
+            rate = learning_rate(run.step, run.model.config.width, config)
+            run.optimizer.param_groups[0]["lr"] = rate
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stopped = average_gradients(run.model, stop.is_set(), run.n_ranks)
@@ -334,7 +337,7 @@ def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
                                f" try a smaller --learning_rate than {config.learning_rate}")
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config)
-            log.write(log_row(run, start, loss, cross_entropy, flow_loss, draws.t, norm))
+            log.write(log_row(run, start, loss, cross_entropy, flow_loss, draws.t, norm, rate))
             run.step += 1
             bar.update()
             bar.set_postfix(ce=f"{cross_entropy.mean():.3f}", flow=f"{flow_loss.mean():.3f}")
@@ -373,12 +376,11 @@ def open_log(run: Run):
     return file
 
 
-def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, t, norm) -> str:
+def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, t, norm, rate) -> str:
     """The values of LOG; the flow loss also by quarters of t."""
     quarters = [flow_loss[(4 * t).long() == i].mean() for i in range(4)]
     values = [loss, cross_entropy.mean(), flow_loss.mean(), *quarters, norm]
     values = torch.stack(values).tolist()
-    rate = run.optimizer.param_groups[0]["lr"]
     values = [f"{time.time() - start:.2f}", *(f"{v:.5f}" for v in values), f"{rate:.3e}"]
     return ",".join([str(run.step), *values]) + "\n"
 

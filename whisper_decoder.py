@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import whisper
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import AudioEncoder
@@ -177,9 +176,7 @@ class FrozenWhisper:
         """Teacher-forced, in nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
 
         tokens come from `target_tokens`; so_far (B, L), if given, is what the decoder is told that
-        it has read, in place of them. Logits are made for the targets only, CHUNK of them at a
-        time, and made again for the gradient: all at once they would be the largest tensor of a
-        step (51,866 numbers for each target).
+        it has read, in place of them.
         """
         decoder, targets = self.model.decoder, tokens[:, self.n_prompt :]
         inputs = (tokens if so_far is None else so_far)[:, :-1].clamp(min=0)
@@ -189,21 +186,10 @@ class FrozenWhisper:
         said = targets >= 0
         # Position i predicts token i + 1, so the first text token is predicted at n_prompt - 1.
         x = decoder.ln(x[:, self.n_prompt - 1 :][said]).float()  # (all targets, E)
-        parts = zip(x.split(CHUNK), targets[said].split(CHUNK))
-        nats = torch.cat([checkpoint(self.nats, *part, use_reentrant=False) for part in parts])
+        rows = self.rows, self.row_of[targets[said]], self.row_count.log()
+        nats = ChunkedNats.apply(x, *rows)
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
         return each.sum(1) / said.sum(1)
-
-    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Decoder output and the tokens it should name -> -log p, (N, E), (N,) -> (N,).
-
-        The logits of equal rows are equal, so k of them weigh as much in the softmax as one plus
-        log k: exact, and 50 times less work for the pocket decoder.
-        """
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
-            logits = x @ self.rows.T
-        chosen = logits.gather(1, self.row_of[targets][:, None])[:, 0]
-        return (logits + self.row_count.log()).logsumexp(1) - chosen
 
     def transcribe(self, features: Tensor, languages: Sequence[str]) -> list[DecodingResult]:
         """Greedy `whisper.decode`, no teacher forcing, (B, n_audio_ctx, C) -> what is read.
@@ -217,6 +203,33 @@ class FrozenWhisper:
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
             result.update(zip(where, whisper.decode(self.model, features[where].float(), options)))
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
+
+
+class ChunkedNats(torch.autograd.Function):
+    """-log softmax(x @ rows.T)[targets] for frozen rows, CHUNK targets at a time, (N, E) -> (N,).
+
+    All logits at once would be the largest tensor of a step: 51,866 for each target. The rows are
+    frozen, so the gradient of x is known with the loss, and no logit has to be kept. Equal rows
+    have equal logits: k of them weigh as much in the softmax as one plus log k, which is exact, and
+    50 times less work for the pocket decoder.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, targets: Tensor, log_count: Tensor) -> Tensor:
+        nats, gradients = [], []
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
+            for part, target in zip(x.split(CHUNK), targets[:, None].split(CHUNK)):
+                logits = part @ rows.T + log_count
+                log_p = logits.log_softmax(1)
+                nats.append(log_count[target] - log_p.gather(1, target))
+                gradient = log_p.exp_().scatter_add_(1, target, -torch.ones_like(nats[-1]))
+                gradients.append(gradient @ rows)
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(nats)[:, 0]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient[:, None] * ctx.saved_tensors[0], None, None, None
 
 
 def run_encoder(encoder: AudioEncoder, mel: Tensor) -> Tensor:

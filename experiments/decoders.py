@@ -1,0 +1,132 @@
+"""Two other decoders, made of pocket by minutes of training, and what the flow learns from each.
+
+    python experiments/decoders.py window    # 1,500 audio positions, as all official checkpoints
+    python experiments/decoders.py prior     # guesses well, and hardly has to listen
+
+Both print greedy error rates of held-out text. "prior" also prints the teacher-forced
+cross-entropy: a decoder that is a strong language model says the text with hardly a look at the
+features once the words so far are given, so that training may see no error where reading has one.
+Needs espeak-ng.
+"""
+import random
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from whisper.model import sinusoids
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+import data  # noqa: E402
+import make_pocket  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
+
+SEED, N_SENTENCES, TUNING_STEPS, BATCH = 4000, 2000, 800, 24
+STEPS = 800  # of the flow
+WORK = ROOT / "out" / "decoders"
+
+
+def speech() -> tuple[list, list[Tensor]]:
+    """Spoken sentences of the training -> sentences, x1 (T, C) each."""
+    make_pocket.need_espeak()
+    whisper = FrozenWhisper("pocket")
+    sentences, _ = data.split(data.builtin())
+    random.Random(3).shuffle(sentences)
+    sentences = train.balanced(sentences, N_SENTENCES)
+    clips = make_pocket.speak_all(sentences, make_pocket.VARIANTS, SEED, WORK, "decoders")
+    mels = (data.stack_clips([clip], whisper) for clip in clips)
+    return sentences, [whisper.encode_speech(mel)[0, data.speech_span(mel[0])] for mel in mels]
+
+
+def tune(name: str, max_frames: int, hidden: float) -> str:
+    """Train pocket's decoder on, with so many audio positions -> its file.
+
+    hidden: share of the items whose speech breaks off anywhere, so that the rest must be guessed.
+    """
+    WORK.mkdir(parents=True, exist_ok=True)
+    path = WORK / f"{name}.pt"
+    if path.exists():
+        return str(path)
+    pocket = FrozenWhisper("pocket").model
+    dims, state = asdict(pocket.dims) | dict(n_audio_ctx=max_frames), pocket.state_dict()
+    state["encoder.positional_embedding"] = sinusoids(max_frames, pocket.dims.n_audio_state)
+    with data.writing(path) as part:
+        torch.save(dict(dims=dims, model_state_dict=state), part)
+        whisper = FrozenWhisper(str(part))
+        parameters = [p.requires_grad_() for p in whisper.model.decoder.blocks.parameters()]
+        optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, TUNING_STEPS)
+        sentences, x1 = speech()
+        rng = torch.Generator().manual_seed(0)
+        for _ in tqdm(range(TUNING_STEPS), desc=f"tuning {name}"):
+            picks = torch.randint(len(x1), (BATCH,), generator=rng).tolist()
+            batch = data.make_batch([sentences[i] for i in picks], whisper,
+                                    [len(x1[i]) for i in picks], [x1[i] for i in picks])
+            frames = batch.cond["frames"]
+            cut = torch.rand(BATCH, generator=rng) < hidden
+            heard = (frames * torch.rand(BATCH, generator=rng)).int()
+            features = whisper.features(batch.x1, torch.where(cut, heard, frames))
+            so_far = whisper.corrupt(batch.targets, 0.0 if hidden else 0.1, rng)
+            loss = whisper.cross_entropy(features, batch.targets, so_far).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        torch.save(dict(dims=dims, model_state_dict=whisper.model.state_dict()), part)
+    return str(path)
+
+
+@torch.no_grad()
+def teacher_forced(out: Path, name: str) -> float:
+    """Cross-entropy in nats per token of held-out text, the words so far given, 4 steps."""
+    whisper = FrozenWhisper(name)
+    model = sample.load_model(sample.load_checkpoint(out / "ckpt.pt"), whisper.device)
+    _, held_out = data.split(data.builtin())
+    batch = data.make_batch(train.balanced(held_out, 250), whisper)
+    x1 = sample.generate(model, whisper, batch, sample.Settings())[-1]
+    features = whisper.features(x1, batch.cond["frames"])
+    return whisper.cross_entropy(features, batch.targets).mean().item()
+
+
+@torch.no_grad()
+def language_model(name: str) -> float:
+    """Cross-entropy of held-out text with the features of silence: what it knows by heart."""
+    whisper = FrozenWhisper(name)
+    _, held_out = data.split(data.builtin())
+    batch = data.make_batch(train.balanced(held_out, 250), whisper)
+    silence = whisper.silence.expand(len(batch.targets), -1, -1)
+    return whisper.cross_entropy(silence, batch.targets).mean().item()
+
+
+def main(argv):
+    if argv not in (["window"], ["prior"]):
+        raise BadInput(f"give window or prior, not {' '.join(argv) or 'nothing'}")
+    if argv == ["window"]:
+        decoders, shares = [tune("window", 1500, 0.0)], (0.3,)
+    else:
+        decoders, shares = ["pocket", tune("prior", 256, 0.7)], (0.0, 0.3)
+    rows = []
+    for name in decoders:
+        alone = language_model(name)
+        for share in shares:
+            out = WORK / f"{Path(name).stem}_{share}"
+            flags = ["--whisper", name, "--corrupt", str(share), "--steps", str(STEPS)]
+            found = train.main([*flags, "--out_dir", str(out), "--device", "cpu"])
+            rows.append((Path(name).stem, share, alone, teacher_forced(out, name),
+                         found["val_cer_4step"], found["cer_real_speech"]))
+    print("| decoder | false words so far | cross-entropy of silence | of the flow | CER, 4 steps "
+          "| CER of real speech |\n| --- | --- | --- | --- | --- | --- |")
+    for name, share, alone, nats, cer, real in rows:
+        print(f"| {name} | {share:.0%} | {alone:.2f} | {nats:.3f} | {cer:.2%} | {real:.2%} |")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except BadInput as error:
+        sys.exit(f"decoders.py: {error}")
