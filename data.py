@@ -37,6 +37,7 @@ from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, first_line, text_
 
 SENTENCES = Path(__file__).parent / "pocket" / "sentences"
 SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
+LANGUAGES = Path(__file__).parent / "pocket" / "languages.tsv"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 PACKED = {".gz": gzip.open, ".bz2": bz2.open}
@@ -44,30 +45,13 @@ BIG, SHARD = 2**26, 100_000  # of a file of more bytes, only so many lines are i
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 
-# All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), and the pace of the
-# length rule: words per second, or characters where words are written together (UNSPACED). Paces
-# of en, es, de, fr, zh are those of the clips in pocket/speech.npz; the others come from one
-# sentence each, read by espeak-ng at its usual speed (experiments/pace.py); "-": it cannot read it.
-TABLE = """
-    en eng 3.2 | zh cmn 3.9 | de deu 3.1 | es spa 3.0 | ru rus 2.8 | ko kor 1.8 | fr fra 3.8
-    ja jpn 6.3 | pt por 3.1 | tr tur 2.2 | pl pol 2.3 | ca cat 3.5 | nl nld 3.3 | ar ara 2.0
-    sv swe 2.8 | it ita 3.1 | id ind 2.9 | hi hin 2.7 | fi fin 2.4 | vi vie 4.1 | he heb -
-    uk ukr 3.1 | el ell 3.0 | ms zsm 2.9 | cs ces 2.8 | ro ron 2.5 | da dan 3.5 | hu hun 2.7
-    ta tam 2.0 | no nob 2.9 | th tha - | ur urd 2.7 | hr hrv 2.5 | bg bul 2.6 | lt lit 2.0
-    la lat 2.4 | mi mri 3.7 | ml mal 1.9 | cy cym 3.9 | sk slk 2.8 | te tel 1.9 | fa pes 2.5
-    lv lvs 2.6 | bn ben 2.2 | sr srp 3.2 | az aze 2.4 | sl slv 2.4 | kn kan 1.7 | et est 2.5
-    mk mkd 3.1 | br bre - | eu eus 2.3 | is isl 2.8 | hy hye 2.4 | ne npi 2.3 | mn mon -
-    bs bos 2.6 | kk kaz 2.4 | sq sqi 3.0 | sw swh 2.1 | gl glg - | mr mar 2.4 | pa pan 2.7
-    si sin 2.2 | km khm - | sn sna - | yo yor - | so som - | af afr 3.1 | oc oci -
-    ka kat 2.1 | be bel 2.9 | tg tgk - | sd snd 2.8 | gu guj 2.3 | am amh 1.9 | yi yid -
-    lo lao - | uz uzb 2.5 | fo fao - | ht hat 3.3 | ps pus - | tk tuk 2.6 | nn nno 2.9
-    mt mlt 2.7 | sa san - | lb ltz 3.7 | my mya - | bo bod - | tl tgl - | mg mlg -
-    as asm 2.1 | tt tat 2.7 | haw haw 3.6 | ln lin - | ha hau - | ba bak 2.7 | jw jav -
-    su sun - | yue yue 4.7
-"""
-ROWS = [row.split() for row in re.split(r"[|\n]", TABLE.strip())]
-ISO_639_3 = {code: iso for code, iso, _ in ROWS}
-PACE = {code: float(pace) for code, _, pace in ROWS if pace != "-"}
+# All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), pace, a sentence.
+ROWS = [line.split("\t") for line in LANGUAGES.read_text("utf-8").splitlines()]
+ISO_639_3 = {code: iso for code, iso, _, _ in ROWS}
+# Length rule: words per second, or characters where words are written together (UNSPACED). Paces of
+# en, es, de, fr, zh are those of the clips in pocket/speech.npz; the others come from one sentence
+# each, read by espeak-ng at its usual speed (experiments/pace.py); "-": it cannot read it.
+PACE = {code: float(pace) for code, _, pace, _ in ROWS if pace != "-"}
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
 MIN_SECONDS = 0.6
 ALIGN_ROUNDS, STRAY = 10, 0.06  # of the utterance's length: by so much letters come too early
@@ -456,38 +440,44 @@ def best_path(score: np.ndarray) -> np.ndarray:
     return path
 
 
-def align_letters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> list[np.ndarray]:
-    """Recordings and what they say -> how many frames each letter of `sounds` lasts.
+def viterbi_training(texts: list[str], clips: list[np.ndarray]) -> list[np.ndarray]:
+    """Texts of one language, their frames (T, C) -> frames that each letter lasts (letters,).
 
-    Viterbi training of a hidden Markov model for each language, whose states are the letters: in
-    turn, the mean frame of every letter, around which all have one covariance, and the best path
-    through every utterance. Nothing is known at the beginning: all letters are equally long, and
-    no path may stray far from that, or one letter would swallow all that none explains.
+    A hidden Markov model whose states are the letters: in turn, the mean frame of every letter,
+    around which all have one covariance, and the best path through every utterance. Nothing is
+    known at the beginning: all letters are equally long, and no path may stray far from that, or
+    one letter would swallow all that none explains.
     """
+    names = {letter: k for k, letter in enumerate(sorted(set("".join(texts))))}
+    states = [np.array([names[letter] for letter in text]) for text in texts]
+    paths = [np.arange(len(clip)) * len(s) // len(clip) for s, clip in zip(states, clips)]
+    x = np.concatenate(clips)
+    for _ in tqdm(range(ALIGN_ROUNDS), desc="aligning letters", leave=False):
+        letter = np.concatenate([s[path] for s, path in zip(states, paths)])
+        mean = np.tile(3 * x.mean(0), (len(names), 1))  # as if the mean frame was heard 3 times
+        np.add.at(mean, letter, x)
+        mean /= (3 + np.bincount(letter, minlength=len(names)))[:, None]
+        cov = np.cov((x - mean[letter]).T)
+        cov += 0.1 * cov.trace() / len(cov) * np.eye(len(cov))
+        whiten = np.linalg.cholesky(np.linalg.inv(cov))
+        for i, (s, clip) in enumerate(zip(states, clips)):
+            gap = (clip @ whiten)[:, None] - (mean @ whiten)[s]  # (T, S, C)
+            place, even = ((np.arange(n) + 0.5) / n for n in (len(clip), len(s)))
+            stray = (place[:, None] - even) / STRAY  # (T, S)
+            if len(s) <= len(clip):
+                paths[i] = best_path(-0.5 * (np.square(gap).sum(2) + np.square(stray)))
+    return [np.bincount(path, minlength=len(s)) for s, path in zip(states, paths)]
+
+
+def align_letters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> list[np.ndarray]:
+    """Recordings and what they say -> how many frames each letter of `sounds` lasts."""
     lengths = [None] * len(x1)
     for language in dict.fromkeys(s.language for s in sentences):
         where = [i for i, s in enumerate(sentences) if s.language == language]
-        texts, clips = [sounds(sentences[i].text) for i in where], [x1[i].float().numpy()
-                                                                    for i in where]
-        names = {letter: k for k, letter in enumerate(sorted(set("".join(texts))))}
-        states = [np.array([names[letter] for letter in text]) for text in texts]
-        paths = [np.arange(len(x)) * len(s) // len(x) for s, x in zip(states, clips)]
-        for _ in tqdm(range(ALIGN_ROUNDS), desc=f"aligning {language}", leave=False):
-            x, letter = np.concatenate(clips), np.concatenate([s[p] for s, p in zip(states, paths)])
-            mean = 3 * np.repeat(x.mean(0)[None], len(names), 0)  # as if it was heard 3 times
-            np.add.at(mean, letter, x)
-            mean /= (3 + np.bincount(letter, minlength=len(names)))[:, None]
-            cov = np.cov((x - mean[letter]).T)
-            cov += 0.1 * cov.trace() / len(cov) * np.eye(len(cov))
-            whiten = np.linalg.cholesky(np.linalg.inv(cov))
-            for i, (s, clip) in enumerate(zip(states, clips)):
-                gap = (clip @ whiten)[:, None] - (mean @ whiten)[s]  # (T, S, C)
-                place = (np.arange(len(clip)) + 0.5) / len(clip)
-                stray = (place[:, None] - (np.arange(len(s)) + 0.5) / len(s)) / STRAY
-                if len(s) <= len(clip):
-                    paths[i] = best_path(-0.5 * (np.square(gap).sum(2) + np.square(stray)))
-        for i, s, path in zip(where, states, paths):
-            lengths[i] = np.bincount(path, minlength=len(s))
+        texts = [sounds(sentences[i].text) for i in where]
+        found = viterbi_training(texts, [x1[i].float().numpy() for i in where])
+        for i, each in zip(where, found):
+            lengths[i] = each
     return lengths
 
 

@@ -1,9 +1,9 @@
-"""The paces of data.TABLE: words per second of espeak-ng, reading a sentence of every language.
+"""The paces of pocket/languages.tsv: words per second of espeak-ng, reading its sentences.
 
-    python experiments/pace.py          # prints TABLE's rows; needs espeak-ng
+    python experiments/pace.py          # prints code, ISO 639-3, pace; needs espeak-ng
 
-Reads experiments/languages.tsv: Whisper's code, ISO 639-3, a sentence (written for this project).
-The five languages of pocket have their paces from its own clips, in many voices.
+The sentences were written for this project. The five languages of pocket have their paces in the
+file from its own clips, in many voices.
 """
 import io
 import subprocess
@@ -18,7 +18,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
 
-SENTENCES = ROOT / "experiments" / "languages.tsv"
 # Whisper's code -> espeak-ng's voice, where they differ; "" where it cannot read the usual
 # spelling: kanji (ja; measured on kana: 6.3), vowels that are not written (he), syllables that it
 # drops or spells (th, my). Other voices are missing; nn borrows that of nb.
@@ -43,8 +42,7 @@ def seconds(text: str, voice: str) -> float | None:
 
 def main():
     make_pocket.need_espeak()
-    for line in SENTENCES.read_text("utf-8").splitlines():
-        code, iso, text = line.split("\t")
+    for code, iso, _, text in data.ROWS:
         said = text
         for sign, letters in RESPELLED.get(code, {}).items():
             said = said.replace(sign, letters)

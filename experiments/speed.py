@@ -1,5 +1,6 @@
 """Steps per second and memory, with random weights in the official shapes: no download.
 
+    python experiments/speed.py memory                    # computed, of all shapes
     python experiments/speed.py train tiny base           # on a GPU also with bf16 and compiled
     python experiments/speed.py cross_entropy             # all logits at once, and in chunks
     python experiments/speed.py text                      # sentences per second from file to batch
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from whisper.model import ModelDimensions, Whisper
+from whisper.model import AudioEncoder, ModelDimensions, TextDecoder, Whisper
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 import data  # noqa: E402
 import train  # noqa: E402
+from model import DiT, DiTConfig  # noqa: E402
 from whisper_decoder import BadInput, FrozenWhisper, choose_device  # noqa: E402
 
 # n_mels, width, heads, encoder layers, decoder layers, n_vocab of the official checkpoints
@@ -36,11 +38,38 @@ SHAPES = {
 GB = 1e9
 
 
+def dims_of(name: str) -> ModelDimensions:
+    n_mels, width, heads, n_encoder, n_decoder, n_vocab = SHAPES[name]
+    return ModelDimensions(n_mels, 1500, width, heads, n_encoder, n_vocab, 448, width, heads,
+                           n_decoder)
+
+
+def held(frozen: int, trained: int) -> float:
+    """GB of the frozen Whisper, and of weights, gradient, AdamW's two and average of the DiT."""
+    return 4 * (frozen + 5 * trained) / GB
+
+
+def compute_memory() -> None:
+    """What lies in memory before the first sentence, in single precision."""
+    print("| shape | depth = heads | width | DiT | Whisper | GB held |\n"
+          "| --- | --- | --- | --- | --- | --- |")
+    for name in SHAPES:
+        dims = dims_of(name)
+        depth = dims.n_audio_state // 32
+        with torch.device("meta"):
+            model = DiT(DiTConfig(dims.n_audio_state, dims.n_text_state, depth))
+            encoder = AudioEncoder(dims.n_mels, 1500, dims.n_audio_state, 1, dims.n_audio_layer)
+            decoder = TextDecoder(dims.n_vocab, 448, dims.n_text_state, 1, dims.n_text_layer)
+        trained, *frozen = (sum(p.numel() for p in x.parameters())
+                            for x in (model, encoder, decoder))
+        frozen = sum(frozen) + dims.n_vocab * dims.n_text_state  # and FrozenWhisper.rows
+        print(f"| {name} | {depth} | {32 * depth} | {trained / 1e6:.0f} M | {frozen / 1e6:.0f} M | "
+              f"{held(frozen, trained):.1f} |")
+
+
 def random_checkpoint(name: str, path: Path) -> None:
     """Random weights in an official shape and OpenAI's file format."""
-    n_mels, width, heads, n_encoder, n_decoder, n_vocab = SHAPES[name]
-    dims = ModelDimensions(n_mels, 1500, width, heads, n_encoder, n_vocab, 448, width, heads,
-                           n_decoder)
+    dims = dims_of(name)
     torch.manual_seed(0)
     model = Whisper(dims)
     torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)
@@ -65,7 +94,6 @@ def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
         config = train.Config(out_dir=folder, batch_size=args.batch_size)
         run = train.Run(config, whisper)
     frozen = sum(p.numel() for p in whisper.model.parameters()) + whisper.rows.numel()
-    held = 4 * (frozen + 5 * run.parameters) / GB  # weights, gradient, two of AdamW, average
     corpus = data.text_corpus(data.split(data.builtin())[0])
     model = torch.compile(run.model, dynamic=True) if compiled else run.model
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -80,7 +108,8 @@ def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
         run.optimizer.zero_grad()
     rate = args.steps / (clock(device) - start)
     print(f"| {name} | {run.model.config.depth} | {run.parameters / 1e6:.0f} M | "
-          f"{'bf16' if bf16 else 'fp32'}{', compiled' if compiled else ''} | {held:.1f} | "
+          f"{'bf16' if bf16 else 'fp32'}{', compiled' if compiled else ''} | "
+          f"{held(frozen, run.parameters):.1f} | "
           f"{peak_memory(device):.1f} | {rate:.2f} |", flush=True)
 
 
@@ -143,7 +172,7 @@ def measure_text(args) -> None:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("what", choices=["train", "cross_entropy", "text"])
+    parser.add_argument("what", choices=["memory", "train", "cross_entropy", "text"])
     parser.add_argument("names", nargs="*", default=["tiny", "base"], help=f"of {list(SHAPES)}")
     parser.add_argument("--batch_size", type=int, default=24)
     parser.add_argument("--steps", type=int, default=20, help="that are measured")
@@ -160,8 +189,8 @@ def main(argv=None) -> None:
         return measure_training(name, bf16 == "True", compiled == "True", args)
     if args.one:
         return measure_cross_entropy(args.one, args)
-    if args.what == "text":
-        return measure_text(args)
+    if args.what in ("memory", "text"):
+        return compute_memory() if args.what == "memory" else measure_text(args)
     device = choose_device(args.device)
     if args.what == "train":
         print("| shape | depth | DiT | arithmetic | GB held, computed | GB at most | steps/s |\n"
