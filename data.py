@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
+from ssl import SSLError
 from typing import Iterator, NamedTuple, Sequence
 from urllib.error import HTTPError, URLError
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -41,7 +43,7 @@ LANGUAGES = Path(__file__).parent / "pocket" / "languages.tsv"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 PACKED = {".gz": gzip.open, ".bz2": bz2.open}
-BIG, SHARD = 2**26, 100_000  # of a file of more bytes, only so many lines are in memory
+BIG, SHARD = 2**24, 100_000  # of a file of more bytes, only so many lines are in memory
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 
@@ -50,7 +52,7 @@ ROWS = [line.split("\t") for line in LANGUAGES.read_text("utf-8").splitlines()]
 ISO_639_3 = {code: iso for code, iso, _, _ in ROWS}
 # Length rule: words per second, or characters where words are written together (UNSPACED). Paces of
 # en, es, de, fr, zh are those of the clips in pocket/speech.npz; the others come from one sentence
-# each, read by espeak-ng at its usual speed (experiments/pace.py); "-": it cannot read it.
+# each, read by espeak-ng at its usual speed (experiments/pace.py; Japanese in kana); "-": it cannot.
 PACE = {code: float(pace) for code, _, pace, _ in ROWS if pace != "-"}
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
 MIN_SECONDS = 0.6
@@ -60,7 +62,8 @@ MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
 CUTS = (
-    r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)", r"(?<=.)(?=\w)",
+    r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
+    r"(?<=.)(?=[\w\U00010000-\U0010ffff])",
 )
 
 
@@ -112,24 +115,26 @@ def unheard_words(sentence: Sentence) -> list[str]:
 @contextmanager
 def writing(file: Path):
     """A temporary name that becomes `file` when all is written; if not, nothing stays."""
-    part = file.with_name(f"{file.name}.tmp")
+    part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, file)
     except OSError as error:
         raise BadInput(f"cannot write {file} ({error.strerror or first_line(error)}); free some "
                        "space or name another place") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def download(url: str) -> Path:
     """URL, perhaps with #sha256=HEX -> its file in CACHE, fetched unless it is there already."""
     address, _, wanted = url.partition("#sha256=")
-    name = re.sub(r"[^\w.-]", "_", address.split("?")[0].rstrip("/").rpartition("/")[2])
+    name = re.sub(r"[^\w.-]", "_", address.split("?")[0].rstrip("/").rpartition("/")[2])[-80:]
     file = CACHE / f"{hashlib.sha256(address.encode()).hexdigest()[:8]}_{name}"
     if not file.exists():
-        fetch(address, file)
+        fetch(quote(address, safe=":/?&=%#+,;@~[]"), file)
     digest = hashlib.sha256()
     with open(file, "rb") as f:
         while wanted and (block := f.read(2**20)):
@@ -142,15 +147,17 @@ def download(url: str) -> Path:
 
 
 def fetch(address: str, file: Path) -> None:
-    """Download; what was interrupted is kept as file.part and goes on where it stopped."""
-    part = file.with_name(f"{file.name}.part")
+    """Download; what was interrupted is kept as file.part and goes on, if the page is the same."""
+    part, tag = (file.with_name(f"{file.name}.{end}") for end in ("part", "tag"))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        start = part.stat().st_size if part.exists() else 0
-        request = Request(address, headers={"Range": f"bytes={start}-"} if start else {})
-        with urlopen(request, timeout=30) as answer:
+        start = part.stat().st_size if part.exists() and tag.exists() else 0
+        same = {"Range": f"bytes={start}-", "If-Range": tag.read_text()} if start else {}
+        with urlopen(Request(address, headers=same), timeout=30) as answer:
             start *= answer.status == 206  # partial content; else it is sent from the beginning
             total = start + int(answer.headers.get("Content-Length") or 0)
+            if version := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
+                tag.write_text(version)
             with (open(part, "ab" if start else "wb") as f,
                   tqdm.wrapattr(f, "write", desc=address, total=total, initial=start) as out):
                 shutil.copyfileobj(answer, out)
@@ -158,13 +165,17 @@ def fetch(address: str, file: Path) -> None:
             raise BadInput(f"{address} broke off after {part.stat().st_size:,} of {total:,} bytes; "
                            "run it again, and it goes on from there")
         os.replace(part, file)
+        tag.unlink(missing_ok=True)
     except HTTPError as error:
-        part.unlink(missing_ok=True)
-        raise BadInput(f"{address} answers {error.code} {error.reason}; check the address, or "
-                       "download it in another way and give the file") from error
-    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        raise BadInput(f"cannot fetch {address} ({first_line(error)}); check the network, or give "
-                       "a file that you have") from error
+        if error.code in (404, 410, 416):  # what is there of it cannot be finished
+            part.unlink(missing_ok=True)
+        raise BadInput(f"{address} answers {error.code} {error.reason}; check the address and try "
+                       "again, or download it in another way and give the file") from error
+    except (URLError, HTTPException, TimeoutError, ConnectionError, SSLError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"cannot fetch {address} ({first_line(error)}); check the address and the "
+                       "network, or give a file that you have") from error
     except OSError as error:
         part.unlink(missing_ok=True)
         raise BadInput(f"cannot write {file} ({error.strerror}); free some space, or set "
@@ -173,11 +184,12 @@ def fetch(address: str, file: Path) -> None:
 
 def unpack(file: Path) -> Path:
     """A .gz or .bz2 -> the plain file in CACHE, unpacked again when it changes; others: as is."""
-    if file.suffix not in PACKED or not file.exists():
+    if ".tar" in file.suffixes or ".zip" in file.suffixes:
+        raise BadInput(f"{file} is an archive; unpack it, and give the files or the folder")
+    if file.suffix not in PACKED or not file.is_file():
         return file
     plain = CACHE / f"{hashlib.sha256(repr(stamp(file)).encode()).hexdigest()[:8]}_{file.stem}"
     if not plain.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
         with writing(plain) as part, open(part, "wb") as out:
             try:
                 with PACKED[file.suffix](file) as packed:
@@ -191,62 +203,76 @@ def unpack(file: Path) -> Path:
     return plain
 
 
-def read_lines(path: Path, shard: int = 0) -> Iterator[tuple[str, str]]:
-    """UTF-8 file -> (place, line) each; of a file over BIG bytes, those at SHARD random places.
+def read_lines(path: Path, shard: int | None = None) -> Iterator[tuple[str, bytes]]:
+    """A file -> (place, line) each; with a shard, of a file over BIG bytes only SHARD lines.
 
-    Memory so stays small, and another shard has other lines. Raises BadInput, with file and
-    place, if the file is missing or not UTF-8.
+    These stand at random places: memory stays small, and another shard has other lines.
     """
     try:
         with open(path, "rb") as file:
             size = os.path.getsize(path)
-            if size <= BIG:
-                lines = [(f"line {n}", line) for n, line in enumerate(file, 1)]
-            else:
-                lines = []
-                for place in sorted(random.Random(shard).choices(range(size), k=SHARD)):
-                    file.seek(place)
-                    file.readline()  # the rest of a line
-                    lines.append((f"byte {file.tell()}", file.readline()))
+            if shard is None or size <= BIG:
+                yield from ((f"line {n}", line) for n, line in enumerate(file, 1))
+                return
+            for place in sorted(random.Random(shard).choices(range(size), k=SHARD)):
+                file.seek(place)
+                file.readline()  # the rest of a line
+                yield f"byte {file.tell()}", file.readline()
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    for place, line in lines:
-        try:
-            yield place, line.decode().lstrip("\ufeff").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{path}, {place}: byte 0x{line[error.start]:02x} is not UTF-8; convert "
-                           f"the file, e.g. `iconv -f latin1 -t utf-8 {path}`") from error
 
 
-def read_file(path: Path, language: str | None, whisper: FrozenWhisper, shard: int = 0):
-    """A text file, packed or not -> sentences, problems.
+def to_text(line: bytes, path: Path, place: str) -> str:
+    """UTF-8 -> text; BadInput, with file and place, if it is something else."""
+    try:
+        return line.decode().lstrip("\ufeff").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        other = "utf-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        raise BadInput(f"{path}, {place}: byte 0x{line[error.start]:02x} is not UTF-8; convert the "
+                       f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
+
+
+class Text(NamedTuple):
+    """What was found in a file, or in all sources."""
+
+    weights: dict[Sentence, float]  # distinct sentences; how often each is drawn
+    problems: list[str]  # what was left out or changed, and why
+    has_shards: bool = False  # read again, with another shard, for other lines of big files
+
+
+def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
+              shard: int | None = None) -> Text:
+    """A text file, packed or not -> its sentences, each weighing as many lines as it stands for.
 
     FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
-    in its last column. Raises BadInput, with file and line, if the file is missing, empty or not
-    UTF-8. A line that cannot be used becomes one problem "file, line n: why"; blank lines are no
-    sentences.
+    in its last column. Raises BadInput if the file is missing, empty or not UTF-8. A line that
+    cannot be used becomes one problem "file, line n: why"; blank lines are no sentences.
     """
     plain = unpack(path)
-    is_table = plain.suffix == ".tsv"
-    if not is_table and language is None:
+    is_table, weights, problems, n_bytes = plain.suffix == ".tsv", Counter(), [], 0
+    if path.exists() and not is_table and language is None:
         raise BadInput(f"{path}: say its language, as in en={path}")
-    sentences, problems = [], []
-    for place, line in read_lines(plain, shard):
-        if not line.strip():
-            continue
-        code, tab, text = line.partition("\t") if is_table else (language, "\t", line)
-        if language:
-            code, text = language, text.rpartition("\t")[2]
+    for place, raw in read_lines(plain, shard):
+        n_bytes += len(raw)
         try:
-            if not tab:
+            line = to_text(raw, path, place)
+            code, tab, text = line.partition("\t") if is_table else (language, "\t", line)
+            if is_table and language:
+                code, text = language, line.rpartition("\t")[2]
+            if line.strip() and not tab:
                 raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
-            sentences.append(read_line(text, code, whisper))
+            if line.strip():
+                weights[read_line(text, code, whisper)] += 1
         except BadInput as error:
+            if "is not UTF-8" in str(error) and place.startswith("line"):
+                raise  # all of the file needs another encoding
             problems.append(f"{path}, {place}: {error}")
-    if not sentences:
+    if not weights:
         why = f"; {problems[0]}" if problems else ": it is empty"
         raise BadInput(f"{path} has no usable sentence{why}")
-    return sentences, problems
+    has_shards = shard is not None and os.path.getsize(plain) > BIG
+    scale = os.path.getsize(plain) / n_bytes if has_shards else 1
+    return Text({s: n * scale for s, n in weights.items()}, problems, has_shards)
 
 
 def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
@@ -257,66 +283,69 @@ def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
     return Sentence(code, text)
 
 
-def files_of(source: str, whisper: FrozenWhisper) -> list[tuple[Path, str | None]]:
-    """A source of `load` -> its files, fetched if need be, and their languages if they are given."""
-    language, _, place = re.fullmatch(r"(?:([^=:/]+)(=))?(.+)", source).groups()
-    if source.startswith("tatoeba:"):
-        language = source.partition(":")[2]
-    language = whisper.check_language(language) if language else None
-    if source.startswith("tatoeba:"):
+def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper, shard: int) -> Text:
+    """All .txt and .tsv of a folder, packed or not; fr.txt is French."""
+    weights, problems, has_shards = Counter(), [], False
+    for path in sorted(folder.iterdir()):
+        is_text, code = ".txt" in path.suffixes, path.name.partition(".")[0].lower()
+        if is_text and not language and code not in whisper.languages:
+            problems.append(f"{path} was left out: {code!r} is no language of {whisper.name}")
+        elif is_text or ".tsv" in path.suffixes:
+            found = read_file(path, language or (code if is_text else None), whisper, shard)
+            weights.update(found.weights)
+            problems += found.problems
+            has_shards |= found.has_shards
+    if not weights:
+        raise BadInput(f"{folder} has no .txt or .tsv that can be used{'; '.join(problems[:1])}")
+    return Text(weights, problems, has_shards)
+
+
+def read_source(source: str, whisper: FrozenWhisper, shard: int) -> tuple[float | None, Text]:
+    """One source of `load` -> its weight if it has one, and what it holds."""
+    weight, language, place = re.fullmatch(r"(?:([^*]*)\*)?(?:([^=:/*]*)=)?(.*)", source).groups()
+    try:
+        weight = None if weight is None else float(weight)
+    except ValueError:
+        weight = -1.0
+    if not place or weight is not None and not 0 < weight < math.inf:
+        raise BadInput(f"--data {source!r} cannot be used; give for example builtin, fr=FILE.txt, "
+                       "0.5*fr=FILE.txt or tatoeba:fr")
+    if place == "builtin":
+        return weight, Text({s: 1.0 for s in builtin() if s.language in whisper.languages}, [])
+    if place.startswith("tatoeba:"):
+        language = whisper.check_language(place.partition(":")[2])
         place = TATOEBA.format(ISO_639_3[language])
-    if re.match("https?://", place):
-        return [(download(place), language)]
-    if not Path(place).is_dir():
-        return [(Path(place), language)]
-    found = [p for p in sorted(Path(place).iterdir()) if {".txt", ".tsv"} & set(p.suffixes)]
-    if not found:
-        raise BadInput(f"{place} has no .txt and no .tsv file")
-    named = [p.name.partition(".")[0] if ".txt" in p.suffixes else None for p in found]
-    return [(path, language or name) for path, name in zip(found, named)]
-
-
-class Text(NamedTuple):
-    """What `load` found."""
-
-    weights: dict[Sentence, float]  # distinct sentences that fit the decoder; of their draws
-    problems: list[str]  # what was left out or changed, and why
-    has_shards: bool  # load again, with another shard, for other lines of big files
+    language = language and whisper.check_language(language)
+    path = download(place) if re.match("(?i)https?://", place) else Path(place)
+    read = read_folder if path.is_dir() else read_file
+    return weight, read(path, language, whisper, shard)
 
 
 def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
          temperature: float = 1.0, shard: int = 0) -> Text:
-    """Sources, each perhaps with a weight as in 0.5*builtin -> Text.
+    """Sources, each perhaps with a weight as in 0.5*builtin -> distinct sentences that fit.
 
     A source is "builtin", a file (see `read_file`) or a URL of one, LANGUAGE=FILE, a folder of
-    such files (fr.txt is French), or tatoeba:LANGUAGE. Those without a weight are one together, of
-    weight 1. In it a language has a share of the draws in proportion to the number of its
-    sentences to the power of 1 / temperature.
+    such files, or tatoeba:LANGUAGE. Those without a weight are one together, of weight 1. In it a
+    language has a share of the draws in proportion to the number of its sentences to the power of
+    1 / temperature.
     """
-    pools, problems, has_shards = defaultdict(list), [], False
+    pools, problems, has_shards, weights = defaultdict(Counter), [], False, Counter()
     for i, source in enumerate(sources):
-        weight, name = re.fullmatch(r"(?:([\d.]+)\*)?(.*)", source).groups()
-        pool = pools[i if weight else None, float(weight or 1)]
-        if name == "builtin":
-            pool += [s for s in builtin() if s.language in whisper.languages]
-            continue
-        for path, language in files_of(name, whisper):
-            sentences, more = read_file(path, language, whisper, shard)
-            pool += sentences
-            problems += more
-            has_shards |= os.path.getsize(unpack(path)) > BIG
-    weights = Counter()
-    for (_, weight), sentences in pools.items():
-        fitting, more = split_all(sentences, whisper, speed)
-        distinct = list(dict.fromkeys(fitting))
+        weight, found = read_source(source, whisper, shard)
+        pools[None if weight is None else i, weight or 1].update(found.weights)
+        problems += found.problems
+        has_shards |= found.has_shards
+    for (_, weight), pool in pools.items():
+        pieces, more = split_all(pool, whisper, speed)
         problems += more
-        if len(distinct) < len(fitting):
-            problems.append(f"{len(fitting) - len(distinct)} duplicates were left out")
-        counts = Counter(s.language for s in distinct)
-        each = {code: n ** (1 / temperature - 1) for code, n in counts.items()}
-        total = sum(each[code] * n for code, n in counts.items())
-        for s in distinct:
-            weights[s] += weight * each[s.language] / total
+        counts = Counter()
+        for piece, n in pieces.items():
+            counts[piece.language] += n
+        shares = {code: n ** (1 / temperature) for code, n in counts.items()}
+        for piece, n in pieces.items():
+            share = shares[piece.language] / sum(shares.values())
+            weights[piece] += weight * share * n / counts[piece.language]
     return Text(dict(weights), problems, has_shards)
 
 
@@ -371,20 +400,32 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
         if len(parts) > 1:
             break
     else:
-        raise BadInput(f"{sentence.text!r} at speed {speed} is longer than {whisper.name} can hear")
+        raise BadInput(f"{sentence.text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} "
+                       "can hear, and cannot be cut; shorten it, or raise --speed")
     pieces = [parts[0]]
     for part in parts[1:]:  # as many parts as fit together
         longer = Sentence(sentence.language, pieces[-1] + part)
         pieces[-1:] = [longer.text] if fits(longer, whisper, speed) else [pieces[-1], part]
     pieces = [Sentence(sentence.language, piece.strip()) for piece in pieces]
-    return [short for piece in pieces for short in split_long(piece, whisper, speed)]
+    return [short for piece in pieces if words(*piece[::-1])  # not a lonely bracket
+            for short in split_long(piece, whisper, speed)]
 
 
-def split_all(sentences: Sequence[Sentence], whisper: FrozenWhisper, speed: float):
-    """Texts -> pieces that fit the decoder, and a note if a text was split."""
-    pieces = [piece for s in sentences for piece in split_long(s, whisper, speed)]
-    note = f"long texts were split: {len(sentences)} texts, {len(pieces)} pieces"
-    return pieces, [note] if len(pieces) > len(sentences) else []
+def split_all(weights: dict[Sentence, float], whisper: FrozenWhisper,
+              speed: float) -> tuple[Counter, list[str]]:
+    """Weights of texts -> those of pieces that fit the decoder, and notes on what was split."""
+    pieces, problems, n_split = Counter(), [], 0
+    for sentence, n in weights.items():
+        try:
+            found = split_long(sentence, whisper, speed)
+        except BadInput as error:
+            problems.append(str(error))
+            continue
+        n_split += len(found) > 1
+        for piece in found:
+            pieces[piece] += n
+    problems += [f"{n_split} long texts were split into pieces"] if n_split else []
+    return pieces, problems
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -440,7 +481,7 @@ def best_path(score: np.ndarray) -> np.ndarray:
     return path
 
 
-def viterbi_training(texts: list[str], clips: list[np.ndarray]) -> list[np.ndarray]:
+def viterbi_training(texts: list[str], clips: Sequence[Tensor]) -> list[np.ndarray]:
     """Texts of one language, their frames (T, C) -> frames that each letter lasts (letters,).
 
     A hidden Markov model whose states are the letters: in turn, the mean frame of every letter,
@@ -451,21 +492,25 @@ def viterbi_training(texts: list[str], clips: list[np.ndarray]) -> list[np.ndarr
     names = {letter: k for k, letter in enumerate(sorted(set("".join(texts))))}
     states = [np.array([names[letter] for letter in text]) for text in texts]
     paths = [np.arange(len(clip)) * len(s) // len(clip) for s, clip in zip(states, clips)]
-    x = np.concatenate(clips)
+    frames = [len(clip) for clip in clips]
+    square = sum((x := clip.float().numpy()).T @ x for clip in clips) / sum(frames)
     for _ in tqdm(range(ALIGN_ROUNDS), desc="aligning letters", leave=False):
-        letter = np.concatenate([s[path] for s, path in zip(states, paths)])
-        mean = np.tile(3 * x.mean(0), (len(names), 1))  # as if the mean frame was heard 3 times
-        np.add.at(mean, letter, x)
-        mean /= (3 + np.bincount(letter, minlength=len(names)))[:, None]
-        cov = np.cov((x - mean[letter]).T)
+        total, count = np.zeros((len(names), len(square))), np.zeros((len(names), 1))
+        for s, path, clip in zip(states, paths, clips):
+            is_letter = np.eye(len(names))[s[path]]  # (T, names)
+            total += is_letter.T @ clip.float().numpy()
+            count += is_letter.sum(0)[:, None]
+        mean = total / np.maximum(count, 1)
+        cov = square - (count * mean).T @ mean / sum(frames)
         cov += 0.1 * cov.trace() / len(cov) * np.eye(len(cov))
-        whiten = np.linalg.cholesky(np.linalg.inv(cov))
+        mean = (total + 3 * total.sum(0) / sum(frames)) / (count + 3)  # a prior of three frames
+        weight = np.linalg.solve(cov, mean.T).astype(np.float32)  # (C, names)
+        offset = -0.5 * (mean.T * weight).sum(0)
         for i, (s, clip) in enumerate(zip(states, clips)):
-            gap = (clip @ whiten)[:, None] - (mean @ whiten)[s]  # (T, S, C)
+            score = (clip.float().numpy() @ weight + offset)[:, s]  # log-density + constant (T, S)
             place, even = ((np.arange(n) + 0.5) / n for n in (len(clip), len(s)))
-            stray = (place[:, None] - even) / STRAY  # (T, S)
             if len(s) <= len(clip):
-                paths[i] = best_path(-0.5 * (np.square(gap).sum(2) + np.square(stray)))
+                paths[i] = best_path(score - 0.5 * np.square((place[:, None] - even) / STRAY))
     return [np.bincount(path, minlength=len(s)) for s, path in zip(states, paths)]
 
 
@@ -475,7 +520,7 @@ def align_letters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> list[n
     for language in dict.fromkeys(s.language for s in sentences):
         where = [i for i, s in enumerate(sentences) if s.language == language]
         texts = [sounds(sentences[i].text) for i in where]
-        found = viterbi_training(texts, [x1[i].float().numpy() for i in where])
+        found = viterbi_training(texts, [x1[i] for i in where])
         for i, each in zip(where, found):
             lengths[i] = each
     return lengths
@@ -589,7 +634,8 @@ def read_manifest(folder: Path, whisper: FrozenWhisper):
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".wav", ".flac"))
         return [(path, None) for path in found], []
     entries, problems = [], []
-    for place, line in read_lines(file):
+    for place, raw in read_lines(file):
+        line = to_text(raw, file, place)
         fields = line.split("\t", 2) if file is tsv else line.split("|")
         try:
             if len(fields) < 3 and line.strip():
@@ -634,10 +680,24 @@ def stamp(path: Path) -> tuple | None:
         return None
 
 
+def hear_all(entries: list, whisper: FrozenWhisper) -> dict[str, list]:
+    """What read_manifest found -> texts, x1, lengths of the letters, and problems."""
+    heard = dict(texts=[], x1=[], problems=[])
+    for path, sentence in tqdm(entries, desc="hearing"):
+        try:
+            sentence, x1 = hear(whisper.log_mel(read_audio(path, whisper)), sentence, whisper)
+            heard["texts"].append(tuple(sentence))
+            heard["x1"].append(x1)
+        except BadInput as error:
+            heard["problems"].append(f"{path}: {error}")
+    lengths = align_letters([Sentence(*text) for text in heard["texts"]], heard["x1"])
+    return heard | dict(lengths=[torch.from_numpy(each) for each in lengths])
+
+
 def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]]:
     """A folder of recordings (see read_manifest) -> what they say and sound like, problems.
 
-    What was heard is kept in folder/x1_KEY.pt; KEY depends on recordings, texts and checkpoint.
+    What was heard is kept in folder/heard_KEY.pt; KEY depends on recordings, texts and checkpoint.
     Recordings of sentences that `split` holds out are left out.
     """
     if soundfile is None:
@@ -650,22 +710,16 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
     key.update(whisper.latents(blank).cpu().numpy().tobytes())  # what x1 is
     for weight in whisper.model.parameters():
         key.update(weight.cpu().numpy().tobytes())
-    cache = folder / f"x1_{key.hexdigest()[:12]}.pt"
-    if cache.exists():
+    cache = folder / f"heard_{key.hexdigest()[:12]}.pt"
+    try:
         heard = torch.load(cache, weights_only=True)
-    else:
-        heard = dict(texts=[], x1=[], problems=[])
-        for path, sentence in tqdm(entries, desc=f"hearing {folder}"):
-            try:
-                mel = whisper.log_mel(read_audio(path, whisper))
-                sentence, x1 = hear(mel, sentence, whisper)
-                heard["texts"].append(tuple(sentence))
-                heard["x1"].append(x1)
-            except BadInput as error:
-                heard["problems"].append(f"{path}: {error}")
-        sentences = [Sentence(*text) for text in heard["texts"]]
-        lengths = align_letters(sentences, heard["x1"])
-        heard["lengths"] = [torch.from_numpy(each) for each in lengths]
+    except Exception:  # there is none, or one that cannot be read
+        heard = hear_all(entries, whisper)
+        try:
+            with writing(cache) as part, open(part, "wb") as file:
+                torch.save(heard, file)
+        except BadInput as error:
+            problems.append(f"what was heard is not kept: {error}")
     problems += heard["problems"]
     spoken = list(zip(map(Sentence._make, heard["texts"]), heard["x1"], heard["lengths"]))
     kept = [entry for entry in spoken if hash_share(entry[0]) > HELD_OUT]
@@ -673,12 +727,6 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
         raise BadInput(f"{folder} has no usable recording; {(problems or ['it is empty'])[0]}")
     if len(kept) < len(spoken):
         problems.append(f"{len(spoken) - len(kept)} recordings are of held-out sentences, left out")
-    if not cache.exists():
-        try:
-            with writing(cache) as part, open(part, "wb") as file:
-                torch.save(heard, file)
-        except BadInput as error:
-            problems.append(f"what was heard is not kept: {error}")
     return speech_corpus(*map(list, zip(*kept))), problems
 
 

@@ -17,11 +17,11 @@ from whisper.decoding import DecodingResult
 import flow
 from data import (
     FRAMES_PER_SECOND, Batch, Sentence, make_batch, natural_frames, noise, read_file, read_line,
-    split_long, unheard_words, writing,
+    split_long, to_text, unheard_words, writing,
 )
 from model import DiT, DiTConfig
 from whisper_decoder import (
-    UNSPACED, BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
+    BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
 )
 
 
@@ -90,15 +90,19 @@ def rates(sentences: Sequence[Sentence], read: Sequence[DecodingResult]) -> Erro
                        [s.language for s in sentences])
 
 
-def joined(texts: Sequence[str], language: str) -> str:
-    """Pieces of a text -> the text."""
-    return ("" if language in UNSPACED else " ").join(texts)
+def join(whole: str, pieces: Sequence[str], read: Sequence[str]) -> str:
+    """What was read in the pieces of a text, joined where they were cut: in or between words."""
+    joined, end = "", 0
+    for piece, text in zip(pieces, read):
+        start = whole.index(piece, end)
+        joined += (" " if " " in whole[end:start] else "") + text
+        end = start + len(piece)
+    return joined
 
 
-def show(text: Sentence, frames: np.ndarray, read: Sequence[DecodingResult],
+def show(text: Sentence, found: str, frames: np.ndarray, read: Sequence[DecodingResult],
          settings: Settings) -> None:
-    """Print the round trip of a text: its pieces' lengths, and what was read in each."""
-    found = joined([r.text for r in read], text.language)
+    """Print the round trip of a text: what was found, and lengths and scores of its pieces."""
     cer, wer, _ = error_rates([text.text], [found], [text.language])
     nfe = flow.nfe(settings.steps, settings.method, settings.guidance)
     pieces = f" in {len(read)} pieces" if len(read) > 1 else ""
@@ -123,7 +127,7 @@ def show_forming(model, whisper, sentence: Sentence, frames: int, settings: Sett
 
 def save_features(path: Path, trip: RoundTrip, pieces: Sequence[Sentence],
                   text_of: Sequence[int]) -> None:
-    """Write the data set, whole or not at all; text_of numbers the texts that were cut in pieces."""
+    """Write the data set, whole or not at all; text_of: which text each piece is a part of."""
     language, text = map(np.array, zip(*pieces))
     hypothesis = np.array([read.text for read in trip.read])
     with writing(path) as part, open(part, "wb") as file:
@@ -135,7 +139,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("text", nargs="*", help="texts; none: from --text_file or standard input")
     parser.add_argument("--language", default="en", help="of the texts (default: en)")
-    parser.add_argument("--text_file", type=Path, help="FILE.tsv (language<TAB>text) or FILE.txt")
+    parser.add_argument("--text_file", type=Path, help="FILE.tsv (language<TAB>text) or FILE.txt; a line that is there twice is read once")
     parser.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
     parser.add_argument("--steps", type=int, default=4, help="steps of the ODE solver (default: 4)")
     parser.add_argument("--method", choices=list(flow.ORDER), default="euler", help="solver")
@@ -155,9 +159,11 @@ def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
     problems = []
     if args.text_file:
         language = None if ".tsv" in args.text_file.suffixes else args.language
-        sentences, problems = read_file(args.text_file, language, whisper)
+        weights, problems, _ = read_file(args.text_file, language, whisper)
+        sentences = list(weights)
     else:
-        lines = args.text or sys.stdin.read().splitlines()
+        lines = args.text or [to_text(line, Path("standard input"), f"line {n}")
+                              for n, line in enumerate(sys.stdin.buffer, 1)]
         sentences = [read_line(line, args.language, whisper) for line in lines if line.strip()]
     if not sentences:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
@@ -174,8 +180,12 @@ def cut(text: Sentence, args, whisper: FrozenWhisper) -> list[tuple[Sentence, in
         if not natural / 10 <= args.seconds <= natural * 10:
             raise BadInput(f"--seconds {args.seconds} cannot be used for {text.text[:60]!r}; "
                            f"{natural} are natural, a tenth to ten times of that is possible")
-        speed = natural / args.seconds
-    return [(piece, natural_frames(piece, speed)) for piece in split_long(text, whisper, speed)]
+        speed = min(max(natural / args.seconds, 0.1), 10)
+    pieces = split_long(text, whisper, speed)
+    lengths = [natural_frames(piece, speed) for piece in pieces]
+    if args.seconds is not None:  # short pieces have a least length
+        lengths = [n * args.seconds * FRAMES_PER_SECOND / sum(lengths) for n in lengths]
+    return [(piece, round(n)) for piece, n in zip(pieces, lengths)]
 
 
 def main(argv=None) -> None:
@@ -194,19 +204,26 @@ def main(argv=None) -> None:
     checkpoint = load_checkpoint(args.ckpt)
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
     whisper = FrozenWhisper(checkpoint["config"]["whisper"], device)
+    if checkpoint["model_config"]["channels"] != whisper.channels:
+        raise BadInput(f"{args.ckpt} has another latent than {whisper.name}'s features; it is for "
+                       "experiments/realism.py")
     model, texts = load_model(checkpoint, device), read_texts(args, whisper)
     cuts = [cut(text, args, whisper) for text in texts]
     pieces, lengths = zip(*(pair for pairs in cuts for pair in pairs))
     trip = round_trip(model, whisper, pieces, settings, lengths)
     text_of = np.repeat(np.arange(len(texts)), [len(pairs) for pairs in cuts])
+    found = []
     for i, text in enumerate(texts):
         where = np.flatnonzero(text_of == i)
-        show(text, trip.frames[where], [trip.read[j] for j in where], settings)
+        read = [trip.read[j] for j in where]
+        found.append(join(text.text, [pieces[j].text for j in where], [r.text for r in read]))
+        show(text, found[-1], trip.frames[where], read, settings)
         if whisper.name == "pocket" and (unheard := unheard_words(text)):
             print(f"note         the pocket decoder has never heard: {', '.join(unheard)}")
         if i == 0 and not args.text_file:
             show_forming(model, whisper, *cuts[0][0], settings)
-    cer, wer, exact = rates(pieces, trip.read)
+    said, languages = [text.text for text in texts], [text.language for text in texts]
+    cer, wer, exact = error_rates(said, found, languages)
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}")
     if args.out:
         save_features(args.out, trip, pieces, text_of)

@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -45,7 +46,7 @@ class Config:
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings to learn from as well (data.read_manifest)")
-    speech_share: float = setting(0.5, "share of the steps that learn from --speech; 1: all", 0)
+    speech_share: float = setting(0.5, "share of steps that learn from --speech; 1: all", 0, 1.01)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     speed_range: float = setting(1.7, "training is up to so many times faster or slower", 1, 10)
     depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
@@ -222,7 +223,8 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
 
     # What the decoder makes of real speech, where ours fits the checkpoint.
     spoken, clips = data.spoken_sentences(whisper)
-    read = []
+    some = slice(None, None, max(1, len(spoken) // config.eval_sentences))
+    spoken, clips, read = spoken[some], clips[some], []
     for i in range(0, len(spoken), 25):
         features = whisper.features_of_speech(data.stack_clips(clips[i : i + 25], whisper))
         read += whisper.transcribe(features, [s.language for s in spoken[i : i + 25]])
@@ -264,22 +266,24 @@ class Run:
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def prepare(self, problems: list[str]) -> None:
-        """Tell what is wrong with the data; keep an earlier run, unless this one goes on from it."""
+        """Tell what is wrong with the data; keep an earlier run, if this one does not go on."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if len(problems) > 10:
+                notes = self.path.with_name("notes.txt")
+                notes.write_text("\n".join(problems) + "\n", "utf-8")
+            for file in (self.path, self.path.with_name("log.csv")):
+                if file.exists() and not self.config.resume:
+                    os.replace(file, file.with_suffix(".old"))
+                    print(f"note: {file} of an earlier run is kept as {file.with_suffix('.old')}")
+            self.path.with_name("log.csv").open("a").close()
         except OSError as error:
             raise BadInput(f"cannot write to --out_dir {self.config.out_dir}: {error.strerror}"
                            ) from error
         for problem in problems[:10]:
             print(f"note: {problem}")
         if len(problems) > 10:
-            notes = self.path.with_name("notes.txt")
-            notes.write_text("\n".join(problems) + "\n", "utf-8")
             print(f"note: {len(problems) - 10} more notes are in {notes}")
-        for file in (self.path, self.path.with_name("log.csv")):
-            if file.exists() and not self.config.resume:
-                os.replace(file, file.with_suffix(".old"))
-                print(f"note: {file} of an earlier run is kept as {file.with_suffix('.old')}")
 
     def save(self) -> None:
         """There is always one whole checkpoint."""
@@ -348,8 +352,8 @@ def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
     if run.rank == 0:
         run.save()
     if stopped:
-        sys.exit(f"train.py: stopped and saved at step {run.step}; the same command with "
-                 "--resume goes on from there")
+        exit_with(f"stopped and saved at step {run.step}; the same command with --resume goes on "
+                  "from there")
 
 
 @contextmanager
@@ -363,6 +367,7 @@ def stop_on_ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
+# Of a process's own share of the batch; nan where none of that share has such a t.
 LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
        "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
 
@@ -389,7 +394,10 @@ def ranks(device: torch.device) -> tuple[int, int]:
     """This process among those of torchrun, which start to work together: rank, number."""
     n_ranks = int(os.environ.get("WORLD_SIZE", 1))
     if n_ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        patience = timedelta(days=1)  # while the first downloads, hears, evaluates
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return (dist.get_rank(), n_ranks) if n_ranks > 1 else (0, 1)
 
 
@@ -440,12 +448,17 @@ def main(argv=None, speech: data.Corpus | None = None,
     return result
 
 
+def exit_with(why: str) -> None:
+    """One sentence for all processes of torchrun."""
+    sys.exit(f"train.py: {why}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
 if __name__ == "__main__":
     try:
         main()
     except BadInput as error:
-        sys.exit(f"train.py: {error}")
+        exit_with(str(error))
     except torch.OutOfMemoryError:
-        sys.exit("train.py: out of GPU memory; try a smaller --batch_size or --eval_sentences")
+        exit_with("out of GPU memory; try a smaller --batch_size, --depth or --eval_sentences")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; the last checkpoint, if there is one, is whole")
+        exit_with("stopped; the last checkpoint, if there is one, is whole")

@@ -259,12 +259,12 @@ def first_line(error: Exception) -> str:
 
 def choose_device(name: str) -> torch.device:
     """auto: mps if there is one, else the cuda of this process, else cpu."""
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes
     if name == "auto":
-        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes
-        name = cuda if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if torch.backends.mps.is_available() else name
     try:
-        return torch.zeros(0, device=name).device
+        return torch.zeros(0, device=cuda if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
                        ) from error

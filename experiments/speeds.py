@@ -1,4 +1,4 @@
-"""The round trip from 0.6 to 1.6 times the natural pace: greedy CER of held-out sentences, 4 steps.
+"""The round trip at half to twice the natural pace: greedy CER of held-out sentences, 4 steps.
 
     python experiments/speeds.py out/seed0/ckpt.pt out/seed1/ckpt.pt out/seed2/ckpt.pt
 """
