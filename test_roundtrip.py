@@ -28,7 +28,7 @@ import data
 import flow
 import sample
 import train
-from experiments import arms, realism
+from experiments import arms, decoders, realism
 from experiments.spectrogram import SpectralWhisper
 from data import Sentence
 from model import DiT, DiTConfig
@@ -260,7 +260,7 @@ def test_gradient_reaches_the_flow_and_no_whisper_weight(latent, request):
     before = {k: v.clone() for k, v in whisper.model.state_dict().items()}
     batch = data.make_batch(SENTENCES, whisper)
     draws = train.Draws(data.noise(batch, whisper.channels, 0), torch.tensor([0.1, 0.4, 0.6, 0.9]),
-                        torch.tensor([False, False, True, True]), batch.targets)
+                        torch.tensor([False, False, True, True]))
     parts = train.losses(model, whisper, batch, draws, config)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sum(part.mean() for part in parts).backward()
@@ -333,16 +333,16 @@ def test_false_words_so_far_change_the_inputs_alone(pocket):
     batch, rng = data.make_batch(SENTENCES, pocket), torch.Generator().manual_seed(0)
     tokens, n_prompt = batch.targets, pocket.n_prompt
     many = tokens.repeat(200, 1)
-    so_far = pocket.corrupt(many, 0.3, rng)
+    so_far = decoders.falsify(many, n_prompt, 0.3, rng)
     assert torch.equal(so_far[:, :n_prompt], many[:, :n_prompt]) and (so_far >= -1).all()
     said = many >= 0
     said[:, :n_prompt] = False
     assert 0.2 < (so_far != many)[said].float().mean() < 0.3  # some are replaced by themselves
-    assert torch.equal(pocket.corrupt(tokens, 0.0, rng), tokens)
     features = torch.randn(4, pocket.max_frames, pocket.channels)
-    plain, told = pocket.cross_entropy(features, tokens), pocket.corrupt(tokens, 0.5, rng)
-    torch.testing.assert_close(pocket.cross_entropy(features, tokens, tokens), plain)
-    assert (pocket.cross_entropy(features, tokens, told) != plain).any()
+    plain, told = (pocket.cross_entropy(features, tokens, decoders.falsify(
+        tokens, n_prompt, share, rng)) for share in (0.0, 0.5))
+    torch.testing.assert_close(pocket.cross_entropy(features, tokens), plain)
+    assert (told != plain).any()
 
 
 def test_real_speech_survives_as_spectrogram_in_any_voice(spectral):
@@ -994,7 +994,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "empty.txt has no usable sentence": lambda: train_("--data", f"en={at('empty.txt')}"),
         "1 usable sentences are too few": lambda: train_("--data", f"en={at('one.txt')}"),
         "latin.txt, line 2: byte 0xe9 is not": lambda: train_("--data", f"en={at('latin.txt')}"),
-        "corrupt 0.9 cannot be used": lambda: train_("--corrupt", "0.9"),
+        "give window or prior, not x": lambda: decoders.main(["x"]),
         "give arms, some of spectrogram": lambda: arms.main(["nosuch"]),
         "say its language": lambda: train_("--data", at("latin2.txt")),
         "cannot read": lambda: train_("--data", at("missing.tsv.gz")),

@@ -59,7 +59,6 @@ class Config:
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     sampler_steps: int = setting(1, "ODE steps that the round-trip loss runs through", 1)
     flow_weight: float = setting(0.3, "weight of the flow loss beside the cross-entropy", 0)
-    corrupt: float = setting(0.3, "share of false words so far that the critic gets", 0, 0.51)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = setting(400, "steps between samples and checkpoints", 1)
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
@@ -100,7 +99,6 @@ class Draws(NamedTuple):
     x0: Tensor  # (B, T, C)
     t: Tensor  # (B,)
     drop: Tensor  # (B,) bool, items without their condition
-    so_far: Tensor  # (B, L) what the decoder is told that it has read
 
 
 def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
@@ -126,8 +124,7 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
-    so_far = whisper.corrupt(batch.targets, config.corrupt, rng)
-    return batch, Draws(*(x.to(whisper.device) for x in (x0, t, drop, so_far)))
+    return batch, Draws(*(x.to(whisper.device) for x in (x0, t, drop)))
 
 
 def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
@@ -139,12 +136,11 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
     of reflow, Liu et al. 2022, arXiv 2209.03003): every t learns to point there, and any number of
     steps can be taken afterwards. What x1 should be, only the cross-entropy says.
     """
-    x0, t, drop, so_far = draws
+    x0, t, drop = draws
     frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
     if x1 is None:
         x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, config.sampler_steps)
-        features = whisper.features(x1, frames)
-        cross_entropy = whisper.cross_entropy(features, batch.targets, so_far)
+        cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
         x1 = x1.detach()
     x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
     is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
@@ -318,10 +314,9 @@ def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
     config, device = run.config, whisper.device
     model = torch.compile(run.model, dynamic=True) if config.compile else run.model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1,
-               disable=run.rank > 0)
-    start, stopped = time.time(), False
-    with open_log(run) as log, stop_on_ctrl_c() as stop:
+    start, stopped, tell = time.time(), False, run.rank == 0
+    bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=not tell)
+    with bar, open_log(run) as log, stop_on_ctrl_c() as stop:
         while run.step < config.steps and not stopped:
             corpus = text(run.step * config.batch_size // data.SHARD)
             batch, draws = draw(run.step, corpus, speech, whisper, config)
@@ -330,8 +325,6 @@ def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
                 cross_entropy, flow_loss = losses(model, whisper, batch, draws, config)
             weight = config.flow_weight if batch.x1 is None else 1
             loss = cross_entropy.mean() + weight * flow_loss.mean()
-            rate = learning_rate(run.step, run.model.config.width, config)
-            run.optimizer.param_groups[0]["lr"] = rate
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stopped = average_gradients(run.model, stop.is_set(), run.n_ranks)
@@ -339,17 +332,18 @@ def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
             if not math.isfinite(norm):
                 raise BadInput(f"the loss is {loss.item()} at step {run.step}, its gradient {norm};"
                                f" try a smaller --learning_rate than {config.learning_rate}")
+            rate = learning_rate(run.step, run.model.config.width, config)
+            run.optimizer.param_groups[0]["lr"] = rate
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config)
             log.write(log_row(run, start, loss, cross_entropy, flow_loss, draws.t, norm, rate))
             run.step += 1
             bar.update()
             bar.set_postfix(ce=f"{cross_entropy.mean():.3f}", flow=f"{flow_loss.mean():.3f}")
-            if run.step % config.eval_every == 0 and run.rank == 0:
+            if run.step % config.eval_every == 0 and tell:
                 run.save()
                 show_samples(run.ema, whisper, held_out, run.step, config)
-    bar.close()
-    if run.rank == 0:
+    if tell:
         run.save()
     if stopped:
         exit_with(f"stopped and saved at step {run.step}; the same command with --resume goes on "
@@ -408,7 +402,7 @@ def main(argv=None, speech: data.Corpus | None = None,
     device = choose_device(config.device)
     rank, n_ranks = ranks(device)
     if rank > 0:
-        dist.barrier()  # until the first has downloaded and heard everything
+        dist.barrier()  # until the first has downloaded, heard, and made the folder
     whisper = whisper or FrozenWhisper(config.whisper, device)
     load = partial(data.load, config.data, whisper, config.speed, config.temperature)
     found = load()
@@ -416,8 +410,6 @@ def main(argv=None, speech: data.Corpus | None = None,
     if config.speech:
         speech, more = data.load_speech(Path(config.speech), whisper)
         found.problems.extend(more)
-    if n_ranks > 1 and rank == 0:
-        dist.barrier()
 
     @lru_cache(1)
     def text(shard: int) -> data.Corpus:
@@ -433,6 +425,8 @@ def main(argv=None, speech: data.Corpus | None = None,
         if speech:
             minutes = speech.frames.sum() / data.FRAMES_PER_SECOND / 60
             print(f"{len(speech.sentences)} recordings, {minutes:.1f} minutes of speech")
+        if n_ranks > 1:
+            dist.barrier()
     if config.resume:
         run.load()
     train(run, whisper, text if found.has_shards else lambda _: text(0), speech, held_out)

@@ -158,25 +158,11 @@ class FrozenWhisper:
         rows = [torch.tensor([*self.prompt(c), *row, end]) for row, c in zip(tokens, languages)]
         return torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1).to(self.device)
 
-    def corrupt(self, tokens: Tensor, share: float, rng: torch.Generator) -> Tensor:
-        """Text tokens of a random part of each item become others of the batch, (B, L) -> (B, L).
-
-        share is the mean of that part, at most half. Words so far that are false make the decoder
-        listen, where it would guess the next one from them.
-        """
-        draw = partial(torch.rand, generator=rng)
-        false = draw(tokens.shape) < 2 * share * draw(len(tokens), 1)
-        false[:, : self.n_prompt] = False
-        said = tokens[:, self.n_prompt :]
-        said = said[said >= 0]
-        others = said[torch.randint(len(said), tokens.shape, generator=rng)]
-        return torch.where(false.to(tokens.device), others, tokens)
-
     def cross_entropy(self, features: Tensor, tokens: Tensor, so_far: Tensor | None = None):
         """Teacher-forced, in nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
 
-        tokens come from `target_tokens`; so_far (B, L), if given, is what the decoder is told that
-        it has read, in place of them.
+        tokens come from `target_tokens`; so_far (B, L): what the decoder is told that it has read,
+        if not them.
         """
         decoder, targets = self.model.decoder, tokens[:, self.n_prompt :]
         inputs = (tokens if so_far is None else so_far)[:, :-1].clamp(min=0)
