@@ -392,7 +392,7 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
 
 
 def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -> list[Sentence]:
-    """A text too long for the decoder -> pieces that fit, cut at the best places."""
+    """A text too long for the decoder -> pieces that fit: sentences, else as long as possible."""
     if fits(sentence, whisper, speed):
         return [sentence]
     for cut in CUTS:
@@ -403,9 +403,11 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
         raise BadInput(f"{sentence.text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} "
                        "can hear, and cannot be cut; shorten it, or raise --speed")
     pieces = [parts[0]]
-    for part in parts[1:]:  # as many parts as fit together
+    for part in parts[1:]:
         longer = Sentence(sentence.language, pieces[-1] + part)
-        pieces[-1:] = [longer.text] if fits(longer, whisper, speed) else [pieces[-1], part]
+        whole = cut is CUTS[0] and len(words(pieces[-1], sentence.language)) > 2  # not just "Dr."
+        together = not whole and fits(longer, whisper, speed)
+        pieces[-1:] = [longer.text] if together else [pieces[-1], part]
     pieces = [Sentence(sentence.language, piece.strip()) for piece in pieces]
     return [short for piece in pieces if words(*piece[::-1])  # not a lonely bracket
             for short in split_long(piece, whisper, speed)]

@@ -950,16 +950,16 @@ def test_length_in_the_users_hand(tmp_path, capsys):
     train.main([*FLAGS, "--out_dir", str(tmp_path)])
     long = "The dog sleeps. The cat eats an apple. The children play football in the park. " * 2
     for flags, seconds, pieces in (
-        ([], 2 * (5 + 3 + 7) / 3.2, 3), (["--speed", "0.6"], 2 * (5 + 3 + 7) / 3.2 / 0.6, 4),
-        (["--seconds", "7"], 7, 2), (["--seconds", "10"], 10, 3),
+        ([], 2 * (5 + 3 + 7) / 3.2, 6), (["--speed", "0.6"], 2 * (5 + 3 + 7) / 3.2 / 0.6, 6),
+        (["--seconds", "7"], 7, 6), (["--seconds", "10"], 10, 6),
     ):
         capsys.readouterr()
         sample.main([long, "The old man sleeps.", "--ckpt", str(tmp_path / "ckpt.pt"),
                      "--device", "cpu", "--out", str(tmp_path / "f.npz"), *flags])
         with np.load(tmp_path / "f.npz") as file:
             of, frames, text = (file[name] for name in ("text_of", "frames", "text"))
-        assert abs(frames[of == 0].sum() / 50 - seconds) < 0.06, flags
-        assert max(frames) <= 256 and (of == 0).sum() >= pieces - 1
+        assert abs(frames[of == 0].sum() / 50 - seconds) < 0.1, flags
+        assert max(frames) <= 256 and (of == 0).sum() == pieces
         assert " ".join(text[of == 0]) == long.strip()
         out = capsys.readouterr().out
         assert f"text         {long.strip()}" in out and f"in {(of == 0).sum()} pieces" in out
@@ -994,7 +994,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "empty.txt has no usable sentence": lambda: train_("--data", f"en={at('empty.txt')}"),
         "1 usable sentences are too few": lambda: train_("--data", f"en={at('one.txt')}"),
         "latin.txt, line 2: byte 0xe9 is not": lambda: train_("--data", f"en={at('latin.txt')}"),
-        "give window or prior, not x": lambda: decoders.main(["x"]),
+        "give window, prior or salad, not x": lambda: decoders.main(["x"]),
         "give arms, some of spectrogram": lambda: arms.main(["nosuch"]),
         "say its language": lambda: train_("--data", at("latin2.txt")),
         "cannot read": lambda: train_("--data", at("missing.tsv.gz")),

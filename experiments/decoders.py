@@ -2,11 +2,12 @@
 
     python experiments/decoders.py window    # 1,500 audio positions, as all official checkpoints
     python experiments/decoders.py prior     # guesses well, and hardly has to listen
+    python experiments/decoders.py salad     # pocket itself, and words in random order
 
-Both print greedy error rates of held-out text. "prior" also prints the teacher-forced
+The first two print greedy error rates of held-out text. "prior" also prints the teacher-forced
 cross-entropy: a decoder that is a strong language model says the text with hardly a look at the
 features once the words so far are given, so that training may see no error where reading has one.
-Needs espeak-ng.
+"salad" has pocket read real speech of words that it knows, in no order. Needs espeak-ng.
 """
 import random
 import sys
@@ -128,9 +129,32 @@ def language_model(name: str) -> float:
     return whisper.cross_entropy(silence, batch.targets).mean().item()
 
 
+def salad() -> None:
+    """CER of pocket in real speech: held-out sentences, and five words of them in random order."""
+    make_pocket.need_espeak()
+    WORK.mkdir(parents=True, exist_ok=True)
+    whisper, rng, kinds = FrozenWhisper("pocket"), random.Random(0), {"sentences": [], "words": []}
+    _, held_out = data.split(data.builtin())
+    for code in ("de", "en", "es", "fr"):
+        texts = [s.text for s in held_out if s.language == code]
+        for text in texts[:50]:
+            said = [rng.choice(rng.choice(texts).rstrip(".!?").split()) for _ in range(5)]
+            kinds["sentences"].append(data.Sentence(code, text))
+            kinds["words"].append(data.Sentence(code, " ".join(said).capitalize() + "."))
+    for name, sentences in kinds.items():
+        clips, read = make_pocket.speak_all(
+            sentences, make_pocket.HELD_OUT_VARIANTS, SEED, WORK, name), []
+        for i in range(0, len(clips), 50):
+            features = whisper.features_of_speech(data.stack_clips(clips[i : i + 50], whisper))
+            read += whisper.transcribe(features, [s.language for s in sentences[i : i + 50]])
+        print(f"{name}: CER {train.rates(sentences, read).cer:.1%}")
+
+
 def main(argv):
-    if argv not in (["window"], ["prior"]):
-        raise BadInput(f"give window or prior, not {' '.join(argv) or 'nothing'}")
+    if argv not in (["window"], ["prior"], ["salad"]):
+        raise BadInput(f"give window, prior or salad, not {' '.join(argv) or 'nothing'}")
+    if argv == ["salad"]:
+        return salad()
     if argv == ["window"]:
         decoders, shares = [tune("window", 1500, 0.0)], (0.0,)
     else:
