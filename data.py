@@ -48,15 +48,16 @@ HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 
 # All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), pace, a sentence.
-ROWS = [line.split("\t") for line in LANGUAGES.read_text("utf-8").splitlines()]
-ISO_639_3 = {code: iso for code, iso, _, _ in ROWS}
+LANGUAGE_TABLE = [line.split("\t") for line in LANGUAGES.read_text("utf-8").splitlines()]
+ISO_639_3 = {code: iso for code, iso, _, _ in LANGUAGE_TABLE}
 # Length rule: words per second, or characters where words are written together (UNSPACED). Paces of
 # en, es, de, fr, zh are those of the clips in pocket/speech.npz; the others come from one sentence
-# each, read by espeak-ng at its usual speed (experiments/pace.py; Japanese in kana); "-": it cannot.
-PACE = {code: float(pace) for code, _, pace, _ in ROWS if pace != "-"}
+# each, read by espeak-ng at its usual speed (experiments/pace.py); "-": it cannot read it.
+PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_TABLE if pace != "-"}
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
 MIN_SECONDS = 0.6
-ALIGN_ROUNDS, STRAY = 10, 0.06  # of the utterance's length: by so much letters come too early
+ALIGN_ROUNDS = 10
+STRAY = 0.06  # standard deviation of a letter's place around even spacing, in utterances
 MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
 
 
@@ -237,7 +238,6 @@ class Text(NamedTuple):
 
     weights: dict[Sentence, float]  # distinct sentences; how often each is drawn
     problems: list[str]  # what was left out or changed, and why
-    has_shards: bool = False  # read again, with another shard, for other lines of big files
 
 
 def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
@@ -270,9 +270,8 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     if not weights:
         why = f"; {problems[0]}" if problems else ": it is empty"
         raise BadInput(f"{path} has no usable sentence{why}")
-    has_shards = shard is not None and os.path.getsize(plain) > BIG
-    scale = os.path.getsize(plain) / n_bytes if has_shards else 1
-    return Text({s: n * scale for s, n in weights.items()}, problems, has_shards)
+    scale = os.path.getsize(plain) / n_bytes  # 1, or more if these are some lines of a big file
+    return Text({s: n * scale for s, n in weights.items()}, problems)
 
 
 def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
@@ -285,7 +284,7 @@ def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
 
 def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper, shard: int) -> Text:
     """All .txt and .tsv of a folder, packed or not; fr.txt is French."""
-    weights, problems, has_shards = Counter(), [], False
+    weights, problems = Counter(), []
     for path in sorted(folder.iterdir()):
         is_text, code = ".txt" in path.suffixes, path.name.partition(".")[0].lower()
         if is_text and not language and code not in whisper.languages:
@@ -294,10 +293,9 @@ def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper, shar
             found = read_file(path, language or (code if is_text else None), whisper, shard)
             weights.update(found.weights)
             problems += found.problems
-            has_shards |= found.has_shards
     if not weights:
         raise BadInput(f"{folder} has no .txt or .tsv that can be used{'; '.join(problems[:1])}")
-    return Text(weights, problems, has_shards)
+    return Text(weights, problems)
 
 
 def read_source(source: str, whisper: FrozenWhisper, shard: int) -> tuple[float | None, Text]:
@@ -326,27 +324,28 @@ def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
     """Sources, each perhaps with a weight as in 0.5*builtin -> distinct sentences that fit.
 
     A source is "builtin", a file (see `read_file`) or a URL of one, LANGUAGE=FILE, a folder of
-    such files, or tatoeba:LANGUAGE. Those without a weight are one together, of weight 1. In it a
-    language has a share of the draws in proportion to the number of its sentences to the power of
-    1 / temperature.
+    such files, or tatoeba:LANGUAGE. Weights are shares of the draws; the sources without one are
+    one together, of weight 1. In each, languages count with the number of their sentences to the
+    power of 1 / temperature. Another shard has other lines of big files.
     """
-    pools, problems, has_shards, weights = defaultdict(Counter), [], False, Counter()
+    pools, problems, weights = defaultdict(Counter), [], Counter()
     for i, source in enumerate(sources):
         weight, found = read_source(source, whisper, shard)
         pools[None if weight is None else i, weight or 1].update(found.weights)
         problems += found.problems
-        has_shards |= found.has_shards
     for (_, weight), pool in pools.items():
         pieces, more = split_all(pool, whisper, speed)
         problems += more
         counts = Counter()
         for piece, n in pieces.items():
             counts[piece.language] += n
-        shares = {code: n ** (1 / temperature) for code, n in counts.items()}
-        for piece, n in pieces.items():
-            share = shares[piece.language] / sum(shares.values())
-            weights[piece] += weight * share * n / counts[piece.language]
-    return Text(dict(weights), problems, has_shards)
+        # Short sentences are rare in most texts, and no easier: they are drawn more often.
+        often = {piece: n * counts[piece.language] ** (1 / temperature - 1)
+                 * natural_frames(piece) ** -2 for piece, n in pieces.items()}
+        total = sum(often.values())
+        for piece, n in often.items():
+            weights[piece] += weight * n / total
+    return Text(dict(weights), problems)
 
 
 def hash_share(sentence: Sentence) -> float:
@@ -409,7 +408,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
         together = not whole and fits(longer, whisper, speed)
         pieces[-1:] = [longer.text] if together else [pieces[-1], part]
     pieces = [Sentence(sentence.language, piece.strip()) for piece in pieces]
-    return [short for piece in pieces if words(*piece[::-1])  # not a lonely bracket
+    return [short for piece in pieces if words(piece.text, piece.language)  # not a lonely bracket
             for short in split_long(piece, whisper, speed)]
 
 
@@ -535,20 +534,20 @@ class Corpus(NamedTuple):
     weights: Tensor  # (N,) of their draws
     frames: Tensor  # (N,) at natural speed, or as recorded
     x1: list[Tensor] | None = None  # (T, C) each
-    lengths: list[np.ndarray] | None = None  # frames of each letter
+    letter_frames: list[np.ndarray] | None = None  # how long each letter lasts
 
 
 def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None = None) -> Corpus:
-    drawn = [weights[s] if weights else 1.0 for s in sentences]
-    frames = [natural_frames(s) for s in sentences]
-    return Corpus(sentences, torch.tensor(drawn, dtype=torch.double), torch.tensor(frames))
+    frames = torch.tensor([natural_frames(s) for s in sentences])
+    drawn = torch.tensor([weights[s] if weights else 1.0 for s in sentences], dtype=torch.double)
+    return Corpus(sentences, drawn, frames)
 
 
 def speech_corpus(sentences: list[Sentence], x1: list[Tensor],
-                  lengths: list[np.ndarray] | None = None) -> Corpus:
-    weights, frames = torch.ones(len(x1), dtype=torch.double), [len(x) for x in x1]
-    lengths = align_letters(sentences, x1) if lengths is None else lengths
-    return Corpus(sentences, weights, torch.tensor(frames), x1, lengths)
+                  letter_frames: list[np.ndarray] | None = None) -> Corpus:
+    frames = torch.tensor([len(x) for x in x1])
+    found = align_letters(sentences, x1) if letter_frames is None else letter_frames
+    return Corpus(sentences, frames.double() ** -2, frames, x1, found)
 
 
 class Batch(NamedTuple):
@@ -560,11 +559,11 @@ class Batch(NamedTuple):
 
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                frames: Sequence[int] | None = None, x1: Sequence[Tensor] | None = None,
-               lengths: Sequence[np.ndarray] | None = None) -> Batch:
+               letter_frames: Sequence[np.ndarray] | None = None) -> Batch:
     """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
 
     frames: their lengths, else those of the length rule, and in any case one frame a token; of
-    recordings also x1, (frames, C) each, and the lengths of their letters.
+    recordings also x1, (frames, C) each, and how long their letters last.
     """
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
     frames = [natural_frames(s) for s in sentences] if frames is None else frames
@@ -573,7 +572,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     spread = [align([len(encoding.decode_single_token_bytes(t)) for t in row], n)
               for row, n in zip(tokens, frames)]
     spelled = [spell(s.text, n, each) for s, n, each in
-               zip(sentences, frames, lengths or [None] * len(frames))]
+               zip(sentences, frames, letter_frames or [None] * len(frames))]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     text = pad([torch.tensor(row) for row in tokens]).to(whisper.device)
     language = torch.tensor([whisper.language_token(s.language) for s in sentences])
@@ -683,7 +682,7 @@ def stamp(path: Path) -> tuple | None:
 
 
 def hear_all(entries: list, whisper: FrozenWhisper) -> dict[str, list]:
-    """What read_manifest found -> texts, x1, lengths of the letters, and problems."""
+    """What read_manifest found -> texts, x1, frames of the letters, and problems."""
     heard = dict(texts=[], x1=[], problems=[])
     for path, sentence in tqdm(entries, desc="hearing"):
         try:
@@ -692,8 +691,8 @@ def hear_all(entries: list, whisper: FrozenWhisper) -> dict[str, list]:
             heard["x1"].append(x1)
         except BadInput as error:
             heard["problems"].append(f"{path}: {error}")
-    lengths = align_letters([Sentence(*text) for text in heard["texts"]], heard["x1"])
-    return heard | dict(lengths=[torch.from_numpy(each) for each in lengths])
+    found = align_letters([Sentence(*text) for text in heard["texts"]], heard["x1"])
+    return heard | dict(letter_frames=[torch.from_numpy(each) for each in found])
 
 
 def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]]:
@@ -723,7 +722,7 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
         except BadInput as error:
             problems.append(f"what was heard is not kept: {error}")
     problems += heard["problems"]
-    spoken = list(zip(map(Sentence._make, heard["texts"]), heard["x1"], heard["lengths"]))
+    spoken = list(zip(map(Sentence._make, heard["texts"]), heard["x1"], heard["letter_frames"]))
     kept = [entry for entry in spoken if hash_share(entry[0]) > HELD_OUT]
     if not kept:
         raise BadInput(f"{folder} has no usable recording; {(problems or ['it is empty'])[0]}")
@@ -742,6 +741,16 @@ def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
 def stack_clips(clips: Sequence[np.ndarray], whisper: FrozenWhisper) -> Tensor:
     """8-bit log-mel (n_mels, n) each -> log-mel that the encoder takes (B, n_mels, 2T)."""
     return torch.stack([mel_from_bytes(clip, 2 * whisper.max_frames) for clip in clips])
+
+
+def transcribe_clips(clips: Sequence[np.ndarray], languages: Sequence[str],
+                     whisper: FrozenWhisper) -> list:
+    """What the decoder reads in 8-bit log-mel of real speech -> its results."""
+    read = []
+    for i in range(0, len(clips), 25):
+        features = whisper.features_of_speech(stack_clips(clips[i : i + 25], whisper))
+        read += whisper.transcribe(features, languages[i : i + 25])
+    return read
 
 
 def spoken_sentences(whisper: FrozenWhisper) -> tuple[list[Sentence], list[np.ndarray]]:

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 3.0  # standard deviations
+REACH = 3.0  # bound of an endpoint that is no encoder output (sphere=False)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("text", nargs="*", help="texts; none: from --text_file or standard input")
     parser.add_argument("--language", default="en", help="of the texts (default: en)")
-    parser.add_argument("--text_file", type=Path, help="FILE.tsv (language<TAB>text) or FILE.txt; a line that is there twice is read once")
+    parser.add_argument("--text_file", type=Path, help="FILE.txt, or FILE.tsv (language<TAB>text); "
+                        "equal lines are read once")
     parser.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
     parser.add_argument("--steps", type=int, default=4, help="steps of the ODE solver (default: 4)")
     parser.add_argument("--method", choices=list(flow.ORDER), default="euler", help="solver")
@@ -205,8 +206,7 @@ def main(argv=None) -> None:
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
     whisper = FrozenWhisper(checkpoint["config"]["whisper"], device)
     if checkpoint["model_config"]["channels"] != whisper.channels:
-        raise BadInput(f"{args.ckpt} has another latent than {whisper.name}'s features; it is for "
-                       "experiments/realism.py")
+        raise BadInput(f"{args.ckpt} makes spectrograms; only experiments/realism.py can read it")
     model, texts = load_model(checkpoint, device), read_texts(args, whisper)
     cuts = [cut(text, args, whisper) for text in texts]
     pieces, lengths = zip(*(pair for pairs in cuts for pair in pairs))

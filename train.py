@@ -1,7 +1,7 @@
 """Train the flow from text alone: noise -> DiT -> frozen Whisper decoder -> text.
 
     python train.py                     # minutes on a laptop, offline, with the embedded decoder
-    python train.py --data fr=livre.txt builtin --whisper tiny --depth 12
+    python train.py --data fr=livre.txt builtin --whisper tiny
     python train.py --resume            # go on where Ctrl-C stopped it
     torchrun --nproc_per_node=4 train.py --batch_size 96        # several GPUs
     python train.py --help              # every field of Config is a flag
@@ -45,10 +45,10 @@ class Config:
     whisper: str = setting("pocket", "decoder: pocket, an official name, or a checkpoint file")
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
-    speech: str = setting("", "folder of recordings to learn from as well (data.read_manifest)")
+    speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
     speech_share: float = setting(0.5, "share of steps that learn from --speech; 1: all", 0, 1.01)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = setting(1.7, "training is up to so many times faster or slower", 1, 10)
+    speed_range: float = setting(1.7, "sentences are up to so many times slower or faster", 1, 10)
     depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
     steps: int = setting(1600, "training steps", 1)
     batch_size: int = setting(24, "sentences per step, on all GPUs together", 4)
@@ -108,19 +108,17 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     n, corpus = config.batch_size, text
     if speech and torch.rand((), generator=rng) < config.speech_share:
         corpus = speech
-    # Short sentences are rare in most texts, and no easier: they are drawn more often.
-    weights = corpus.weights * corpus.frames.double() ** -2
-    picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
+    picks = torch.multinomial(corpus.weights, 4 * n, replacement=True, generator=rng)
     picks = picks[corpus.frames[picks].argsort(stable=True)]  # so little is padded
     first = n * int(torch.randint(4, (), generator=rng))
     picks = picks[first : first + n]
-    x1, lengths = ([each[i] for i in picks] if each else None
-                   for each in (corpus.x1, corpus.lengths))
+    x1, letter_frames = ([each[i] for i in picks] if each else None
+                         for each in (corpus.x1, corpus.letter_frames))
     pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng) - 1)
     frames = corpus.frames[picks] if x1 else (corpus.frames[picks] / pace).ceil()
     frames = frames.clamp(max=whisper.max_frames).int().tolist()
     sentences = [corpus.sentences[i] for i in picks]
-    batch = data.make_batch(sentences, whisper, frames, x1, lengths)
+    batch = data.make_batch(sentences, whisper, frames, x1, letter_frames)
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
@@ -131,10 +129,11 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
            config: Config) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the round trip and flow loss, (B,) each.
 
-    Recordings bring their x1, and nothing else to learn: 0. Text alone brings none. So the x1 of
-    the path is where the sampler itself arrived from x0, taken as a constant (such pairs are those
-    of reflow, Liu et al. 2022, arXiv 2209.03003): every t learns to point there, and any number of
-    steps can be taken afterwards. What x1 should be, only the cross-entropy says.
+    A batch of recordings has its x1: only the flow has to be learned, the cross-entropy is 0. A
+    batch of text has none: x1 is where the sampler itself arrived from x0, taken as a constant
+    (such pairs are those of reflow, Liu et al. 2022, arXiv 2209.03003). So every t learns to point
+    there, and any number of steps can be taken afterwards; where that should be, only the
+    cross-entropy says.
     """
     x0, t, drop = draws
     frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
@@ -147,7 +146,8 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
     return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech)
 
 
-def share(batch: data.Batch, draws: Draws, rank: int, n_ranks: int) -> tuple[data.Batch, Draws]:
+def part_of_rank(batch: data.Batch, draws: Draws, rank: int,
+                 n_ranks: int) -> tuple[data.Batch, Draws]:
     """Every n_ranks-th item of a batch, for one of several GPUs."""
     mine = slice(rank, None, n_ranks)
     cond = {name: x[mine] for name, x in batch.cond.items()}
@@ -160,12 +160,9 @@ def average_gradients(model: DiT, stop: bool, n_ranks: int) -> bool:
     """Gradients become their mean over all GPUs; true if one of these is to stop."""
     if n_ranks == 1:
         return stop
-    gradients = [p.grad for p in model.parameters()]
-    flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([stop])])
-    dist.all_reduce(flat)
-    *means, stops = (flat / n_ranks).split([*(g.numel() for g in gradients), 1])
-    for gradient, mean in zip(gradients, means):
-        gradient.copy_(mean.view_as(gradient))
+    stops = torch.tensor(float(stop), device=next(model.parameters()).device)
+    for x in [*(p.grad for p in model.parameters()), stops]:
+        dist.all_reduce(x.div_(n_ranks))
     return bool(stops > 0)
 
 
@@ -220,10 +217,8 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
     # What the decoder makes of real speech, where ours fits the checkpoint.
     spoken, clips = data.spoken_sentences(whisper)
     some = slice(None, None, max(1, len(spoken) // config.eval_sentences))
-    spoken, clips, read = spoken[some], clips[some], []
-    for i in range(0, len(spoken), 25):
-        features = whisper.features_of_speech(data.stack_clips(clips[i : i + 25], whisper))
-        read += whisper.transcribe(features, [s.language for s in spoken[i : i + 25]])
+    spoken, clips = spoken[some], clips[some]
+    read = data.transcribe_clips(clips, [s.language for s in spoken], whisper)
     result["cer_real_speech"] = rates(spoken, read).cer if spoken else math.nan
     return result
 
@@ -305,11 +300,11 @@ class Run:
             getattr(self, name).load_state_dict(checkpoint[name])
 
 
-def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
+def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corpus],
           speech: data.Corpus | None, held_out: list) -> None:
     """The loop: batch, noise, path, prediction, losses, backward, clip, step, EMA, log.
 
-    text(shard) is what may be drawn in this part of the run (data.read_lines).
+    corpus_of(shard) is the text that may be drawn in this part of the run (data.read_lines).
     """
     config, device = run.config, whisper.device
     model = torch.compile(run.model, dynamic=True) if config.compile else run.model
@@ -318,9 +313,9 @@ def train(run: Run, whisper: FrozenWhisper, text: Callable[[int], data.Corpus],
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=not tell)
     with bar, open_log(run) as log, stop_on_ctrl_c() as stop:
         while run.step < config.steps and not stopped:
-            corpus = text(run.step * config.batch_size // data.SHARD)
+            corpus = corpus_of(run.step * config.batch_size // data.SHARD)
             batch, draws = draw(run.step, corpus, speech, whisper, config)
-            batch, draws = share(batch, draws, run.rank, run.n_ranks)
+            batch, draws = part_of_rank(batch, draws, run.rank, run.n_ranks)
             with autocast:
                 cross_entropy, flow_loss = losses(model, whisper, batch, draws, config)
             weight = config.flow_weight if batch.x1 is None else 1
@@ -361,7 +356,7 @@ def stop_on_ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-# Of a process's own share of the batch; nan where none of that share has such a t.
+# Of a process's own part of the batch; flow_t..: nan where no item of it has such a t.
 LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
        "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
 
@@ -412,7 +407,7 @@ def main(argv=None, speech: data.Corpus | None = None,
         found.problems.extend(more)
 
     @lru_cache(1)
-    def text(shard: int) -> data.Corpus:
+    def corpus_of(shard: int) -> data.Corpus:
         weights = load(shard).weights if shard else found.weights
         return data.text_corpus(data.split(list(weights))[0], weights)
 
@@ -429,7 +424,7 @@ def main(argv=None, speech: data.Corpus | None = None,
             dist.barrier()
     if config.resume:
         run.load()
-    train(run, whisper, text if found.has_shards else lambda _: text(0), speech, held_out)
+    train(run, whisper, corpus_of, speech, held_out)
     if n_ranks > 1:
         dist.destroy_process_group()
     if rank > 0:

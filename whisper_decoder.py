@@ -95,9 +95,6 @@ class FrozenWhisper:
                            f"{self.max_tokens} at once; split it: {text[:60]!r}...")
         return tokens
 
-    def decode(self, tokens: Sequence[int], language: str = "en") -> str:
-        return self.tokenizer(language).decode(list(tokens)).strip()
-
     def embed(self, tokens: Tensor) -> Tensor:
         """The decoder's own token embeddings on N(0, I)'s scale, (...) -> (..., E)."""
         return F.layer_norm(self.model.decoder.token_embedding(tokens), (self.dims.n_text_state,))
@@ -135,7 +132,7 @@ class FrozenWhisper:
         return self.model.encoder.ln_post(self.encode_speech(mel))
 
     def latents(self, mel: Tensor) -> Tensor:
-        """What the flow has to make of recordings, (B, n_mels, 2T) -> x1 (B, T, C)."""
+        """encode_speech, unless a study has another latent (experiments/spectrogram.py)."""
         return self.encode_speech(mel)
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
-"""Two other decoders, made of pocket by minutes of training, and what the flow learns from each.
+"""Other decoders, made of pocket by minutes of training, and what the flow learns from each.
 
     python experiments/decoders.py window    # 1,500 audio positions, as all official checkpoints
     python experiments/decoders.py prior     # guesses well, and hardly has to listen
     python experiments/decoders.py salad     # pocket itself, and words in random order
 
-The first two print greedy error rates of held-out text. "prior" also prints the teacher-forced
-cross-entropy: a decoder that is a strong language model says the text with hardly a look at the
-features once the words so far are given, so that training may see no error where reading has one.
+The first two print greedy error rates of held-out text and teacher-forced cross-entropy: a decoder
+that is a strong language model says the text with hardly a look at the features once the words so
+far are given, so that training may see no error where reading has one.
 "salad" has pocket read real speech of words that it knows, in no order. Needs espeak-ng.
 """
 import random
@@ -108,25 +108,17 @@ def tune(name: str, max_frames: int, hidden: float) -> str:
 
 
 @torch.no_grad()
-def teacher_forced(out: Path, name: str) -> float:
-    """Cross-entropy in nats per token of held-out text, the words so far given, 4 steps."""
+def teacher_forced(out: Path, name: str) -> list[float]:
+    """Cross-entropy of held-out text in nats per token, the words so far given: of silence, and of
+    what the flow makes in 4 steps."""
     whisper = FrozenWhisper(name)
     model = sample.load_model(sample.load_checkpoint(out / "ckpt.pt"), whisper.device)
     _, held_out = data.split(data.builtin())
     batch = data.make_batch(train.balanced(held_out, 250), whisper)
     x1 = sample.generate(model, whisper, batch, sample.Settings())[-1]
-    features = whisper.features(x1, batch.cond["frames"])
-    return whisper.cross_entropy(features, batch.targets).mean().item()
-
-
-@torch.no_grad()
-def language_model(name: str) -> float:
-    """Cross-entropy of held-out text with the features of silence: what it knows by heart."""
-    whisper = FrozenWhisper(name)
-    _, held_out = data.split(data.builtin())
-    batch = data.make_batch(train.balanced(held_out, 250), whisper)
-    silence = whisper.silence.expand(len(batch.targets), -1, -1)
-    return whisper.cross_entropy(silence, batch.targets).mean().item()
+    silence = whisper.silence.expand(len(x1), -1, -1)
+    return [whisper.cross_entropy(features, batch.targets).mean().item()
+            for features in (silence, whisper.features(x1, batch.cond["frames"]))]
 
 
 def salad() -> None:
@@ -142,12 +134,10 @@ def salad() -> None:
             kinds["sentences"].append(data.Sentence(code, text))
             kinds["words"].append(data.Sentence(code, " ".join(said).capitalize() + "."))
     for name, sentences in kinds.items():
-        clips, read = make_pocket.speak_all(
-            sentences, make_pocket.HELD_OUT_VARIANTS, SEED, WORK, name), []
-        for i in range(0, len(clips), 50):
-            features = whisper.features_of_speech(data.stack_clips(clips[i : i + 50], whisper))
-            read += whisper.transcribe(features, [s.language for s in sentences[i : i + 50]])
-        print(f"{name}: CER {train.rates(sentences, read).cer:.1%}")
+        voices = make_pocket.HELD_OUT_VARIANTS
+        clips = make_pocket.speak_all(sentences, voices, SEED, WORK, name)
+        read = data.transcribe_clips(clips, [s.language for s in sentences], whisper)
+        print(f"{name}: CER {sample.rates(sentences, read).cer:.1%}")
 
 
 def main(argv):
@@ -161,14 +151,13 @@ def main(argv):
         decoders, shares = ["pocket", tune("prior", 256, 0.7)], (0.0, 0.3)
     rows = []
     for name in decoders:
-        alone = language_model(name)
         for share in shares:
             out = WORK / f"{Path(name).stem}_{share}"
             whisper = Misled(name)
             whisper.share = share
             flags = ["--whisper", name, "--steps", str(STEPS), "--out_dir", str(out)]
             found = train.main([*flags, "--device", "cpu"], whisper=whisper)
-            rows.append((Path(name).stem, share, alone, teacher_forced(out, name),
+            rows.append((Path(name).stem, share, *teacher_forced(out, name),
                          found["val_cer_4step"], found["cer_real_speech"]))
     print("| decoder | false words so far | cross-entropy of silence | of the flow | CER, 4 steps "
           "| CER of real speech |\n| --- | --- | --- | --- | --- | --- |")

@@ -2,9 +2,10 @@
 
     python experiments/pace.py          # prints code, ISO 639-3, pace; needs espeak-ng
 
-The sentences were written for this project. The five languages of pocket have their paces in the
-file from its own clips, in many voices.
+The sentences were written for this project. The file has other paces for en, es, de, fr, zh (of
+pocket's own clips, in many voices) and ja (6.3, of the same sentence in kana).
 """
+import argparse
 import io
 import subprocess
 import sys
@@ -41,8 +42,9 @@ def seconds(text: str, voice: str) -> float | None:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     make_pocket.need_espeak()
-    for code, iso, _, text in data.ROWS:
+    for code, iso, _, text in data.LANGUAGE_TABLE:
         said = text
         for sign, letters in RESPELLED.get(code, {}).items():
             said = said.replace(sign, letters)

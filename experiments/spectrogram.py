@@ -11,6 +11,7 @@ DeepInversion, arXiv 1912.08795).
 
 B batch, T latent frames, C cepstra.
 """
+import argparse
 import math
 import random
 import sys
@@ -123,6 +124,7 @@ def change_voice(mel: Tensor, rng: torch.Generator) -> Tensor:
 
 def main():
     """Measure the statistics of speech that pocket's training has not heard."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     make_pocket.need_espeak()
     sentences, _ = data.split(data.builtin())
     random.Random(1).shuffle(sentences)

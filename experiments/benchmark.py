@@ -1,9 +1,9 @@
 """Steps per second and memory, with random weights in the official shapes: no download.
 
-    python experiments/speed.py memory                    # computed, of all shapes
-    python experiments/speed.py train tiny base           # on a GPU also with bf16 and compiled
-    python experiments/speed.py cross_entropy             # all logits at once, and in chunks
-    python experiments/speed.py text                      # sentences per second from file to batch
+    python experiments/benchmark.py memory                    # computed, of all shapes
+    python experiments/benchmark.py train tiny base           # on a GPU also with bf16 and compiled
+    python experiments/benchmark.py cross_entropy             # all logits at once, and in chunks
+    python experiments/benchmark.py text                  # sentences per second from file to batch
 
 Every figure is of this machine; the ratios in a table come from one run.
 """
@@ -120,7 +120,7 @@ def clock(device: torch.device) -> float:
 
 
 def measure_cross_entropy(form: str, args) -> None:
-    """Loss and gradient of the features' side, 24 sentences of 30 tokens, 51,866 classes."""
+    """Loss and gradient of the features' side, 24 sentences of 30 tokens, 51,865 classes."""
     device, rng = choose_device(args.device), torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "whisper.pt"
@@ -210,4 +210,4 @@ if __name__ == "__main__":
     try:
         main()
     except BadInput as error:
-        sys.exit(f"speed.py: {error}")
+        sys.exit(f"benchmark.py: {error}")
