@@ -182,11 +182,7 @@ def cut(text: Sentence, args, whisper: FrozenWhisper) -> list[tuple[Sentence, in
             raise BadInput(f"--seconds {args.seconds} cannot be used for {text.text[:60]!r}; "
                            f"{natural} are natural, a tenth to ten times of that is possible")
         speed = min(max(natural / args.seconds, 0.1), 10)
-    pieces = split_long(text, whisper, speed)
-    lengths = [natural_frames(piece, speed) for piece in pieces]
-    if args.seconds is not None:  # short pieces have a least length
-        lengths = [n * args.seconds * FRAMES_PER_SECOND / sum(lengths) for n in lengths]
-    return [(piece, round(n)) for piece, n in zip(pieces, lengths)]
+    return [(piece, natural_frames(piece, speed)) for piece in split_long(text, whisper, speed)]
 
 
 def main(argv=None) -> None:

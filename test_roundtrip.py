@@ -730,6 +730,9 @@ def test_letters_are_found_in_speech_that_nobody_aligned():
     even = [np.diff(np.arange(len(n) + 1) * n.sum() // len(n)) for n in true]
     off_even = np.abs(np.cumsum(np.concatenate(even)) - np.cumsum(np.concatenate(true)))
     assert off.mean() < 0.5 < 2 < off_even.mean()
+    same = [torch.ones(40, 4) + 0.01 * torch.randn(40, 4) for _ in range(9)]  # tells nothing
+    for found in data.align_letters([Sentence("en", "abcd")] * 9, same):
+        assert (abs(np.cumsum(found) - [10, 20, 30, 40]) < 6).all()
 
 
 # ---- speech ----------------------------------------------------------------------------------
@@ -952,6 +955,13 @@ def test_sample_writes_what_whisper_decode_reads(tmp_path, capsys, pocket):
     sample.main([*common, "The dog sleeps.", "--out", str(tmp_path / "h.npz")])
     alone = np.load(tmp_path / "h.npz")["features"][0]  # the same alone as in a batch
     np.testing.assert_allclose(alone, f["features"][0], atol=1e-3)
+
+
+def test_what_is_read_in_pieces_is_joined_as_it_was_cut():
+    assert sample.join("One two. Three", ["One two.", "Three"], ["a", "b"]) == "a b"
+    assert sample.join("老师。喝茶。", ["老师。", "喝茶。"], ["a", "b"]) == "ab"
+    assert sample.join("Donaudampf now", ["Donau", "dampf now"], ["a", "b"]) == "ab"
+    assert sample.join("One two. ] Three", ["One two.", "Three"], ["a", "b"]) == "a b"
 
 
 def test_length_in_the_users_hand(tmp_path, capsys):
