@@ -160,7 +160,7 @@ def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
     problems = []
     if args.text_file:
         language = None if ".tsv" in args.text_file.suffixes else args.language
-        weights, problems, _ = read_file(args.text_file, language, whisper)
+        weights, problems = read_file(args.text_file, language, whisper)
         sentences = list(weights)
     else:
         lines = args.text or [to_text(line, Path("standard input"), f"line {n}")
