@@ -167,14 +167,14 @@ def fetch(address: str, file: Path) -> None:
                            "run it again, and it goes on from there")
         os.replace(part, file)
         tag.unlink(missing_ok=True)
+    except BadInput:
+        raise
     except HTTPError as error:
         if error.code in (404, 410, 416):  # what is there of it cannot be finished
             part.unlink(missing_ok=True)
         raise BadInput(f"{address} answers {error.code} {error.reason}; check the address and try "
                        "again, or download it in another way and give the file") from error
     except (URLError, HTTPException, TimeoutError, ConnectionError, SSLError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"cannot fetch {address} ({first_line(error)}); check the address and the "
                        "network, or give a file that you have") from error
     except OSError as error:
@@ -256,6 +256,12 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
         n_bytes += len(raw)
         try:
             line = to_text(raw, path, place)
+        except BadInput as error:
+            if place.startswith("line"):
+                raise  # all of the file needs another encoding
+            problems.append(str(error))
+            continue
+        try:
             code, tab, text = line.partition("\t") if is_table else (language, "\t", line)
             if is_table and language:
                 code, text = language, line.rpartition("\t")[2]
@@ -264,8 +270,6 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
             if line.strip():
                 weights[read_line(text, code, whisper)] += 1
         except BadInput as error:
-            if "is not UTF-8" in str(error) and place.startswith("line"):
-                raise  # all of the file needs another encoding
             problems.append(f"{path}, {place}: {error}")
     if not weights:
         why = f"; {problems[0]}" if problems else ": it is empty"

@@ -1015,7 +1015,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "give window, prior or salad, not x": lambda: decoders.main(["x"]),
         "give arms, some of spectrogram": lambda: arms.main(["nosuch"]),
         "say its language": lambda: train_("--data", at("latin2.txt")),
-        "cannot read": lambda: train_("--data", at("missing.tsv.gz")),
+        "missing.tsv.gz: No such file": lambda: train_("--data", at("missing.tsv.gz")),
         "--data '2*' cannot be used; give": lambda: train_("--data", "2*"),
         "--data '1.2.3*builtin' cannot": lambda: train_("--data", "1.2.3*builtin"),
         "--data '0*builtin' cannot": lambda: train_("--data", "0*builtin"),

@@ -12,7 +12,7 @@ E embedding width (n_text_state), V vocabulary.
 import os
 import re
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Sequence
 

@@ -25,6 +25,7 @@ import data  # noqa: E402
 import make_pocket  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from experiments import realism  # noqa: E402
 from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
 
 SEED, N_SENTENCES, TUNING_STEPS, BATCH = 4000, 2000, 800, 24
@@ -57,16 +58,15 @@ class Misled(FrozenWhisper):
         return super().cross_entropy(features, tokens, so_far)
 
 
-def speech() -> tuple[list, list[Tensor]]:
-    """Spoken sentences of the training -> sentences, x1 (T, C) each."""
+def speech() -> realism.Speech:
+    """Sentences of the training, spoken, and what the encoder makes of them."""
     make_pocket.need_espeak()
     whisper = FrozenWhisper("pocket")
     sentences, _ = data.split(data.builtin())
     random.Random(3).shuffle(sentences)
     sentences = train.balanced(sentences, N_SENTENCES)
     clips = make_pocket.speak_all(sentences, make_pocket.VARIANTS, SEED, WORK, "decoders")
-    mels = (data.stack_clips([clip], whisper) for clip in clips)
-    return sentences, [whisper.encode_speech(mel)[0, data.speech_span(mel[0])] for mel in mels]
+    return realism.hear(sentences, clips, whisper)
 
 
 def tune(name: str, max_frames: int, hidden: float) -> str:
@@ -74,7 +74,6 @@ def tune(name: str, max_frames: int, hidden: float) -> str:
 
     hidden: share of the items whose speech breaks off anywhere, so that the rest must be guessed.
     """
-    WORK.mkdir(parents=True, exist_ok=True)
     path = WORK / f"{name}.pt"
     if path.exists():
         return str(path)
