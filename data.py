@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import cache, partial
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from ssl import SSLError
 from typing import Iterator, NamedTuple, Sequence
@@ -35,7 +36,7 @@ try:
 except (ImportError, OSError):
     soundfile = None
 
-from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, first_line, text_tokens
+from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, first_line, text_tokens, writable
 
 SENTENCES = Path(__file__).parent / "pocket" / "sentences"
 SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
@@ -56,6 +57,9 @@ ISO_639_3 = {code: iso for code, iso, _, _ in LANGUAGE_TABLE}
 PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_TABLE if pace != "-"}
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
 MIN_SECONDS = 0.6
+EDGE = "\n"  # what stands beside the first and the last letter
+SHORTEST = 0.7  # frames of a letter
+CONTEXT, RIDGE = 4, 3.0  # letters on both sides that decide how long one lasts
 ALIGN_ROUNDS = 10
 STRAY = 0.06  # standard deviation of a letter's place around even spacing, in utterances
 MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
@@ -385,6 +389,52 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
     return math.ceil(seconds * FRAMES_PER_SECOND)
 
 
+def time_letters(sentence: Sentence, speed: float = 1.0, durations: dict | None = None):
+    """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,).
+
+    As long as recordings say (`fit_durations`), in their languages; else all are equally long.
+    """
+    letters = sounds(sentence.text)
+    if not durations or sentence.language not in durations:
+        return np.full(len(letters), natural_frames(sentence, speed) / len(letters))
+    known, table = durations[sentence.language].values()
+    where = neighbours(letters, known)
+    return table.numpy()[np.arange(where.shape[1]), where].sum(1).clip(SHORTEST) / speed
+
+
+def neighbours(letters: str, known: str) -> np.ndarray:
+    """Numbers of each letter and its neighbours (letters, 2 CONTEXT + 1); 0: never heard."""
+    edge = EDGE * CONTEXT
+    numbers = np.array([known.find(letter) + 1 for letter in edge + letters + edge])
+    return np.lib.stride_tricks.sliding_window_view(numbers, 2 * CONTEXT + 1)
+
+
+def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) -> dict:
+    """How long each letter lasts in recordings -> {language: letters, table} for `time_letters`.
+
+    A letter lasts the sum of what it and each of its neighbours add: ridge regression, solved for
+    the letters at one distance after the other.
+    """
+    durations = {}
+    for language in dict.fromkeys(s.language for s in sentences):
+        mine = [(sounds(s.text), n) for s, n in zip(sentences, lasting) if s.language == language]
+        known = "".join(sorted(set(EDGE).union(*(letters for letters, _ in mine))))
+        where = np.concatenate([neighbours(letters, known) for letters, _ in mine]).T
+        error = np.concatenate([n for _, n in mine]).astype(float)
+        table = np.zeros((len(where), len(known) + 1))
+        table[CONTEXT] = error.mean()
+        error -= error.mean()
+        added = np.zeros_like(table)
+        for _ in range(20):
+            for row, numbers in zip(added, where):
+                error += row[numbers]
+                count = np.bincount(numbers, minlength=len(row))
+                row[:] = np.bincount(numbers, error, len(row)) / (count + RIDGE)
+                error -= row[numbers]
+        durations[language] = dict(letters=known, table=torch.from_numpy(table + added))
+    return durations
+
+
 def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
     if natural_frames(sentence, speed) > whisper.max_frames:
         return False
@@ -436,13 +486,13 @@ def split_all(weights: dict[Sentence, float], whisper: FrozenWhisper,
 # ---- batches ---------------------------------------------------------------------------------
 
 
-def align(n_bytes: Sequence[int], n_frames: int) -> Tensor:
-    """Average upsampling: UTF-8 lengths of tokens (S,) -> the token of each frame (T,), T >= S.
+def align(lasting: Sequence[float], n_frames: int) -> Tensor:
+    """Average upsampling: how long tokens last (S,) -> the token of each frame (T,), T >= S.
 
-    Every byte lasts equally long, so a token's share of the frames is its share of the bytes; but
-    every token has a frame, or it would be lost.
+    A token's share of the frames is its share of the time; but every token has a frame, or it
+    would be lost.
     """
-    i, ends = np.arange(len(n_bytes)), np.cumsum(n_bytes)
+    i, ends = np.arange(len(lasting)), np.cumsum(lasting)
     ends = np.rint(ends / ends[-1] * n_frames).astype(int)
     ends = np.maximum.accumulate(np.maximum(ends - i, 1)) + i  # each after the one before
     ends = np.minimum(ends, n_frames - i[::-1])  # and room for those that follow
@@ -451,21 +501,33 @@ def align(n_bytes: Sequence[int], n_frames: int) -> Tensor:
 
 def sounds(text: str) -> str:
     """What may be heard of a text: lower case, letters, digits, their marks, and blanks."""
-    return " ".join(runs(text.lower())) or " "
+    return " ".join(runs(writable(text).lower())) or " "
 
 
-def spell(text: str, n_frames: int, lengths: Sequence[float] | None = None) -> Tensor:
-    """The UTF-8 byte of the text that sounds in each frame (T,).
-
-    lengths: in proportion to which the letters of `sounds` last; None: all are equally long.
-    """
+def spell(text: str, lasting: Sequence[float], n_frames: int) -> Tensor:
+    """The UTF-8 byte that sounds in each frame (T,), if the letters of `sounds` last so long."""
     letters = [letter.encode() for letter in sounds(text)]
-    each = np.ones(len(letters)) if lengths is None else np.asarray(lengths)
     n_bytes = np.array([len(letter) for letter in letters])
-    ends = np.cumsum(np.repeat(each / n_bytes, n_bytes))
+    ends = np.cumsum(np.repeat(np.asarray(lasting) / n_bytes, n_bytes))
     where = np.searchsorted(ends / ends[-1] * n_frames, np.arange(n_frames) + 0.5)
     spelling = np.frombuffer(b"".join(letters), np.uint8)
     return torch.from_numpy(spelling[where.clip(max=len(spelling) - 1)].copy()).long()
+
+
+def time_tokens(text: str, lasting: Sequence[float], n_bytes: Sequence[int]) -> np.ndarray:
+    """How long letters last -> how long tokens of so many bytes do (S,); what is mute, not at all.
+
+    The blank of `sounds` is whatever stands between two words.
+    """
+    text, lasting, each = writable(text), iter(lasting), []
+    heard = [len("".join(runs(c.lower()))) for c in text]  # letters of `sounds`
+    last = max((i for i, n in enumerate(heard) if n), default=0)
+    for i, c in enumerate(text):
+        n_letters = heard[i] or int(0 < i <= last and heard[i - 1] > 0)
+        n = len(c.encode())
+        each += [sum(islice(lasting, n_letters)) / n] * n
+    each = [0.0] * (sum(n_bytes) - len(each)) + each  # the blank before the first word
+    return np.add.reduceat(each, np.cumsum([0, *n_bytes[:-1]]))
 
 
 def best_path(score: np.ndarray) -> np.ndarray:
@@ -536,22 +598,23 @@ class Corpus(NamedTuple):
 
     sentences: list[Sentence]
     weights: Tensor  # (N,) of their draws
-    frames: Tensor  # (N,) at natural speed, or as recorded
+    lasting: list[np.ndarray]  # frames that each letter lasts, at natural speed or as recorded
+    frames: Tensor  # (N,) the sums
     x1: list[Tensor] | None = None  # (T, C) each
-    letter_frames: list[np.ndarray] | None = None  # how long each letter lasts
 
 
-def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None = None) -> Corpus:
-    frames = torch.tensor([natural_frames(s) for s in sentences])
+def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None = None,
+                durations: dict | None = None) -> Corpus:
+    lasting = [time_letters(s, 1.0, durations) for s in sentences]
     drawn = torch.tensor([weights[s] if weights else 1.0 for s in sentences], dtype=torch.double)
-    return Corpus(sentences, drawn, frames)
+    return Corpus(sentences, drawn, lasting, torch.tensor([count_frames(n) for n in lasting]))
 
 
 def speech_corpus(sentences: list[Sentence], x1: list[Tensor],
-                  letter_frames: list[np.ndarray] | None = None) -> Corpus:
+                  lasting: list[np.ndarray] | None = None) -> Corpus:
     frames = torch.tensor([len(x) for x in x1])
-    found = align_letters(sentences, x1) if letter_frames is None else letter_frames
-    return Corpus(sentences, frames.double() ** -2, frames, x1, found)
+    lasting = align_letters(sentences, x1) if lasting is None else lasting
+    return Corpus(sentences, frames.double() ** -2, lasting, frames, x1)
 
 
 class Batch(NamedTuple):
@@ -561,22 +624,27 @@ class Batch(NamedTuple):
     x1: Tensor | None  # (B, T, C) of recordings
 
 
+def count_frames(lasting: np.ndarray) -> int:
+    return math.ceil(round(float(np.sum(lasting)), 3))
+
+
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
-               frames: Sequence[int] | None = None, x1: Sequence[Tensor] | None = None,
-               letter_frames: Sequence[np.ndarray] | None = None) -> Batch:
+               lasting: Sequence[np.ndarray] | None = None,
+               x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
 
-    frames: their lengths, else those of the length rule, and in any case one frame a token; of
-    recordings also x1, (frames, C) each, and how long their letters last.
+    lasting: frames that each letter lasts, else those of the length rule; a sentence has a frame
+    a token in any case, and no more than the decoder hears. x1: latents of recordings (T, C) each.
     """
+    lasting = [time_letters(s) for s in sentences] if lasting is None else lasting
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
-    frames = [natural_frames(s) for s in sentences] if frames is None else frames
-    frames = [max(int(n), len(row)) for n, row in zip(frames, tokens)]
+    frames = [min(max(count_frames(n), len(row)), whisper.max_frames)
+              for n, row in zip(lasting, tokens)]
     encoding = whisper.tokenizer("en").encoding  # text tokens are the same in every language
-    spread = [align([len(encoding.decode_single_token_bytes(t)) for t in row], n)
-              for row, n in zip(tokens, frames)]
-    spelled = [spell(s.text, n, each) for s, n, each in
-               zip(sentences, frames, letter_frames or [None] * len(frames))]
+    n_bytes = [[len(encoding.decode_single_token_bytes(t)) for t in row] for row in tokens]
+    spread = [align(time_tokens(s.text, each, sizes), n)
+              for s, each, sizes, n in zip(sentences, lasting, n_bytes, frames)]
+    spelled = [spell(s.text, each, n) for s, each, n in zip(sentences, lasting, frames)]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     text = pad([torch.tensor(row) for row in tokens]).to(whisper.device)
     language = torch.tensor([whisper.language_token(s.language) for s in sentences])
@@ -696,7 +764,7 @@ def hear_all(entries: list, whisper: FrozenWhisper) -> dict[str, list]:
         except BadInput as error:
             heard["problems"].append(f"{path}: {error}")
     found = align_letters([Sentence(*text) for text in heard["texts"]], heard["x1"])
-    return heard | dict(letter_frames=[torch.from_numpy(each) for each in found])
+    return heard | dict(lasting=[torch.from_numpy(each) for each in found])
 
 
 def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]]:
@@ -726,7 +794,8 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
         except BadInput as error:
             problems.append(f"what was heard is not kept: {error}")
     problems += heard["problems"]
-    spoken = list(zip(map(Sentence._make, heard["texts"]), heard["x1"], heard["letter_frames"]))
+    spoken = list(zip(map(Sentence._make, heard["texts"]), heard["x1"],
+                      (each.numpy() for each in heard["lasting"])))
     kept = [entry for entry in spoken if hash_share(entry[0]) > HELD_OUT]
     if not kept:
         raise BadInput(f"{folder} has no usable recording; {(problems or ['it is empty'])[0]}")

@@ -16,8 +16,8 @@ from whisper.decoding import DecodingResult
 
 import flow
 from data import (
-    FRAMES_PER_SECOND, Batch, Sentence, make_batch, natural_frames, noise, read_file, read_line,
-    split_long, to_text, unheard_words, writing,
+    FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_long, time_letters, to_text,
+    unheard_words, writing,
 )
 from model import DiT, DiTConfig
 from whisper_decoder import (
@@ -41,7 +41,7 @@ def load_checkpoint(path: Path) -> dict:
         raise BadInput(f"no checkpoint {path}; `python train.py` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_config"], checkpoint["ema"], checkpoint["config"]["speed_range"]
+        checkpoint["model_config"], checkpoint["ema"], checkpoint["durations"]
         return checkpoint
     except Exception as error:
         raise BadInput(f"{path} is not a checkpoint of train.py, or of an older one: "
@@ -70,12 +70,13 @@ class RoundTrip(NamedTuple):
 
 
 def round_trip(model: DiT, whisper: FrozenWhisper, sentences: Sequence[Sentence],
-               settings: Settings, lengths: Sequence[int], batch_size: int = 50) -> RoundTrip:
-    """Sentences of these lengths in frames -> features, and what the frozen decoder reads there."""
+               settings: Settings, lasting: Sequence[np.ndarray],
+               batch_size: int = 50) -> RoundTrip:
+    """Sentences, frames that their letters last -> features, and what the decoder reads there."""
     features, frames, read = [], [], []
     for start in range(0, len(sentences), batch_size):
         part = slice(start, start + batch_size)
-        batch = make_batch(sentences[part], whisper, lengths[part])
+        batch = make_batch(sentences[part], whisper, lasting[part])
         x1 = generate(model, whisper, batch, settings)[-1]
         seen = whisper.features(x1, batch.cond["frames"])
         read += whisper.transcribe(seen, [s.language for s in batch.sentences])
@@ -116,9 +117,10 @@ def show(text: Sentence, found: str, frames: np.ndarray, read: Sequence[Decoding
           f"{settings.steps} {settings.method} steps, NFE {nfe}, seed {settings.seed}")
 
 
-def show_forming(model, whisper, sentence: Sentence, frames: int, settings: Settings) -> None:
+def show_forming(model, whisper, sentence: Sentence, lasting: np.ndarray,
+                 settings: Settings) -> None:
     """Print what the decoder reads at every step of the ODE, from noise to speech."""
-    batch = make_batch([sentence], whisper, [frames])
+    batch = make_batch([sentence], whisper, [lasting])
     times = flow.schedule(settings.steps, settings.sway).tolist()
     for t, x in zip(times, generate(model, whisper, batch, settings)):
         read = whisper.transcribe(whisper.features(x, batch.cond["frames"]), [sentence.language])[0]
@@ -173,16 +175,18 @@ def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
     return sentences
 
 
-def cut(text: Sentence, args, whisper: FrozenWhisper) -> list[tuple[Sentence, int]]:
-    """A text -> pieces that fit the decoder, and how many frames each lasts."""
+def cut(text: Sentence, args, whisper: FrozenWhisper,
+        durations: dict) -> list[tuple[Sentence, np.ndarray]]:
+    """A text -> pieces that fit the decoder, and how many frames each of their letters lasts."""
     speed = args.speed
     if args.seconds is not None:
-        natural = natural_frames(text) / FRAMES_PER_SECOND
+        natural = time_letters(text, 1.0, durations).sum() / FRAMES_PER_SECOND
         if not natural / 10 <= args.seconds <= natural * 10:
             raise BadInput(f"--seconds {args.seconds} cannot be used for {text.text[:60]!r}; "
-                           f"{natural} are natural, a tenth to ten times of that is possible")
+                           f"{natural:.2f} are natural, a tenth to ten times of that is possible")
         speed = min(max(natural / args.seconds, 0.1), 10)
-    return [(piece, natural_frames(piece, speed)) for piece in split_long(text, whisper, speed)]
+    return [(piece, time_letters(piece, speed, durations))
+            for piece in split_long(text, whisper, speed)]
 
 
 def main(argv=None) -> None:
@@ -204,9 +208,9 @@ def main(argv=None) -> None:
     if checkpoint["model_config"]["channels"] != whisper.channels:
         raise BadInput(f"{args.ckpt} makes spectrograms; only experiments/realism.py can read it")
     model, texts = load_model(checkpoint, device), read_texts(args, whisper)
-    cuts = [cut(text, args, whisper) for text in texts]
-    pieces, lengths = zip(*(pair for pairs in cuts for pair in pairs))
-    trip = round_trip(model, whisper, pieces, settings, lengths)
+    cuts = [cut(text, args, whisper, checkpoint["durations"]) for text in texts]
+    pieces, lasting = zip(*(pair for pairs in cuts for pair in pairs))
+    trip = round_trip(model, whisper, pieces, settings, lasting)
     text_of = np.repeat(np.arange(len(texts)), [len(pairs) for pairs in cuts])
     found = []
     for i, text in enumerate(texts):

@@ -245,8 +245,8 @@ def test_a_token_twice_is_not_a_long_token(pocket):
 
 
 def test_spelling_is_heard(pocket):
-    assert bytes(data.spell("Añ, b.", 8)) == b"aa\xc3\xb1  bb"
-    assert bytes(data.spell("Añ", 9, [1, 2])) == b"aaa\xc3\xc3\xc3\xb1\xb1\xb1"
+    assert bytes(data.spell("Añ, b.", [1] * 4, 8)) == b"aa\xc3\xb1  bb"
+    assert bytes(data.spell("Añ", [1, 2], 9)) == b"aaa\xc3\xc3\xc3\xb1\xb1\xb1"
     model, batch = network(pocket), data.make_batch(SENTENCES[:1], pocket)
     x, t = data.noise(batch, pocket.channels, 0), torch.tensor([0.3])
     other = {**batch.cond, "byte": batch.cond["byte"].roll(9, dims=1)}
@@ -257,12 +257,12 @@ def test_spelling_is_heard(pocket):
 @pytest.mark.parametrize("latent", ["pocket", "spectral"])
 def test_gradient_reaches_the_flow_and_no_whisper_weight(latent, request):
     whisper = request.getfixturevalue(latent)
-    model, config = network(whisper), train.Config()
+    model = network(whisper)
     before = {k: v.clone() for k, v in whisper.model.state_dict().items()}
     batch = data.make_batch(SENTENCES, whisper)
     draws = train.Draws(data.noise(batch, whisper.channels, 0), torch.tensor([0.1, 0.4, 0.6, 0.9]),
                         torch.tensor([False, False, True, True]))
-    parts = train.losses(model, whisper, batch, draws, config)
+    parts = train.losses(model, whisper, batch, draws)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sum(part.mean() for part in parts).backward()
     for name, p in model.named_parameters():
@@ -271,8 +271,18 @@ def test_gradient_reaches_the_flow_and_no_whisper_weight(latent, request):
     assert all(p.grad is None for p in whisper.model.parameters())
     assert all(torch.equal(before[k], v) for k, v in whisper.model.state_dict().items())
     alone = network(whisper)  # the critic alone teaches the text path
-    train.losses(alone, whisper, batch, draws, config)[0].mean().backward()
+    train.losses(alone, whisper, batch, draws)[0].mean().backward()
     assert alone.text_in[0].weight.grad.norm() > 0 and alone.spell.weight.grad.norm() > 0
+    # Beside recordings text has no endpoint of its own, and its gradient passes all 4 steps.
+    beside, times = network(whisper), []
+    beside.register_forward_pre_hook(lambda _, inputs: times.append(inputs[1][0].item()))
+    cross_entropy, flow_loss = train.losses(beside, whisper, batch, draws, beside_speech=True)
+    cross_entropy.mean().backward()
+    assert not flow_loss.any() and times == [0, 0.25, 0.5, 0.75]
+    assert beside.latent_in.weight.grad.norm() > 0
+    recorded = batch._replace(x1=data.noise(batch, whisper.channels, 1))
+    cross_entropy, flow_loss = train.losses(beside, whisper, recorded, draws, beside_speech=True)
+    assert not cross_entropy.any() and flow_loss.all()
 
 
 # ---- the frozen Whisper ----------------------------------------------------------------------
@@ -658,8 +668,13 @@ def test_every_language_comes_through(tmp_path):
             read = whisper.tokenizer(code).decode([tokens[i] for i in spread])
             assert unwritten.sub("", read) == unwritten.sub("", piece.text)
             spelled = data.sounds(piece.text)
+            encoding, random = whisper.tokenizer("en").encoding, np.random.default_rng(0)
+            n_bytes = [len(encoding.decode_single_token_bytes(t)) for t in tokens]
+            lasting = random.random(len(spelled))
+            found = data.time_tokens(piece.text, lasting, n_bytes)
+            assert len(found) == len(tokens) and np.isclose(found.sum(), lasting.sum()), code
             ends = [len(letter.encode()) for letter in spelled]
-            assert bytes(data.spell(piece.text, sum(ends), ends)).decode() == spelled
+            assert bytes(data.spell(piece.text, ends, sum(ends))).decode() == spelled
             assert spelled.replace(" ", "") == "".join(data.runs(piece.text.lower()))
 
 
@@ -692,7 +707,37 @@ def test_words_and_tokens_of_all_scripts(pocket):
     assert not set(tokens) & set(pocket.tokenizer("en").non_speech_tokens)
 
 
-def test_alignment_gives_every_byte_its_share():
+def test_tokens_last_as_long_as_their_letters():
+    # " He", " said", ",", " yes", ".": the blank of `sounds` is what comes first between words.
+    lasting = [1, 2, 4, 1, 1, 1, 1, 8, 3, 5, 7]
+    found = data.time_tokens('He said, "yes".', lasting, [3, 5, 1, 4, 1])
+    assert found.tolist() == [3, 8, 8, 15, 0]
+    assert data.time_tokens("天ñ", [6, 4], [2, 1, 2]).tolist() == [4, 2, 4]
+    assert data.sounds('rock"n"roll a+b') == "rocknroll a b"
+
+
+def test_durations_are_those_of_the_recordings():
+    """Each letter has a length of its own; before a g it is longer, and at the end."""
+    def truth(text):
+        longer = [2.0 * (text[i + 1 : i + 2] == "g") + 3.0 * (i == len(text) - 1)
+                  for i in range(len(text))]
+        return np.array([1 + "abcgn ".index(c) for c in text]) + longer
+
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcgn"), 30)) for _ in range(150)]
+    sentences = [Sentence("de", text) for text in texts]
+    durations = data.fit_durations(sentences, [truth(text) for text in texts])
+    for text in ("ngnanbanagang", "cabbaganga"):
+        found = data.time_letters(Sentence("de", text), 2.0, durations)
+        assert np.abs(2 * found - truth(text)).max() < 0.5
+    # A letter that nobody said lasts as long as the mean; another language as the rule says.
+    unheard = data.time_letters(Sentence("de", "x" * 9), 1.0, durations)
+    assert 2 < unheard[4] < 5
+    other = data.time_letters(Sentence("es", "nananga"), 1.0, durations)
+    assert other.tolist() == data.time_letters(Sentence("es", "nananga")).tolist()
+
+
+def test_alignment_gives_every_token_its_share():
     assert data.align([1, 3], 8).tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
     assert data.align([1, 90, 1, 1], 5).tolist() == [0, 1, 1, 2, 3]  # none is lost
     for n in (7, 50, 129):
@@ -844,7 +889,7 @@ def test_four_sentences_come_back_exactly(pocket, tmp_path):
     train.train(run, pocket, lambda _: corpus, None, SENTENCES)
     for steps in (1, 4):
         settings = sample.Settings(steps)
-        read = sample.round_trip(run.ema, pocket, SENTENCES, settings, corpus.frames).read
+        read = sample.round_trip(run.ema, pocket, SENTENCES, settings, corpus.lasting).read
         assert [r.text for r in read] == [s.text for s in SENTENCES]
 
 
@@ -857,7 +902,7 @@ def test_resumed_run_equals_straight_run(tmp_path, monkeypatch):
 
     def interrupt(*args):
         show(*args)
-        if args[3] == 4:
+        if args[0].step == 4:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(train, "show_samples", interrupt)

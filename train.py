@@ -46,19 +46,19 @@ class Config:
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
-    speech_share: float = setting(0.5, "share of steps that learn from --speech; 1: all", 0, 1.01)
+    speech_share: float = setting(0.7, "of the steps, so many learn from --speech alone", 0, 1.01)
+    text_weight: float = setting(0.1, "weight of the round trip, which then joins --speech", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     speed_range: float = setting(1.7, "sentences are up to so many times slower or faster", 1, 10)
     depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
-    steps: int = setting(1600, "training steps", 1)
+    steps: int = setting(1200, "training steps", 1)
     batch_size: int = setting(24, "sentences per step, on all GPUs together", 4)
     learning_rate: float = setting(2e-3, "peak, up to a width of 128; wider: in proportion less", 0)
     warmup: int = setting(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = setting(0.01, "AdamW", 0)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
-    sampler_steps: int = setting(1, "ODE steps that the round-trip loss runs through", 1)
-    flow_weight: float = setting(0.3, "weight of the flow loss beside the cross-entropy", 0)
+    flow_weight: float = setting(0.3, "weight of the flow loss of text alone", 0)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = setting(400, "steps between samples and checkpoints", 1)
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
@@ -105,20 +105,16 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
          config: Config) -> tuple[data.Batch, Draws]:
     """Everything random in one step: from seed and step alone."""
     rng = torch.Generator().manual_seed(config.seed * 2**32 + step)
-    n, corpus = config.batch_size, text
-    if speech and torch.rand((), generator=rng) < config.speech_share:
-        corpus = speech
+    n, is_first = config.batch_size, step < config.speech_share * config.steps
+    corpus = speech if speech and (is_first or step % 2) else text
     picks = torch.multinomial(corpus.weights, 4 * n, replacement=True, generator=rng)
     picks = picks[corpus.frames[picks].argsort(stable=True)]  # so little is padded
     first = n * int(torch.randint(4, (), generator=rng))
     picks = picks[first : first + n]
-    x1, letter_frames = ([each[i] for i in picks] if each else None
-                         for each in (corpus.x1, corpus.letter_frames))
-    pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng) - 1)
-    frames = corpus.frames[picks] if x1 else (corpus.frames[picks] / pace).ceil()
-    frames = frames.clamp(max=whisper.max_frames).int().tolist()
-    sentences = [corpus.sentences[i] for i in picks]
-    batch = data.make_batch(sentences, whisper, frames, x1, letter_frames)
+    x1 = corpus.x1 and [corpus.x1[i] for i in picks]
+    pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
+    lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]
+    batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, lasting, x1)
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
@@ -126,21 +122,25 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
 
 
 def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
-           config: Config) -> tuple[Tensor, Tensor]:
+           beside_speech: bool = False) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the round trip and flow loss, (B,) each.
 
-    A batch of recordings has its x1: only the flow has to be learned, the cross-entropy is 0. A
-    batch of text has none: x1 is where the sampler itself arrived from x0, taken as a constant
-    (such pairs are those of reflow, Liu et al. 2022, arXiv 2209.03003). So every t learns to point
-    there, and any number of steps can be taken afterwards; where that should be, only the
-    cross-entropy says.
+    Recordings have their x1: only the flow has to be learned, the cross-entropy is 0. From text
+    alone, x1 is where the sampler itself arrived from x0, taken as a constant (such pairs are those
+    of reflow, Liu et al. 2022, arXiv 2209.03003): every t learns to point there, and any number of
+    steps can be taken afterwards; where that should be, only the cross-entropy says. Beside
+    recordings these say it, so text has no flow loss, and its cross-entropy passes all steps of
+    the sampler: it may bend the path a little, and not leave it.
     """
     x0, t, drop = draws
-    frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
+    frames, x1, zero = batch.cond["frames"], batch.x1, torch.zeros_like(t)
+    cross_entropy, steps = zero, Settings().steps if beside_speech else 1
     if x1 is None:
-        x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, config.sampler_steps)
+        x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, steps)
         cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
         x1 = x1.detach()
+    if batch.x1 is None and beside_speech:
+        return cross_entropy, zero
     x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
     is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
     return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech)
@@ -191,13 +191,14 @@ def balanced(sentences: list, n: int) -> list:
     return [s for c in languages for s in [s for s in sentences if s.language == c][:each]]
 
 
-def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> dict:
+def evaluate(run, whisper: FrozenWhisper, held_out: list) -> dict:
     """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
+    model, config = run.ema, run.config
     sentences = balanced(held_out, config.eval_sentences)
     result = {"val_sentences": len(sentences)}
-    frames = [data.natural_frames(s, config.speed) for s in sentences]
+    lasting = [data.time_letters(s, config.speed, run.durations) for s in sentences]
     for steps in (1, 4):
-        read = round_trip(model, whisper, sentences, Settings(steps), frames).read
+        read = round_trip(model, whisper, sentences, Settings(steps), lasting).read
         result |= {f"val_{name}_{steps}step": rate
                    for name, rate in rates(sentences, read)._asdict().items()}
         for code in dict.fromkeys(s.language for s in sentences):
@@ -206,7 +207,7 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
 
     # Chance: the text of another sentence, and noise in place of features.
     shuffled = sentences[1:] + sentences[:1]
-    read = round_trip(model, whisper, shuffled, Settings(), frames[1:] + frames[:1]).read
+    read = round_trip(model, whisper, shuffled, Settings(), lasting[1:] + lasting[:1]).read
     result["cer_shuffled_text"] = rates(sentences, read).cer
     some = balanced(sentences, 50)
     batch = data.make_batch(some, whisper)
@@ -223,12 +224,12 @@ def evaluate(model, whisper: FrozenWhisper, held_out: list, config: Config) -> d
     return result
 
 
-def show_samples(model, whisper: FrozenWhisper, held_out: list, step: int, config: Config) -> None:
+def show_samples(run, whisper: FrozenWhisper, held_out: list) -> None:
     """One held-out sentence of each of up to five languages, with 4 steps."""
     sentences = balanced(held_out, 1)[:5]
-    tqdm.write(f"step {step}", file=sys.stdout)
-    frames = [data.natural_frames(s, config.speed) for s in sentences]
-    read = round_trip(model, whisper, sentences, Settings(), frames).read
+    tqdm.write(f"step {run.step}", file=sys.stdout)
+    lasting = [data.time_letters(s, run.config.speed, run.durations) for s in sentences]
+    read = round_trip(run.ema, whisper, sentences, Settings(), lasting).read
     for (code, text), r in zip(sentences, read):
         tqdm.write(f"  {code}  {text}  ->  {r.text}", file=sys.stdout)
 
@@ -237,9 +238,10 @@ def show_samples(model, whisper: FrozenWhisper, held_out: list, step: int, confi
 
 
 class Run:
-    """Everything that a checkpoint keeps: network, average, optimizer, step."""
+    """Everything that a checkpoint keeps: network, average, optimizer, step, durations."""
 
-    def __init__(self, config: Config, whisper: FrozenWhisper, rank: int = 0, n_ranks: int = 1):
+    def __init__(self, config: Config, whisper: FrozenWhisper, durations: dict | None = None,
+                 rank: int = 0, n_ranks: int = 1):
         torch.manual_seed(config.seed)
         if config.batch_size % n_ranks:
             raise BadInput(f"--batch_size {config.batch_size} cannot be shared by {n_ranks} "
@@ -247,6 +249,7 @@ class Run:
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, sphere=whisper.sphere)
         self.config, self.step, self.rank, self.n_ranks = config, 0, rank, n_ranks
+        self.durations = durations or {}  # of letters, as recorded: data.fit_durations
         self.model = DiT(shape).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -280,7 +283,7 @@ class Run:
         """There is always one whole checkpoint."""
         checkpoint = dict(
             model_config=asdict(self.model.config), config=asdict(self.config), step=self.step,
-            model=self.model.state_dict(), ema=self.ema.state_dict(),
+            durations=self.durations, model=self.model.state_dict(), ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )
         with data.writing(self.path) as part, open(part, "wb") as file:
@@ -317,9 +320,9 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
             batch, draws = draw(run.step, corpus, speech, whisper, config)
             batch, draws = part_of_rank(batch, draws, run.rank, run.n_ranks)
             with autocast:
-                cross_entropy, flow_loss = losses(model, whisper, batch, draws, config)
-            weight = config.flow_weight if batch.x1 is None else 1
-            loss = cross_entropy.mean() + weight * flow_loss.mean()
+                cross_entropy, flow_loss = losses(model, whisper, batch, draws, bool(speech))
+            weights = (config.text_weight, 1) if speech else (1, config.flow_weight)
+            loss = weights[0] * cross_entropy.mean() + weights[1] * flow_loss.mean()
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stopped = average_gradients(run.model, stop.is_set(), run.n_ranks)
@@ -337,7 +340,7 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
             bar.set_postfix(ce=f"{cross_entropy.mean():.3f}", flow=f"{flow_loss.mean():.3f}")
             if run.step % config.eval_every == 0 and tell:
                 run.save()
-                show_samples(run.ema, whisper, held_out, run.step, config)
+                show_samples(run, whisper, held_out)
     if tell:
         run.save()
     if stopped:
@@ -406,12 +409,14 @@ def main(argv=None, speech: data.Corpus | None = None,
         speech, more = data.load_speech(Path(config.speech), whisper)
         found.problems.extend(more)
 
+    durations = data.fit_durations(speech.sentences, speech.lasting) if speech else {}
+
     @lru_cache(1)
     def corpus_of(shard: int) -> data.Corpus:
         weights = load(shard).weights if shard else found.weights
-        return data.text_corpus(data.split(list(weights))[0], weights)
+        return data.text_corpus(data.split(list(weights))[0], weights, durations)
 
-    run = Run(config, whisper, rank, n_ranks)
+    run = Run(config, whisper, durations, rank, n_ranks)
     if rank == 0:
         run.prepare(found.problems)
         languages = ", ".join(sorted({s.language for s in found.weights}))
@@ -429,7 +434,7 @@ def main(argv=None, speech: data.Corpus | None = None,
         dist.destroy_process_group()
     if rank > 0:
         return {}
-    result = evaluate(run.ema, whisper, held_out, config)
+    result = evaluate(run, whisper, held_out)
     result = dict(device=device, seconds=time.time() - start, steps=run.step,
                   parameters=run.parameters) | result
     for name, value in result.items():

@@ -224,14 +224,18 @@ def run_encoder(encoder: AudioEncoder, mel: Tensor) -> Tensor:
     return x
 
 
+def writable(text: str) -> str:
+    """A text without the signs that `whisper.decode` never writes."""
+    return " ".join(re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text)).split())
+
+
 def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     """Text -> the tokens that `whisper.decode` can write for it.
 
     Whisper begins with a blank where that is part of the first word's token. Before Chinese
     characters it would be a token of its own, which is never written first (suppress_blank).
     """
-    text = re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text))
-    tokens = tokenizer.encode(" " + " ".join(text.split()), disallowed_special=())
+    tokens = tokenizer.encode(" " + writable(text), disallowed_special=())
     return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
 
 

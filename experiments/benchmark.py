@@ -102,7 +102,7 @@ def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
             start = clock(device)
         batch, draws = train.draw(step, corpus, None, whisper, config)
         with autocast:
-            parts = train.losses(model, whisper, batch, draws, config)
+            parts = train.losses(model, whisper, batch, draws)
         sum(part.mean() for part in parts).backward()
         run.optimizer.step()
         run.optimizer.zero_grad()

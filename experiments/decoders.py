@@ -90,8 +90,10 @@ def tune(name: str, max_frames: int, hidden: float) -> str:
         rng = torch.Generator().manual_seed(0)
         for _ in tqdm(range(TUNING_STEPS), desc=f"tuning {name}"):
             picks = torch.randint(len(x1), (BATCH,), generator=rng).tolist()
-            batch = data.make_batch([sentences[i] for i in picks], whisper,
-                                    [len(x1[i]) for i in picks], [x1[i] for i in picks])
+            lasting = [data.time_letters(sentences[i]) for i in picks]
+            lasting = [n * len(x1[i]) / n.sum() for n, i in zip(lasting, picks)]
+            batch = data.make_batch([sentences[i] for i in picks], whisper, lasting,
+                                    [x1[i] for i in picks])
             frames = batch.cond["frames"]
             cut = torch.rand(BATCH, generator=rng) < hidden
             heard = (frames * torch.rand(BATCH, generator=rng)).int()

@@ -90,11 +90,13 @@ def speak(sentences: list, seed: int, whisper: FrozenWhisper, work: Path) -> Spe
     return hear(sentences, clips, whisper)
 
 
-def generate(model, sentences: list, whisper: FrozenWhisper, settings) -> Speech:
+def generate(model, sentences: list, whisper: FrozenWhisper, durations: dict, settings) -> Speech:
     """The flow says the sentences, spectrograms in many voices; what Whisper's encoder hears."""
     x1, rng = [], torch.Generator().manual_seed(settings.seed)
     for start in range(0, len(sentences), 50):
-        batch = data.make_batch(sentences[start : start + 50], whisper)
+        some = sentences[start : start + 50]
+        lasting = [data.time_letters(s, 1.0, durations) for s in some]
+        batch = data.make_batch(some, whisper, lasting)
         frames, made = batch.cond["frames"], sample.generate(model, whisper, batch, settings)[-1]
         if isinstance(whisper, SpectralWhisper):
             made = whisper.hear(made, frames, rng)
@@ -328,7 +330,8 @@ class Study:
         checkpoint = sample.load_checkpoint(path)
         is_spectrogram = not checkpoint["model_config"]["sphere"]
         whisper = SpectralWhisper() if is_spectrogram else self.whisper
-        say = partial(generate, sample.load_model(checkpoint, whisper.device), whisper=whisper)
+        say = partial(generate, sample.load_model(checkpoint, whisper.device), whisper=whisper,
+                      durations=checkpoint["durations"])
         settings = sample.Settings(seed=seed)
         made = say(self.sentences, settings=settings)
         own = say(self.test.sentences, settings=settings)
