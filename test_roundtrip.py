@@ -868,12 +868,23 @@ def test_frechet_autocorrelation_and_classifier_on_known_distributions():
     assert realism.diversity([one[:5], one[:5]]) == 0 < realism.diversity([one[:5], other[:5]])
 
 
+def test_even_speech_gives_every_letter_the_same_time(monkeypatch):
+    sentence, lasting = Sentence("en", "abcd efgh ijkl"), np.array([1, 9, 2, 3] * 3 + [5, 1])
+    monkeypatch.setattr(data, "align_letters", lambda *_: [lasting])
+    x1 = torch.eye(14).repeat_interleave(torch.from_numpy(lasting), dim=0)
+    slow = realism.even(realism.Speech([sentence], [x1])).x1[0]
+    assert len(slow) == data.natural_frames(sentence) > 42
+    count = np.bincount(slow.argmax(-1), minlength=14)
+    assert count.max() - count.min() <= 2
+    assert torch.allclose(realism.resample(x1, range(len(x1))), torch.layer_norm(x1, (14,)))
+
+
 def test_student_learns_from_speech_and_not_from_noise(pocket):
     speech = realism.hear(*data.spoken_sentences(pocket), pocket)
     noise = speech._replace(x1=[torch.randn_like(x) for x in speech.x1])
     seen = sorted({c for s in speech.sentences for c in realism.letters(s)})
     alphabet = {letter: i for i, letter in enumerate(seen, 1)}
-    cer = [realism.student_cer(realism.train_student(kind, alphabet, 0, 400), speech, alphabet)
+    cer = [realism.student_cer(realism.train_student(kind, alphabet, 0, 600), speech, alphabet)
            for kind in (speech, noise)]
     assert cer[0] < 0.5 and cer[1] > 0.8
 

@@ -6,12 +6,11 @@
 The decoder that trained the flow cannot judge it: it has been pleased already. A student can. It
 is a small convolutional network without a language model that learns letters (CTC) from generated
 features only; then it hears real speech: sentences and voices that nothing was trained on. Beside
-it, from as many sentences: students of real speech (the upper bound), of real speech stretched to
-our lengths (is it the pace?), of a few minutes of it, and of the features of the first checkpoint
-with the text of other sentences (the lower bound).
+it, from as many sentences: students of real speech (the upper bound), of real speech whose letters
+are all equally long (is it the pace?), of a few minutes of it, and of the features of the first
+checkpoint with the text of other sentences (the lower bound).
 
-All students take as many steps, so that a student of little or of bad speech gets the same chance;
-those of real speech were still learning a little, see the README.
+Every student learns until it reads sentences set aside no better: see `train_student`.
 
 Everything is measured on x1 (whisper_decoder.py), between the silences of an utterance. Needs the
 pocket decoder, espeak-ng and matplotlib.
@@ -47,7 +46,9 @@ from experiments.spectrogram import SpectralWhisper  # noqa: E402
 from model import mlp  # noqa: E402
 from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, edit_distance  # noqa: E402
 
-VALIDATION = 0.1  # share of a student's utterances that choose its weights
+VALIDATION = 0.1  # share of a student's utterances that say when it has learned enough
+CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better
+RATE = 6e-3  # of learning
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
 COLUMNS = {  # name of a figure -> heading, format
     "student": ("student's CER on real speech", "{:.1%}"),
@@ -104,10 +105,23 @@ def generate(model, sentences: list, whisper: FrozenWhisper, durations: dict, se
     return Speech(sentences, x1)
 
 
-def stretch(x1: Tensor, frames: int) -> Tensor:
-    """Another length by linear interpolation, (T, C) -> (frames, C)."""
-    x1 = F.interpolate(x1.T[None], frames, mode="linear", align_corners=True)[0].T
+def resample(x1: Tensor, times) -> Tensor:
+    """Frames at other times, between two of them linearly, (T, C), (T',) -> (T', C)."""
+    times = torch.as_tensor(times, dtype=torch.float32).clamp(0, len(x1) - 1)
+    before = times.long().clamp(max=max(0, len(x1) - 2))
+    x1 = x1[before].lerp(x1[(before + 1).clamp(max=len(x1) - 1)], (times - before)[:, None])
     return F.layer_norm(x1, x1.shape[-1:])
+
+
+def even(speech: Speech) -> Speech:
+    """The same, as long as the length rule says, and every letter as long as any other."""
+    x1 = []
+    for sentence, x, n in zip(*speech, data.align_letters(*speech)):
+        frames = data.natural_frames(sentence)
+        letters = (np.arange(frames) + 0.5) / frames * len(n)
+        ends = np.cumsum([0, *n])
+        x1.append(resample(x, np.interp(letters, np.arange(len(n) + 1), ends) - 0.5))
+    return Speech(speech.sentences, x1)
 
 
 # ---- the student -----------------------------------------------------------------------------
@@ -165,23 +179,26 @@ def student_loss(student: Student, x1: list[Tensor], texts: list[Tensor]) -> Ten
 
 def vary(x: Tensor, rng: random.Random) -> Tensor:
     """(T, C) at another pace, with an offset and noise: for voices that were not heard."""
-    x = stretch(x, round(len(x) * rng.uniform(0.8, 1.2)))
+    x = resample(x, np.linspace(0, len(x) - 1, round(len(x) * rng.uniform(0.8, 1.2))))
     offset, noise = 0.3 * rng.random(), 0.3 * rng.random()
     return x + offset * torch.randn(x.shape[1]) + noise * torch.randn(x.shape)
 
 
 def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Student:
-    """As many steps for all, down to no rate; the weights that are best on sentences set aside."""
+    """Averaged weights, when their loss on sentences set aside falls no more: the same for all.
+
+    That is when PATIENCE checks in a row were hardly BETTER than one before; or after `steps`.
+    """
     torch.manual_seed(seed)
     student, rng = Student(speech.x1[0].shape[1], len(alphabet)), random.Random(seed)
+    average = copy.deepcopy(student).eval()
     texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
     order = torch.randperm(len(texts)).tolist()
     n_validation = max(1, min(200, round(VALIDATION * len(order))))
     validation, training = order[:n_validation], order[n_validation:]
-    optimizer = torch.optim.AdamW(student.parameters(), 4e-3, (0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.06)
-    best, lowest, bar = None, math.inf, tqdm(range(1, steps + 1), desc="student", leave=False)
-    for step in bar:
+    optimizer = torch.optim.AdamW(student.parameters(), RATE, (0.9, 0.98), weight_decay=0.01)
+    best, lowest, good, since = None, math.inf, math.inf, 0
+    for step in (bar := tqdm(range(1, steps + 1), desc="student", leave=False)):
         pool = sorted(rng.choices(training, k=48), key=lambda i: len(speech.x1[i]))
         first = rng.randrange(0, 48, 12)
         picks = pool[first : first + 12]  # of like length, so that little is padded
@@ -190,19 +207,23 @@ def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Stud
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 50)
         optimizer.step()
-        schedule.step()
-        if step % 200 == 0 or step == steps:
-            student.eval()
-            with torch.no_grad():
-                held_out = student_loss(student, [speech.x1[i] for i in validation],
-                                        [texts[i] for i in validation]).item()
-            student.train()
-            bar.set_postfix(validation=f"{held_out:.3f}")
-            if held_out < lowest:
-                best, lowest = copy.deepcopy(student.state_dict()), held_out
-    student.load_state_dict(best)
-    return student.eval()
+        with torch.no_grad():
+            for averaged, now in zip(average.parameters(), student.parameters()):
+                averaged.lerp_(now, max(0.01, 1 / step))
+            if step % CHECK and step < steps:
+                continue
+            held_out = student_loss(average, [speech.x1[i] for i in validation],
+                                    [texts[i] for i in validation]).item()
+        bar.set_postfix(validation=f"{held_out:.3f}")
+        if best is None or held_out < lowest:
+            best, lowest = copy.deepcopy(average), held_out
+        if held_out < BETTER * good:
+            good, since = held_out, step
+        if step - since >= PATIENCE * CHECK:
+            break
+    return best
 
 
 @torch.no_grad()
@@ -313,15 +334,13 @@ class Study:
 
     def real_rows(self, seed: int) -> dict:
         """Students of real speech, and of real speech at our pace."""
-        slow, own = (Speech(said.sentences, [stretch(x, data.natural_frames(s)) for s, x in
-                                             zip(*said)]) for said in (self.real, self.own))
         few = Speech(*(items[::10] for items in self.real))
         minutes = sum(map(len, few.x1)) / data.FRAMES_PER_SECOND / 60
         return {
             "real speech": self.student(self.real, self.own, seed)
             | dict(round_trip=self.read(self.test))
             | self.measures(self.real, self.versions, seed),
-            "real speech at our pace": self.student(slow, own, seed),
+            "real speech, letters equally long": self.student(*map(even, (self.real, self.own)), seed),
             f"{minutes:.0f} minutes of real speech": self.student(few, self.own, seed),
         }
 
@@ -384,7 +403,7 @@ def main(argv=None) -> dict:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="of train.py, with pocket")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students")
     parser.add_argument("--sentences", type=int, default=2000, help="a student learns from")
-    parser.add_argument("--steps", type=int, default=700, help="of a student")
+    parser.add_argument("--steps", type=int, default=3000, help="of a student, at most")
     parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True,
                         help="rows of real speech and of other texts")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech")
