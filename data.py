@@ -389,7 +389,8 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
     return math.ceil(seconds * FRAMES_PER_SECOND)
 
 
-def time_letters(sentence: Sentence, speed: float = 1.0, durations: dict | None = None):
+def time_letters(sentence: Sentence, speed: float = 1.0,
+                 durations: dict | None = None) -> np.ndarray:
     """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,).
 
     As long as recordings say (`fit_durations`), in their languages; else all are equally long.
@@ -397,9 +398,10 @@ def time_letters(sentence: Sentence, speed: float = 1.0, durations: dict | None 
     letters = sounds(sentence.text)
     if not durations or sentence.language not in durations:
         return np.full(len(letters), natural_frames(sentence, speed) / len(letters))
-    known, table = durations[sentence.language].values()
-    where = neighbours(letters, known)
-    return table.numpy()[np.arange(where.shape[1]), where].sum(1).clip(SHORTEST) / speed
+    heard = durations[sentence.language]
+    where = neighbours(letters, heard["letters"])
+    frames = heard["table"].numpy()[np.arange(where.shape[1]), where].sum(1)
+    return frames.clip(SHORTEST) / speed
 
 
 def neighbours(letters: str, known: str) -> np.ndarray:
@@ -410,10 +412,11 @@ def neighbours(letters: str, known: str) -> np.ndarray:
 
 
 def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) -> dict:
-    """How long each letter lasts in recordings -> {language: letters, table} for `time_letters`.
+    """How long each letter lasts in recordings -> what `time_letters` needs.
 
-    A letter lasts the sum of what it and each of its neighbours add: ridge regression, solved for
-    the letters at one distance after the other.
+    {language: letters (n) that were heard, table (2 CONTEXT + 1, n + 1) in frames}: a letter lasts
+    the sum of what itself and each of its neighbours add. That is ridge regression, solved for the
+    letters at one distance after the other.
     """
     durations = {}
     for language in dict.fromkeys(s.language for s in sentences):
@@ -521,9 +524,8 @@ def time_tokens(text: str, lasting: Sequence[float], n_bytes: Sequence[int]) -> 
     """
     text, lasting, each = writable(text), iter(lasting), []
     heard = [len("".join(runs(c.lower()))) for c in text]  # letters of `sounds`
-    last = max((i for i, n in enumerate(heard) if n), default=0)
     for i, c in enumerate(text):
-        n_letters = heard[i] or int(0 < i <= last and heard[i - 1] > 0)
+        n_letters = heard[i] or int(i > 0 and heard[i - 1] > 0)
         n = len(c.encode())
         each += [sum(islice(lasting, n_letters)) / n] * n
     each = [0.0] * (sum(n_bytes) - len(each)) + each  # the blank before the first word

@@ -692,7 +692,8 @@ def test_long_texts_are_split_and_nothing_is_lost(pocket):
     for text in ("The dog sleeps, and the cat eats an apple now. " * 3 + '"', "a" * 400 + "\u0301 …"):
         pieces = data.split_long(Sentence("en", text), pocket)
         assert len(pieces) > 1 and all(data.words(p.text, "en") for p in pieces)
-        data.make_batch(pieces, pocket)
+        slow = [10 * data.time_letters(p) for p in pieces]
+        assert data.make_batch(pieces, pocket, slow).cond["frames"].max() == pocket.max_frames
     stuck = Sentence("en", "a" + "\u0301" * 200)
     found, problems = data.split_all({stuck: 1.0, SENTENCES[0]: 1.0}, pocket, 1.0)
     assert list(found) == SENTENCES[:1] and "cannot be cut; shorten it" in problems[0]
@@ -827,10 +828,43 @@ def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
         data.load_speech(tmp_path / "empty", pocket)
 
 
-def test_flow_learns_from_recordings(tmp_path, pocket):
+def recordings(pocket) -> data.Corpus:
     sentences, mel = spoken(pocket, every=60)
     x1 = [x[data.speech_span(m)] for x, m in zip(pocket.latents(mel), mel)]
-    speech = data.speech_corpus(sentences, x1)
+    return data.speech_corpus(sentences, x1)
+
+
+def test_text_joins_recordings_late(pocket):
+    config, speech = train.Config(steps=10, batch_size=4, speech_share=0.5), recordings(pocket)
+    text = data.text_corpus(SENTENCES)
+    drawn = [train.draw(step, text, speech, pocket, config)[0] for step in range(10)]
+    assert [b.x1 is not None for b in drawn] == [True] * 5 + [True, False, True, False, True]
+    kinds = dict(zip(speech.sentences, speech.x1))
+    for batch in (b for b in drawn if b.x1 is not None):
+        for sentence, frames, x1 in zip(batch.sentences, batch.cond["frames"], batch.x1):
+            assert frames == len(kinds[sentence]) and torch.equal(x1[:frames], kinds[sentence])
+
+
+def test_durations_go_from_the_recordings_to_the_samples(tmp_path, pocket, capsys):
+    flags = [*FLAGS, "--out_dir", str(tmp_path), "--speech_share", "0.5"]
+    train.main(flags, recordings(pocket))
+    durations = sample.load_checkpoint(tmp_path / "ckpt.pt")["durations"]
+    assert set(durations) == {"de", "en", "es", "fr", "zh"}
+    sentence = Sentence("en", "The old man sleeps in the garden.")
+    frames = data.count_frames(data.time_letters(sentence, 0.9, durations))
+    assert frames != data.natural_frames(sentence, 0.9)
+    sample.main([sentence.text, "--ckpt", str(tmp_path / "ckpt.pt"), "--speed", "0.9"])
+    assert f", {frames} frames," in capsys.readouterr().out
+    corpus = data.text_corpus([sentence], None, durations)
+    assert corpus.frames.item() == data.count_frames(data.time_letters(sentence, 1.0, durations))
+    rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
+    loss, cross_entropy = (float(rows[5][rows[0].index(n)]) for n in ("loss", "cross_entropy"))
+    assert math.isclose(loss, train.Config.text_weight * cross_entropy, rel_tol=1e-3)  # of text
+
+
+def test_flow_learns_from_recordings(tmp_path, pocket):
+    speech = recordings(pocket)
+    sentences = speech.sentences
     config = train.Config(str(tmp_path), steps=150, batch_size=8, speech_share=1.0, depth=2)
     train.train(train.Run(config, pocket), pocket, lambda _: speech, speech, sentences)
     rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
