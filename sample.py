@@ -16,8 +16,8 @@ from whisper.decoding import DecodingResult
 
 import flow
 from data import (
-    FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_long, time_letters, to_text,
-    unheard_words, writing,
+    FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_long,
+    time_letters, to_text, unheard_words, writing,
 )
 from model import DiT, DiTConfig
 from whisper_decoder import (

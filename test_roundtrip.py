@@ -689,7 +689,8 @@ def test_long_texts_are_split_and_nothing_is_lost(pocket):
         assert len(pieces) > 1 and all(data.fits(p, pocket, 1.0) for p in pieces)
         assert "".join(p.text for p in pieces).replace(" ", "") == whole.text.replace(" ", "")
     assert data.split_long(SENTENCES[0], pocket) == [SENTENCES[0]]
-    for text in ("The dog sleeps, and the cat eats an apple now. " * 3 + '"', "a" * 400 + "\u0301 …"):
+    quoted = "The dog sleeps, and the cat eats an apple now. " * 3 + '"'
+    for text in (quoted, "a" * 400 + "\u0301 …"):
         pieces = data.split_long(Sentence("en", text), pocket)
         assert len(pieces) > 1 and all(data.words(p.text, "en") for p in pieces)
         slow = [10 * data.time_letters(p) for p in pieces]

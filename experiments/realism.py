@@ -303,6 +303,7 @@ class Study:
         said = partial(speak, whisper=self.whisper, work=args.work_dir)
         self.real, self.reference = said(self.sentences, 0), said(self.sentences, 1)
         self.own = said(self.test.sentences, 2)
+        self.even = [even(spoken) for spoken in (self.real, self.own) if args.real]
         self.versions = [said(self.some, seed).x1 for seed in range(3, 11)]
 
     def student(self, speech: Speech, own: Speech, seed: int) -> dict:
@@ -333,14 +334,14 @@ class Study:
         return train.rates(speech.sentences, read).cer
 
     def real_rows(self, seed: int) -> dict:
-        """Students of real speech, and of real speech at our pace."""
+        """Students of real speech, of the same without its rhythm, and of a few minutes of it."""
         few = Speech(*(items[::10] for items in self.real))
         minutes = sum(map(len, few.x1)) / data.FRAMES_PER_SECOND / 60
         return {
             "real speech": self.student(self.real, self.own, seed)
             | dict(round_trip=self.read(self.test))
             | self.measures(self.real, self.versions, seed),
-            "real speech, letters equally long": self.student(*map(even, (self.real, self.own)), seed),
+            "real speech, letters equally long": self.student(*self.even, seed),
             f"{minutes:.0f} minutes of real speech": self.student(few, self.own, seed),
         }
 
