@@ -61,7 +61,7 @@ EDGE = "\n"  # what stands beside the first and the last letter
 SHORTEST = 0.7  # frames of a letter
 CONTEXT, RIDGE = 4, 3.0  # letters on both sides that decide how long one lasts
 ALIGN_ROUNDS = 10
-STRAY = 0.06  # standard deviation of a letter's place around even spacing, in utterances
+STRAY = 0.06  # of a letter's place from even spacing, standard deviation, 1: all of the utterance
 MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
 
 
@@ -328,7 +328,7 @@ def read_source(source: str, whisper: FrozenWhisper, shard: int) -> tuple[float 
 
 
 def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
-         temperature: float = 1.0, shard: int = 0) -> Text:
+         temperature: float = 1.0, durations: dict | None = None, shard: int = 0) -> Text:
     """Sources, each perhaps with a weight as in 0.5*builtin -> distinct sentences that fit.
 
     A source is "builtin", a file (see `read_file`) or a URL of one, LANGUAGE=FILE, a folder of
@@ -339,10 +339,11 @@ def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
     pools, problems, weights = defaultdict(Counter), [], Counter()
     for i, source in enumerate(sources):
         weight, found = read_source(source, whisper, shard)
-        pools[None if weight is None else i, weight or 1].update(found.weights)
+        share = (None, 1.0) if weight is None else (i, weight)  # those without one share one
+        pools[share].update(found.weights)
         problems += found.problems
     for (_, weight), pool in pools.items():
-        pieces, more = split_all(pool, whisper, speed)
+        pieces, more = split_all(pool, whisper, speed, durations)
         problems += more
         counts = Counter()
         for piece, n in pieces.items():
@@ -389,19 +390,19 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
     return math.ceil(seconds * FRAMES_PER_SECOND)
 
 
-def time_letters(sentence: Sentence, speed: float = 1.0,
+def letter_lengths(sentence: Sentence, speed: float = 1.0,
                  durations: dict | None = None) -> np.ndarray:
     """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,).
 
     As long as recordings say (`fit_durations`), in their languages; else all are equally long.
     """
-    letters = sounds(sentence.text)
+    letters, frames = sounds(sentence.text), natural_frames(sentence, speed)
     if not durations or sentence.language not in durations:
-        return np.full(len(letters), natural_frames(sentence, speed) / len(letters))
-    heard = durations[sentence.language]
-    where = neighbours(letters, heard["letters"])
-    frames = heard["table"].numpy()[np.arange(where.shape[1]), where].sum(1)
-    return frames.clip(SHORTEST) / speed
+        return np.full(len(letters), frames / len(letters))
+    recorded = durations[sentence.language]
+    where = neighbours(letters, recorded["letters"])
+    lasting = recorded["table"].numpy()[np.arange(where.shape[1]), where].sum(1)
+    return lasting.clip(SHORTEST) / speed
 
 
 def neighbours(letters: str, known: str) -> np.ndarray:
@@ -412,7 +413,7 @@ def neighbours(letters: str, known: str) -> np.ndarray:
 
 
 def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) -> dict:
-    """How long each letter lasts in recordings -> what `time_letters` needs.
+    """How long each letter lasts in recordings -> what `letter_lengths` needs.
 
     {language: letters (n) that were heard, table (2 CONTEXT + 1, n + 1) in frames}: a letter lasts
     the sum of what itself and each of its neighbours add. That is ridge regression, solved for the
@@ -423,23 +424,22 @@ def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) 
         mine = [(sounds(s.text), n) for s, n in zip(sentences, lasting) if s.language == language]
         known = "".join(sorted(set(EDGE).union(*(letters for letters, _ in mine))))
         where = np.concatenate([neighbours(letters, known) for letters, _ in mine]).T
-        error = np.concatenate([n for _, n in mine]).astype(float)
-        table = np.zeros((len(where), len(known) + 1))
-        table[CONTEXT] = error.mean()
-        error -= error.mean()
-        added = np.zeros_like(table)
+        frames = np.concatenate([n for _, n in mine]).astype(float)
+        table, residual = np.zeros((len(where), len(known) + 1)), frames - frames.mean()
         for _ in range(20):
-            for row, numbers in zip(added, where):
-                error += row[numbers]
+            for row, numbers in zip(table, where):
+                residual += row[numbers]
                 count = np.bincount(numbers, minlength=len(row))
-                row[:] = np.bincount(numbers, error, len(row)) / (count + RIDGE)
-                error -= row[numbers]
-        durations[language] = dict(letters=known, table=torch.from_numpy(table + added))
+                row[:] = np.bincount(numbers, residual, len(row)) / (count + RIDGE)
+                residual -= row[numbers]
+        table[CONTEXT] += frames.mean()
+        durations[language] = dict(letters=known, table=torch.from_numpy(table))
     return durations
 
 
-def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
-    if natural_frames(sentence, speed) > whisper.max_frames:
+def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
+         durations: dict | None = None) -> bool:
+    if count_frames(letter_lengths(sentence, speed, durations)) > whisper.max_frames:
         return False
     if len(sentence.text.encode()) < whisper.max_tokens:  # a token is a byte or more
         return True
@@ -447,9 +447,10 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
     return len(tokens) <= whisper.max_tokens
 
 
-def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -> list[Sentence]:
+def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
+               durations: dict | None = None) -> list[Sentence]:
     """A text too long for the decoder -> pieces that fit: sentences, else as long as possible."""
-    if fits(sentence, whisper, speed):
+    if fits(sentence, whisper, speed, durations):
         return [sentence]
     for cut in CUTS:
         parts = [part for part in re.split(cut, sentence.text) if part]
@@ -462,20 +463,20 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
     for part in parts[1:]:
         longer = Sentence(sentence.language, pieces[-1] + part)
         whole = cut is CUTS[0] and len(words(pieces[-1], sentence.language)) > 2  # not just "Dr."
-        together = not whole and fits(longer, whisper, speed)
+        together = not whole and fits(longer, whisper, speed, durations)
         pieces[-1:] = [longer.text] if together else [pieces[-1], part]
     pieces = [Sentence(sentence.language, piece.strip()) for piece in pieces]
     return [short for piece in pieces if words(piece.text, piece.language)  # not a lonely bracket
-            for short in split_long(piece, whisper, speed)]
+            for short in split_long(piece, whisper, speed, durations)]
 
 
-def split_all(weights: dict[Sentence, float], whisper: FrozenWhisper,
-              speed: float) -> tuple[Counter, list[str]]:
+def split_all(weights: dict[Sentence, float], whisper: FrozenWhisper, speed: float,
+              durations: dict | None = None) -> tuple[Counter, list[str]]:
     """Weights of texts -> those of pieces that fit the decoder, and notes on what was split."""
     pieces, problems, n_split = Counter(), [], 0
     for sentence, n in weights.items():
         try:
-            found = split_long(sentence, whisper, speed)
+            found = split_long(sentence, whisper, speed, durations)
         except BadInput as error:
             problems.append(str(error))
             continue
@@ -489,7 +490,7 @@ def split_all(weights: dict[Sentence, float], whisper: FrozenWhisper,
 # ---- batches ---------------------------------------------------------------------------------
 
 
-def align(lasting: Sequence[float], n_frames: int) -> Tensor:
+def token_of_frame(lasting: Sequence[float], n_frames: int) -> Tensor:
     """Average upsampling: how long tokens last (S,) -> the token of each frame (T,), T >= S.
 
     A token's share of the frames is its share of the time; but every token has a frame, or it
@@ -507,7 +508,7 @@ def sounds(text: str) -> str:
     return " ".join(runs(writable(text).lower())) or " "
 
 
-def spell(text: str, lasting: Sequence[float], n_frames: int) -> Tensor:
+def byte_of_frame(text: str, lasting: Sequence[float], n_frames: int) -> Tensor:
     """The UTF-8 byte that sounds in each frame (T,), if the letters of `sounds` last so long."""
     letters = [letter.encode() for letter in sounds(text)]
     n_bytes = np.array([len(letter) for letter in letters])
@@ -517,10 +518,11 @@ def spell(text: str, lasting: Sequence[float], n_frames: int) -> Tensor:
     return torch.from_numpy(spelling[where.clip(max=len(spelling) - 1)].copy()).long()
 
 
-def time_tokens(text: str, lasting: Sequence[float], n_bytes: Sequence[int]) -> np.ndarray:
-    """How long letters last -> how long tokens of so many bytes do (S,); what is mute, not at all.
+def token_lengths(text: str, lasting: Sequence[float], n_bytes: Sequence[int]) -> np.ndarray:
+    """Frames of the letters of `sounds` -> frames of the tokens, which have so many bytes (S,).
 
-    The blank of `sounds` is whatever stands between two words.
+    The bytes of a letter share its time. Punctuation has none, but for the first sign after a
+    word, a blank or a comma, which has that of the one blank in `sounds`.
     """
     text, lasting, each = writable(text), iter(lasting), []
     heard = [len("".join(runs(c.lower()))) for c in text]  # letters of `sounds`
@@ -585,14 +587,12 @@ def viterbi_training(texts: list[str], clips: Sequence[Tensor]) -> list[np.ndarr
 
 def align_letters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> list[np.ndarray]:
     """Recordings and what they say -> how many frames each letter of `sounds` lasts."""
-    lengths = [None] * len(x1)
+    found = {}
     for language in dict.fromkeys(s.language for s in sentences):
         where = [i for i, s in enumerate(sentences) if s.language == language]
         texts = [sounds(sentences[i].text) for i in where]
-        found = viterbi_training(texts, [x1[i] for i in where])
-        for i, each in zip(where, found):
-            lengths[i] = each
-    return lengths
+        found.update(zip(where, viterbi_training(texts, [x1[i] for i in where])))
+    return [found[i] for i in range(len(x1))]
 
 
 class Corpus(NamedTuple):
@@ -607,7 +607,7 @@ class Corpus(NamedTuple):
 
 def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None = None,
                 durations: dict | None = None) -> Corpus:
-    lasting = [time_letters(s, 1.0, durations) for s in sentences]
+    lasting = [letter_lengths(s, 1.0, durations) for s in sentences]
     drawn = torch.tensor([weights[s] if weights else 1.0 for s in sentences], dtype=torch.double)
     return Corpus(sentences, drawn, lasting, torch.tensor([count_frames(n) for n in lasting]))
 
@@ -616,7 +616,7 @@ def speech_corpus(sentences: list[Sentence], x1: list[Tensor],
                   lasting: list[np.ndarray] | None = None) -> Corpus:
     frames = torch.tensor([len(x) for x in x1])
     lasting = align_letters(sentences, x1) if lasting is None else lasting
-    return Corpus(sentences, frames.double() ** -2, lasting, frames, x1)
+    return Corpus(sentences, frames.double() ** -2, lasting, frames, x1)  # short ones more often
 
 
 class Batch(NamedTuple):
@@ -627,7 +627,7 @@ class Batch(NamedTuple):
 
 
 def count_frames(lasting: np.ndarray) -> int:
-    return math.ceil(round(float(np.sum(lasting)), 3))
+    return math.ceil(round(float(np.sum(lasting)), 3))  # 110.00000000000001 is 110
 
 
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
@@ -638,15 +638,15 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     lasting: frames that each letter lasts, else those of the length rule; a sentence has a frame
     a token in any case, and no more than the decoder hears. x1: latents of recordings (T, C) each.
     """
-    lasting = [time_letters(s) for s in sentences] if lasting is None else lasting
+    lasting = [letter_lengths(s) for s in sentences] if lasting is None else lasting
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
     frames = [min(max(count_frames(n), len(row)), whisper.max_frames)
               for n, row in zip(lasting, tokens)]
     encoding = whisper.tokenizer("en").encoding  # text tokens are the same in every language
     n_bytes = [[len(encoding.decode_single_token_bytes(t)) for t in row] for row in tokens]
-    spread = [align(time_tokens(s.text, each, sizes), n)
+    spread = [token_of_frame(token_lengths(s.text, each, sizes), n)
               for s, each, sizes, n in zip(sentences, lasting, n_bytes, frames)]
-    spelled = [spell(s.text, each, n) for s, each, n in zip(sentences, lasting, frames)]
+    spelled = [byte_of_frame(s.text, each, n) for s, each, n in zip(sentences, lasting, frames)]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     text = pad([torch.tensor(row) for row in tokens]).to(whisper.device)
     language = torch.tensor([whisper.language_token(s.language) for s in sentences])

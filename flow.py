@@ -1,7 +1,7 @@
 """Conditional flow matching: path, velocity, loss, guidance, ODE sampler.
 
-The contract, stated here and nowhere else
-------------------------------------------
+The contract
+------------
     time      t in [0, 1]; t = 0 is noise x0 ~ N(0, I), t = 1 is data x1
     path      x_t = (1 - (1 - sigma_min) t) x0 + t x1            Lipman et al. 2023, eq. 22
     velocity  u_t = dx_t/dt = x1 - (1 - sigma_min) x0            Lipman et al. 2023, eq. 23
@@ -61,11 +61,6 @@ def velocity_from_endpoint(x1_hat: Tensor, x_t: Tensor, t: Tensor,
     """
     t = expand(t, x_t)
     return (x1_hat - (1 - sigma_min) * x_t) / (1 - (1 - sigma_min) * t)
-
-
-def endpoint_from_velocity(v: Tensor, x_t: Tensor, t: Tensor, sigma_min: float = 0.0) -> Tensor:
-    """The inverse of `velocity_from_endpoint`, (B, T, C), (B, T, C), (B,) -> (B, T, C)."""
-    return (1 - sigma_min) * x_t + (1 - (1 - sigma_min) * expand(t, x_t)) * v
 
 
 # ---- loss ------------------------------------------------------------------------------------
@@ -147,7 +142,6 @@ def sample(velocity: Velocity, x0: Tensor, steps: int = 4, method: str = "euler"
     for i in range(steps):
         t, h = (time.expand(len(x0)) for time in (times[i], times[i + 1] - times[i]))
         # Heun looks at t = 1, where an endpoint has no velocity; midpoint has the same order.
-        last = i == steps - 1
-        method_now = "midpoint" if method == "heun" and last else method
+        method_now = "midpoint" if method == "heun" and i == steps - 1 else method
         states.append(solver_step(velocity, states[-1], t, h, method_now))
     return torch.stack(states) if trajectory else states[-1]

@@ -17,7 +17,7 @@ from whisper.decoding import DecodingResult
 import flow
 from data import (
     FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_long,
-    time_letters, to_text, unheard_words, writing,
+    letter_lengths, to_text, unheard_words, writing,
 )
 from model import DiT, DiTConfig
 from whisper_decoder import (
@@ -144,16 +144,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--text_file", type=Path, help="FILE.txt, or FILE.tsv (language<TAB>text); "
                         "equal lines are read once")
     parser.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
-    parser.add_argument("--steps", type=int, default=4, help="steps of the ODE solver (default: 4)")
-    parser.add_argument("--method", choices=list(flow.ORDER), default="euler", help="solver")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1 is off (default: 1)")
-    parser.add_argument("--sway", type=float, default=0.0, help="-1: small steps first")
+    parser.add_argument("--steps", type=int, help="steps of the ODE solver (default: 4)")
+    parser.add_argument("--method", choices=list(flow.ORDER), help="solver (default: euler)")
+    parser.add_argument("--guidance", type=float, help="1 is off (default: 1)")
+    parser.add_argument("--sway", type=float, help="-1: small steps first (default: 0)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
     length.add_argument("--seconds", type=float, help="that each text lasts, in place of --speed")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--out", type=Path, help="write the features here, as .npz")
+    parser.set_defaults(**Settings()._asdict())
     return parser.parse_args(argv)
 
 
@@ -180,13 +181,13 @@ def cut(text: Sentence, args, whisper: FrozenWhisper,
     """A text -> pieces that fit the decoder, and how many frames each of their letters lasts."""
     speed = args.speed
     if args.seconds is not None:
-        natural = time_letters(text, 1.0, durations).sum() / FRAMES_PER_SECOND
+        natural = letter_lengths(text, 1.0, durations).sum() / FRAMES_PER_SECOND
         if not natural / 10 <= args.seconds <= natural * 10:
             raise BadInput(f"--seconds {args.seconds} cannot be used for {text.text[:60]!r}; "
                            f"{natural:.2f} are natural, a tenth to ten times of that is possible")
         speed = min(max(natural / args.seconds, 0.1), 10)
-    return [(piece, time_letters(piece, speed, durations))
-            for piece in split_long(text, whisper, speed)]
+    return [(piece, letter_lengths(piece, speed, durations))
+            for piece in split_long(text, whisper, speed, durations)]
 
 
 def main(argv=None) -> None:

@@ -1,4 +1,4 @@
-"""Train the flow from text alone: noise -> DiT -> frozen Whisper decoder -> text.
+"""Train the flow, from text alone or with recordings: noise -> DiT -> frozen Whisper -> text.
 
     python train.py                     # minutes on a laptop, offline, with the embedded decoder
     python train.py --data fr=livre.txt builtin --whisper tiny
@@ -47,7 +47,7 @@ class Config:
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
     speech_share: float = setting(0.7, "of the steps, so many learn from --speech alone", 0, 1.01)
-    text_weight: float = setting(0.2, "weight of the round trip, which then joins --speech", 0)
+    text_weight: float = setting(0.2, "with --speech: weight of the round trip, which joins it", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     speed_range: float = setting(1.7, "sentences are up to so many times slower or faster", 1, 10)
     depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
@@ -58,7 +58,7 @@ class Config:
     weight_decay: float = setting(0.01, "AdamW", 0)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
-    flow_weight: float = setting(0.3, "weight of the flow loss of text alone", 0)
+    flow_weight: float = setting(0.3, "without --speech: weight of the flow loss", 0)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = setting(400, "steps between samples and checkpoints", 1)
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
@@ -113,7 +113,7 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     picks = picks[first : first + n]
     x1 = corpus.x1 and [corpus.x1[i] for i in picks]
     pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
-    lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]
+    lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]  # or as recorded
     batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, lasting, x1)
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
@@ -133,14 +133,14 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
     the sampler: it may bend the path a little, and not leave it.
     """
     x0, t, drop = draws
-    frames, x1, zero = batch.cond["frames"], batch.x1, torch.zeros_like(t)
-    cross_entropy, steps = zero, Settings().steps if beside_speech else 1
+    frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
     if x1 is None:
+        steps = Settings().steps if beside_speech else 1
         x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, steps)
         cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
+        if beside_speech:
+            return cross_entropy, torch.zeros_like(t)
         x1 = x1.detach()
-    if batch.x1 is None and beside_speech:
-        return cross_entropy, zero
     x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
     is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
     return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech)
@@ -196,7 +196,7 @@ def evaluate(run, whisper: FrozenWhisper, held_out: list) -> dict:
     model, config = run.ema, run.config
     sentences = balanced(held_out, config.eval_sentences)
     result = {"val_sentences": len(sentences)}
-    lasting = [data.time_letters(s, config.speed, run.durations) for s in sentences]
+    lasting = [data.letter_lengths(s, config.speed, run.durations) for s in sentences]
     for steps in (1, 4):
         read = round_trip(model, whisper, sentences, Settings(steps), lasting).read
         result |= {f"val_{name}_{steps}step": rate
@@ -228,7 +228,7 @@ def show_samples(run, whisper: FrozenWhisper, held_out: list) -> None:
     """One held-out sentence of each of up to five languages, with 4 steps."""
     sentences = balanced(held_out, 1)[:5]
     tqdm.write(f"step {run.step}", file=sys.stdout)
-    lasting = [data.time_letters(s, run.config.speed, run.durations) for s in sentences]
+    lasting = [data.letter_lengths(s, run.config.speed, run.durations) for s in sentences]
     read = round_trip(run.ema, whisper, sentences, Settings(), lasting).read
     for (code, text), r in zip(sentences, read):
         tqdm.write(f"  {code}  {text}  ->  {r.text}", file=sys.stdout)
@@ -359,7 +359,8 @@ def stop_on_ctrl_c():
         signal.signal(signal.SIGINT, before)
 
 
-# Of a process's own part of the batch; flow_t..: nan where no item of it has such a t.
+# Of a process's own part of the batch; flow_t..: nan where no item of it has such a t. With
+# recordings each step has one of the two losses, and the other is 0.
 LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
        "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
 
@@ -402,14 +403,13 @@ def main(argv=None, speech: data.Corpus | None = None,
     if rank > 0:
         dist.barrier()  # until the first has downloaded, heard, and made the folder
     whisper = whisper or FrozenWhisper(config.whisper, device)
-    load = partial(data.load, config.data, whisper, config.speed, config.temperature)
+    problems = []
+    if config.speech:
+        speech, problems = data.load_speech(Path(config.speech), whisper)
+    durations = data.fit_durations(speech.sentences, speech.lasting) if speech else {}
+    load = partial(data.load, config.data, whisper, config.speed, config.temperature, durations)
     found = load()
     training, held_out = data.split(list(found.weights))
-    if config.speech:
-        speech, more = data.load_speech(Path(config.speech), whisper)
-        found.problems.extend(more)
-
-    durations = data.fit_durations(speech.sentences, speech.lasting) if speech else {}
 
     @lru_cache(1)
     def corpus_of(shard: int) -> data.Corpus:
@@ -418,7 +418,7 @@ def main(argv=None, speech: data.Corpus | None = None,
 
     run = Run(config, whisper, durations, rank, n_ranks)
     if rank == 0:
-        run.prepare(found.problems)
+        run.prepare(found.problems + problems)
         languages = ", ".join(sorted({s.language for s in found.weights}))
         print(f"{config.whisper} on {n_ranks} x {device}; {len(training)} sentences to train on, "
               f"{len(held_out)} held out, in {languages}; {run.parameters:,} parameters")

@@ -53,10 +53,10 @@ class FrozenWhisper:
         self.model = load_whisper(name, self.device).eval().requires_grad_(False)
         self.dims = self.model.dims
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
-        self.sphere = True  # every frame of x1 has mean 0 and variance 1
+        self.sphere = True  # every frame of x1 has mean 0 and variance 1 (not in experiments/)
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
-        # One matrix embeds the tokens and makes the logits. Its equal rows have equal logits: one
-        # of each is enough.
+        # One matrix embeds the tokens and makes the logits. All tokens that pocket never uses share
+        # one row, and so one logit; official checkpoints have no equal rows, and nothing changes.
         rows = self.model.decoder.token_embedding.weight.cpu()
         unique = rows.unique(dim=0, return_inverse=True, return_counts=True)
         self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
@@ -169,8 +169,8 @@ class FrozenWhisper:
         said = targets >= 0
         # Position i predicts token i + 1, so the first text token is predicted at n_prompt - 1.
         x = decoder.ln(x[:, self.n_prompt - 1 :][said]).float()  # (all targets, E)
-        rows = self.rows, self.row_of[targets[said]], self.row_count.log()
-        nats = ChunkedNats.apply(x, *rows)
+        row = self.row_of[targets[said]]
+        nats = ChunkedNats.apply(x, self.rows, row, self.row_count.log())
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
         return each.sum(1) / said.sum(1)
 

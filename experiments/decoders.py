@@ -90,7 +90,7 @@ def tune(name: str, max_frames: int, hidden: float) -> str:
         rng = torch.Generator().manual_seed(0)
         for _ in tqdm(range(TUNING_STEPS), desc=f"tuning {name}"):
             picks = torch.randint(len(x1), (BATCH,), generator=rng).tolist()
-            lasting = [data.time_letters(sentences[i]) for i in picks]
+            lasting = [data.letter_lengths(sentences[i]) for i in picks]
             lasting = [n * len(x1[i]) / n.sum() for n, i in zip(lasting, picks)]
             batch = data.make_batch([sentences[i] for i in picks], whisper, lasting,
                                     [x1[i] for i in picks])

@@ -96,7 +96,7 @@ def generate(model, sentences: list, whisper: FrozenWhisper, durations: dict, se
     x1, rng = [], torch.Generator().manual_seed(settings.seed)
     for start in range(0, len(sentences), 50):
         some = sentences[start : start + 50]
-        lasting = [data.time_letters(s, 1.0, durations) for s in some]
+        lasting = [data.letter_lengths(s, 1.0, durations) for s in some]
         batch = data.make_batch(some, whisper, lasting)
         frames, made = batch.cond["frames"], sample.generate(model, whisper, batch, settings)[-1]
         if isinstance(whisper, SpectralWhisper):

@@ -29,7 +29,7 @@ def main(argv=None):
         sentences = train.balanced(data.split(list(text.weights))[1], 250)
         sentences = [s for s in sentences if data.fits(s, whisper, min(SPEEDS))]
         for speed in SPEEDS:
-            lasting = [data.time_letters(s, speed, checkpoint["durations"]) for s in sentences]
+            lasting = [data.letter_lengths(s, speed, checkpoint["durations"]) for s in sentences]
             read = sample.round_trip(model, whisper, sentences, sample.Settings(), lasting).read
             found[speed].append(sample.rates(sentences, read).cer)
     print(f"{len(sentences)} held-out sentences that fit at {min(SPEEDS)}\n\n"
