@@ -46,7 +46,7 @@ class Config:
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
-    speech_share: float = setting(0.7, "of the steps, so many learn from --speech alone", 0, 1.01)
+    speech_share: float = setting(0.75, "of the steps, so many learn from --speech alone", 0, 1.01)
     text_weight: float = setting(0.2, "with --speech: weight of the round trip, which joins it", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     speed_range: float = setting(1.7, "sentences are up to so many times slower or faster", 1, 10)

@@ -28,8 +28,8 @@ ARMS = {
 for minutes in (1, 7, 30, 110):
     ARMS |= {
         f"pairs-{minutes}": (minutes, True, "--speech_share 1 --steps 2000"),
-        f"unlabelled-{minutes}": (minutes, False, "--speech_share 0.75 --steps 2400"),
-        f"both-{minutes}": (minutes, True, "--speech_share 0.75 --steps 2400"),
+        f"unlabelled-{minutes}": (minutes, False, "--steps 2400"),
+        f"both-{minutes}": (minutes, True, "--steps 2400"),
     }
 
 
