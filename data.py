@@ -59,8 +59,11 @@ DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
 MIN_SECONDS = 0.6
 EDGE = "\n"  # what stands beside the first and the last letter
 SHORTEST = 0.7  # frames of a letter
-CONTEXT, RIDGE = 4, 3.0  # letters on both sides that decide how long one lasts
+CONTEXT = 4  # letters on both sides that decide how long one lasts
+RIDGE, ROUNDS = 3.0, 20  # so many letters that add nothing stand beside those that were heard
+ENOUGH = 30  # letters of a language, or the length rule remains what it is
 ALIGN_ROUNDS = 10
+HEARD = 2  # version of what `load_speech` keeps; another one is heard again
 STRAY = 0.06  # of a letter's place from even spacing, standard deviation, 1: all of the utterance
 MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
 
@@ -416,8 +419,8 @@ def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) 
     """How long each letter lasts in recordings -> what `letter_lengths` needs.
 
     {language: letters (n) that were heard, table (2 CONTEXT + 1, n + 1) in frames}: a letter lasts
-    the sum of what itself and each of its neighbours add. That is ridge regression, solved for the
-    letters at one distance after the other.
+    the sum of what itself and each of its neighbours add. That is ridge regression, nearly solved:
+    in turn for the letters at each distance.
     """
     durations = {}
     for language in dict.fromkeys(s.language for s in sentences):
@@ -425,8 +428,10 @@ def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) 
         known = "".join(sorted(set(EDGE).union(*(letters for letters, _ in mine))))
         where = np.concatenate([neighbours(letters, known) for letters, _ in mine]).T
         frames = np.concatenate([n for _, n in mine]).astype(float)
+        if len(frames) < ENOUGH:
+            continue
         table, residual = np.zeros((len(where), len(known) + 1)), frames - frames.mean()
-        for _ in range(20):
+        for _ in range(ROUNDS):
             for row, numbers in zip(table, where):
                 residual += row[numbers]
                 count = np.bincount(numbers, minlength=len(row))
@@ -439,7 +444,10 @@ def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) 
 
 def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
          durations: dict | None = None) -> bool:
-    if count_frames(letter_lengths(sentence, speed, durations)) > whisper.max_frames:
+    frames = natural_frames(sentence, speed)  # the faster way to the same
+    if durations:
+        frames = count_frames(letter_lengths(sentence, speed, durations))
+    if frames > whisper.max_frames:
         return False
     if len(sentence.text.encode()) < whisper.max_tokens:  # a token is a byte or more
         return True
@@ -505,7 +513,10 @@ def token_of_frame(lasting: Sequence[float], n_frames: int) -> Tensor:
 
 def sounds(text: str) -> str:
     """What may be heard of a text: lower case, letters, digits, their marks, and blanks."""
-    return " ".join(runs(writable(text).lower())) or " "
+    letters = " ".join(runs(writable(text).lower()))
+    if not letters:
+        raise BadInput(f"no word in {text[:60]!r}")
+    return letters
 
 
 def byte_of_frame(text: str, lasting: Sequence[float], n_frames: int) -> Tensor:
@@ -601,7 +612,7 @@ class Corpus(NamedTuple):
     sentences: list[Sentence]
     weights: Tensor  # (N,) of their draws
     lasting: list[np.ndarray]  # frames that each letter lasts, at natural speed or as recorded
-    frames: Tensor  # (N,) the sums
+    frames: Tensor  # (N,) that all of them last
     x1: list[Tensor] | None = None  # (T, C) each
 
 
@@ -627,6 +638,7 @@ class Batch(NamedTuple):
 
 
 def count_frames(lasting: np.ndarray) -> int:
+    """Whole frames for letters that last so long."""
     return math.ceil(round(float(np.sum(lasting)), 3))  # 110.00000000000001 is 110
 
 
@@ -780,7 +792,7 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
     if not folder.is_dir():
         raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
     entries, problems = read_manifest(folder, whisper)
-    key = hashlib.sha256(repr([(stamp(path), s) for path, s in entries]).encode())
+    key = hashlib.sha256(repr((HEARD, [(stamp(path), s) for path, s in entries])).encode())
     blank = torch.zeros(1, whisper.dims.n_mels, 2 * whisper.max_frames)
     key.update(whisper.latents(blank).cpu().numpy().tobytes())  # what x1 is
     for weight in whisper.model.parameters():

@@ -34,6 +34,9 @@ from sample import Settings, load_checkpoint, rates, round_trip
 from whisper_decoder import BadInput, FrozenWhisper, choose_device
 
 
+SOLVER_STEPS = 4  # of the round trip beside recordings, as many as `sample.py` takes
+
+
 def setting(default, help, low=None, below=math.inf):
     """A field of Config; numbers must be at least low, and below `below`."""
     return field(default=default, metadata=dict(help=help, low=low, below=below))
@@ -46,7 +49,7 @@ class Config:
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
-    speech_share: float = setting(0.75, "of the steps, so many learn from --speech alone", 0, 1.01)
+    speech_share: float = setting(0.75, "of the steps, the first that learn from --speech alone; 1: all", 0, 1.01)
     text_weight: float = setting(0.2, "with --speech: weight of the round trip, which joins it", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     speed_range: float = setting(1.7, "sentences are up to so many times slower or faster", 1, 10)
@@ -135,7 +138,7 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
     x0, t, drop = draws
     frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
     if x1 is None:
-        steps = Settings().steps if beside_speech else 1
+        steps = SOLVER_STEPS if beside_speech else 1
         x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, steps)
         cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
         if beside_speech:
@@ -210,7 +213,7 @@ def evaluate(run, whisper: FrozenWhisper, held_out: list) -> dict:
     read = round_trip(model, whisper, shuffled, Settings(), lasting[1:] + lasting[:1]).read
     result["cer_shuffled_text"] = rates(sentences, read).cer
     some = balanced(sentences, 50)
-    batch = data.make_batch(some, whisper)
+    batch = data.make_batch(some, whisper, [lasting[sentences.index(s)] for s in some])
     noise = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
     read = whisper.transcribe(noise, [s.language for s in some])
     result["cer_noise"] = rates(some, read).cer
@@ -298,6 +301,12 @@ class Run:
             if name not in free and before != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
                                "the same, or another --out_dir")
+        before, now = ({code: (heard["letters"], heard["table"].tolist())
+                        for code, heard in durations.items()}
+                       for durations in (checkpoint["durations"], self.durations))
+        if before != now:
+            raise BadInput(f"{self.path} was trained with other recordings; give the same, or "
+                           "another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -394,6 +403,36 @@ def ranks(device: torch.device) -> tuple[int, int]:
     return (dist.get_rank(), n_ranks) if n_ranks > 1 else (0, 1)
 
 
+class Material(NamedTuple):
+    """What a run learns from."""
+
+    corpus_of: Callable[[int], data.Corpus]  # text of a part of the run, see data.read_lines
+    speech: data.Corpus | None
+    durations: dict  # of the letters in it
+    held_out: list
+    problems: list[str]
+
+
+def gather(config: Config, whisper: FrozenWhisper, speech: data.Corpus | None) -> Material:
+    """The text and the recordings that the flags name; or the recordings of a study."""
+    load = partial(data.load, config.data, whisper, config.speed, config.temperature)
+    found, problems, durations = load(), [], {}  # text first: a wrong flag is found at once
+    if config.speech:
+        speech, problems = data.load_speech(Path(config.speech), whisper)
+    if speech:
+        durations = data.fit_durations(speech.sentences, speech.lasting)
+        load = partial(load, durations=durations)
+        found = load()
+
+    @lru_cache(1)
+    def corpus_of(shard: int) -> data.Corpus:
+        weights = load(shard=shard).weights if shard else found.weights
+        return data.text_corpus(data.split(list(weights))[0], weights, durations)
+
+    _, held_out = data.split(list(found.weights))
+    return Material(corpus_of, speech, durations, held_out, found.problems + problems)
+
+
 def main(argv=None, speech: data.Corpus | None = None,
          whisper: FrozenWhisper | None = None) -> dict:
     """The run that the flags describe -> its figures; a study may bring what it changes."""
@@ -403,23 +442,12 @@ def main(argv=None, speech: data.Corpus | None = None,
     if rank > 0:
         dist.barrier()  # until the first has downloaded, heard, and made the folder
     whisper = whisper or FrozenWhisper(config.whisper, device)
-    problems = []
-    if config.speech:
-        speech, problems = data.load_speech(Path(config.speech), whisper)
-    durations = data.fit_durations(speech.sentences, speech.lasting) if speech else {}
-    load = partial(data.load, config.data, whisper, config.speed, config.temperature, durations)
-    found = load()
-    training, held_out = data.split(list(found.weights))
-
-    @lru_cache(1)
-    def corpus_of(shard: int) -> data.Corpus:
-        weights = load(shard).weights if shard else found.weights
-        return data.text_corpus(data.split(list(weights))[0], weights, durations)
-
+    corpus_of, speech, durations, held_out, problems = gather(config, whisper, speech)
     run = Run(config, whisper, durations, rank, n_ranks)
     if rank == 0:
-        run.prepare(found.problems + problems)
-        languages = ", ".join(sorted({s.language for s in found.weights}))
+        run.prepare(problems)
+        training = corpus_of(0).sentences
+        languages = ", ".join(sorted({s.language for s in [*training, *held_out]}))
         print(f"{config.whisper} on {n_ranks} x {device}; {len(training)} sentences to train on, "
               f"{len(held_out)} held out, in {languages}; {run.parameters:,} parameters")
         if speech:

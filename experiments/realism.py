@@ -6,9 +6,9 @@
 The decoder that trained the flow cannot judge it: it has been pleased already. A student can. It
 is a small convolutional network without a language model that learns letters (CTC) from generated
 features only; then it hears real speech: sentences and voices that nothing was trained on. Beside
-it, from as many sentences: students of real speech (the upper bound), of real speech whose letters
-are all equally long (is it the pace?), of a few minutes of it, and of the features of the first
-checkpoint with the text of other sentences (the lower bound).
+it, from as many sentences: students of real speech (the upper bound), of real speech as long as
+the length rule says, with equally long letters (is it the pace?), of a few minutes of it, and of
+the features of the first checkpoint with the text of other sentences (the lower bound).
 
 Every student learns until it reads sentences set aside no better: see `train_student`.
 
@@ -118,9 +118,9 @@ def even(speech: Speech) -> Speech:
     x1 = []
     for sentence, x, n in zip(*speech, data.align_letters(*speech)):
         frames = data.natural_frames(sentence)
-        letters = (np.arange(frames) + 0.5) / frames * len(n)
+        place = (np.arange(frames) + 0.5) / frames * len(n)  # in letters
         ends = np.cumsum([0, *n])
-        x1.append(resample(x, np.interp(letters, np.arange(len(n) + 1), ends) - 0.5))
+        x1.append(resample(x, np.interp(place, np.arange(len(n) + 1), ends) - 0.5))
     return Speech(speech.sentences, x1)
 
 
@@ -223,6 +223,8 @@ def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Stud
             good, since = held_out, step
         if step - since >= PATIENCE * CHECK:
             break
+    else:
+        print(f"note: after {steps} steps a student was still learning; give it more --steps")
     return best
 
 
@@ -303,7 +305,7 @@ class Study:
         said = partial(speak, whisper=self.whisper, work=args.work_dir)
         self.real, self.reference = said(self.sentences, 0), said(self.sentences, 1)
         self.own = said(self.test.sentences, 2)
-        self.even = [even(spoken) for spoken in (self.real, self.own) if args.real]
+        self.even = [even(self.real), even(self.own)] if args.real else []
         self.versions = [said(self.some, seed).x1 for seed in range(3, 11)]
 
     def student(self, speech: Speech, own: Speech, seed: int) -> dict:
