@@ -394,7 +394,7 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
 
 
 def letter_lengths(sentence: Sentence, speed: float = 1.0,
-                 durations: dict | None = None) -> np.ndarray:
+                   durations: dict | None = None) -> np.ndarray:
     """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,).
 
     As long as recordings say (`fit_durations`), in their languages; else all are equally long.
