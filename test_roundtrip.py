@@ -1010,6 +1010,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 
 def test_non_finite_loss_stops_the_run_and_loses_no_checkpoint(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
     for name in ("ckpt.pt", "log.csv"):
         (tmp_path / name).write_bytes(b"of an earlier run")
     with pytest.raises(BadInput, match="the loss is .* smaller --learning_rate"):
@@ -1017,7 +1018,7 @@ def test_non_finite_loss_stops_the_run_and_loses_no_checkpoint(tmp_path):
         train.main([*FLAGS, *flags.split()])
     assert not (tmp_path / "ckpt.pt").exists()
     assert (tmp_path / "ckpt.old").read_bytes() == b"of an earlier run"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_spectrogram_trains(tmp_path):
