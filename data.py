@@ -425,16 +425,16 @@ def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) 
     durations = {}
     for language in dict.fromkeys(s.language for s in sentences):
         mine = [(sounds(s.text), n) for s, n in zip(sentences, lasting) if s.language == language]
-        known = "".join(sorted(set(EDGE).union(*(letters for letters, _ in mine))))
-        where = np.concatenate([neighbours(letters, known) for letters, _ in mine]).T
         frames = np.concatenate([n for _, n in mine]).astype(float)
         if len(frames) < ENOUGH:
             continue
+        known = "".join(sorted(set(EDGE).union(*(letters for letters, _ in mine))))
+        where = np.concatenate([neighbours(letters, known) for letters, _ in mine]).T
+        counts = [np.bincount(numbers, minlength=len(known) + 1) for numbers in where]
         table, residual = np.zeros((len(where), len(known) + 1)), frames - frames.mean()
         for _ in range(ROUNDS):
-            for row, numbers in zip(table, where):
+            for row, numbers, count in zip(table, where, counts):
                 residual += row[numbers]
-                count = np.bincount(numbers, minlength=len(row))
                 row[:] = np.bincount(numbers, residual, len(row)) / (count + RIDGE)
                 residual -= row[numbers]
         table[CONTEXT] += frames.mean()
@@ -444,9 +444,8 @@ def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) 
 
 def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
          durations: dict | None = None) -> bool:
-    frames = natural_frames(sentence, speed)  # the faster way to the same
-    if durations:
-        frames = count_frames(letter_lengths(sentence, speed, durations))
+    frames = (count_frames(letter_lengths(sentence, speed, durations)) if durations
+              else natural_frames(sentence, speed))  # the same, and faster
     if frames > whisper.max_frames:
         return False
     if len(sentence.text.encode()) < whisper.max_tokens:  # a token is a byte or more
