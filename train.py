@@ -49,6 +49,7 @@ class Config:
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
+    voices: int = setting(4, "so many voices are made of each recording, its own among them", 1)
     speech_share: float = setting(0.75, "of the steps, the first that learn from --speech alone; 1: all", 0, 1.01)
     text_weight: float = setting(0.2, "with --speech: weight of the round trip, which joins it", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
@@ -114,7 +115,8 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     picks = picks[corpus.frames[picks].argsort(stable=True)]  # so little is padded
     first = n * int(torch.randint(4, (), generator=rng))
     picks = picks[first : first + n]
-    x1 = corpus.x1 and [corpus.x1[i] for i in picks]
+    x1 = corpus.x1 and [corpus.x1[i][voice % len(corpus.x1[i])] for i, voice in
+                        zip(picks, torch.randint(2**20, (n,), generator=rng))]
     pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
     lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]  # or as recorded
     batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, lasting, x1)
@@ -418,7 +420,7 @@ def gather(config: Config, whisper: FrozenWhisper, speech: data.Corpus | None) -
     load = partial(data.load, config.data, whisper, config.speed, config.temperature)
     found, problems, durations = load(), [], {}  # text first: a wrong flag is found at once
     if config.speech:
-        speech, problems = data.load_speech(Path(config.speech), whisper)
+        speech, problems = data.load_speech(Path(config.speech), whisper, config.voices)
     if speech:
         durations = data.fit_durations(speech.sentences, speech.lasting)
         load = partial(load, durations=durations)

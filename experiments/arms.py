@@ -9,8 +9,6 @@ import random
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
@@ -28,12 +26,13 @@ ARMS = {
 for minutes in (1, 7, 30, 110):
     ARMS |= {
         f"pairs-{minutes}": (minutes, True, "--speech_share 1 --steps 2000"),
-        f"unlabelled-{minutes}": (minutes, False, "--steps 2400"),
-        f"both-{minutes}": (minutes, True, "--steps 2400"),
+        f"unlabelled-{minutes}": (minutes, False, "--steps 4800"),
+        f"both-{minutes}": (minutes, True, "--steps 4800"),
     }
 
 
-def speak(minutes: float, has_text: bool, sentences: list, whisper) -> data.Corpus | None:
+def speak(minutes: float, has_text: bool, sentences: list, voices: int,
+          whisper: FrozenWhisper) -> data.Corpus | None:
     """So many minutes of sentences that are spoken once, in equal parts of every language."""
     if not minutes:
         return None
@@ -44,18 +43,12 @@ def speak(minutes: float, has_text: bool, sentences: list, whisper) -> data.Corp
     most = train.balanced(sentences, round(110 * 60 / MEAN_SECONDS))
     said = most[:: max(1, round(110 / minutes))]
     clips = make_pocket.speak_all(said, make_pocket.VARIANTS, FIRST_SEED, work, "speech")
-    texts, x1 = [], []
-    for sentence, clip in zip(tqdm(said, desc="hearing"), clips):
-        try:
-            mel = data.stack_clips([clip], whisper)
-            text, latent = data.hear(mel, sentence if has_text else None, whisper)
-        except BadInput:  # what Whisper does not understand is left out
-            continue
-        texts.append(text)
-        x1.append(latent)
-    if len(texts) < len(said):
-        print(f"{len(said) - len(texts)} of {len(said)} utterances were not understood: left out")
-    return data.speech_corpus(texts, x1)
+    heard = data.hear_all(list(zip(clips, [s if has_text else None for s in said])),
+                          lambda clip: data.stack_clips([clip], whisper), whisper, voices)
+    if n_failed := len(heard["problems"]):  # what Whisper does not understand is left out
+        print(f"{n_failed} of {len(said)} utterances were not understood: left out")
+    sentences = [data.Sentence(*text) for text in heard["texts"]]
+    return data.speech_corpus(sentences, heard["x1"], [n.numpy() for n in heard["lasting"]])
 
 
 def main(argv):
@@ -66,9 +59,10 @@ def main(argv):
         minutes, has_text, flags = ARMS[name]
         whisper = SpectralWhisper() if name == "spectrogram" else FrozenWhisper("pocket")
         training, _ = data.split(data.builtin())
-        speech = speak(minutes, has_text, training, whisper)
-        out = ["--out_dir", f"out/arms/{name}", *flags.split(), *argv[len(names) :]]
-        train.main([*out, "--device", "cpu"], speech, whisper)
+        flags = ["--out_dir", f"out/arms/{name}", *flags.split(), *argv[len(names) :]]
+        voices = train.parse_config(flags).voices
+        speech = speak(minutes, has_text, training, voices, whisper)
+        train.main([*flags, "--device", "cpu"], speech, whisper)
 
 
 if __name__ == "__main__":
