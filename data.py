@@ -752,8 +752,8 @@ def other_voice(mel: Tensor, rng: torch.Generator) -> Tensor:
     below, share = place.long(), place.frac()[:, None].to(mel)
     slope = torch.linspace(-TILT, TILT, n_mels)[:, None].to(mel)
     voice = mel[..., below, :].lerp(mel[..., below + 1, :], share) + tilt * slope
-    voice = torch.where(mel > mel.min(), voice, mel.min())  # silence stays silent
-    return voice.maximum(voice.max() - 2)  # 8 decades, as `log_mel` clamps
+    silent = (mel == mel.min()).all(-2, keepdim=True)
+    return torch.where(silent, mel, voice).maximum(voice.max() - 2)  # as `log_mel` clamps
 
 
 def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper,
