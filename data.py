@@ -63,9 +63,8 @@ CONTEXT = 4  # letters on both sides that decide how long one lasts
 RIDGE, ROUNDS = 3.0, 20  # so many letters that add nothing stand beside those that were heard
 ENOUGH = 30  # letters of a language, or the length rule remains what it is
 ALIGN_ROUNDS = 10
-HEARD = 3  # version of what `load_speech` keeps; another one is heard again
+HEARD = 2  # version of what `load_speech` keeps; another one is heard again
 STRAY = 0.06  # of a letter's place from even spacing, standard deviation, 1: all of the utterance
-VOCAL_TRACT, TILT = 0.1, 0.1  # how much the voices of a recording differ, at most
 MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
 
 
@@ -613,7 +612,7 @@ class Corpus(NamedTuple):
     weights: Tensor  # (N,) of their draws
     lasting: list[np.ndarray]  # frames that each letter lasts, at natural speed or as recorded
     frames: Tensor  # (N,) that all of them last
-    x1: list[Tensor] | None = None  # (voices, T, C) each
+    x1: list[Tensor] | None = None  # (T, C) each
 
 
 def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None = None,
@@ -625,7 +624,7 @@ def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None
 
 def speech_corpus(sentences: list[Sentence], x1: list[Tensor],
                   lasting: list[np.ndarray]) -> Corpus:
-    frames = torch.tensor([x.shape[1] for x in x1])
+    frames = torch.tensor([len(x) for x in x1])
     return Corpus(sentences, frames.double() ** -2, lasting, frames, x1)  # short ones more often
 
 
@@ -647,7 +646,8 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
 
     lasting: frames that each letter lasts, else those of the length rule; a sentence has a frame
-    a token in any case, and no more than the decoder hears. x1: latents of recordings (T, C) each.
+    a token in any case, and no more than the decoder hears. x1: latents of recordings (T, C) each,
+    stretched to these lengths.
     """
     lasting = [letter_lengths(s) for s in sentences] if lasting is None else lasting
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
@@ -670,7 +670,16 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
         drop=torch.zeros(len(sentences), dtype=torch.bool, device=whisper.device),
     )
     targets = whisper.target_tokens(tokens, [s.language for s in sentences])
-    return Batch(list(sentences), cond, targets, x1 and pad(x1).float().to(whisper.device))
+    x1 = x1 and pad([stretch(x.float(), n) for x, n in zip(x1, frames)]).to(whisper.device)
+    return Batch(list(sentences), cond, targets, x1)
+
+
+def stretch(x1: Tensor, frames: int) -> Tensor:
+    """Latents said faster or slower, between two frames linearly, (T, C) -> (frames, C)."""
+    if len(x1) == frames:
+        return x1
+    x1 = torch.nn.functional.interpolate(x1.T[None], frames, mode="linear")[0].T
+    return torch.nn.functional.layer_norm(x1, x1.shape[-1:])  # back on the sphere
 
 
 def noise(batch: Batch, channels: int, seed: int) -> Tensor:
@@ -741,27 +750,8 @@ def speech_span(mel: Tensor) -> slice:
     return slice(loud[0] // 2, loud[-1] // 2 + 1)
 
 
-def other_voice(mel: Tensor, rng: torch.Generator) -> Tensor:
-    """Log-mel as of a vocal tract of another length, and brighter or darker; the same shape.
-
-    Vocal tract length perturbation, Jaitly and Hinton 2013: the spectrum is stretched.
-    """
-    length, tilt = (2 * torch.rand(2, generator=rng) - 1).tolist()
-    n_mels = mel.shape[-2]
-    place = (torch.arange(n_mels) * (1 + VOCAL_TRACT * length)).clamp(max=n_mels - 1.001)
-    below, share = place.long(), place.frac()[:, None].to(mel)
-    slope = torch.linspace(-TILT, TILT, n_mels)[:, None].to(mel)
-    voice = mel[..., below, :].lerp(mel[..., below + 1, :], share) + tilt * slope
-    silent = (mel == mel.min()).all(-2, keepdim=True)
-    return torch.where(silent, mel, voice).maximum(voice.max() - 2)  # as `log_mel` clamps
-
-
-def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper,
-         voices: int = 1) -> tuple[Sentence, Tensor]:
-    """Log-mel (1, n_mels, 2T) -> what is said, x1 (voices, T, C) fp16, its own voice first.
-
-    No text: the one that Whisper reads.
-    """
+def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple[Sentence, Tensor]:
+    """Log-mel (1, n_mels, 2T) -> what is said, x1 (T, C) fp16; no text: the one Whisper reads."""
     if sentence is None:
         features, language = whisper.features_of_speech(mel), "en"
         if whisper.model.is_multilingual:
@@ -771,12 +761,10 @@ def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper,
         if read.avg_logprob < MIN_LOGPROB or read.no_speech_prob > 0.5:
             raise BadInput(f"{whisper.name} is not sure of what it says: {read.text!r}")
         sentence = read_line(read.text, language, whisper)
-    span = speech_span(mel[0])
-    if len(whisper.encode(sentence.text, sentence.language)) > (n := span.stop - span.start):
-        raise BadInput(f"{n} frames are too few for {sentence.text[:60]!r}")
-    rng = torch.Generator().manual_seed(int(hash_share(sentence) * 2**31))
-    mels = torch.cat([mel, *(other_voice(mel, rng) for _ in range(voices - 1))])
-    return sentence, whisper.latents(mels)[:, span].half().cpu()
+    x1 = whisper.latents(mel)[0, speech_span(mel[0])].half().cpu()
+    if len(whisper.encode(sentence.text, sentence.language)) > len(x1):
+        raise BadInput(f"{len(x1)} frames are too few for {sentence.text[:60]!r}")
+    return sentence, x1
 
 
 def stamp(path: Path) -> tuple | None:
@@ -787,8 +775,7 @@ def stamp(path: Path) -> tuple | None:
         return None
 
 
-def hear_all(entries: list, log_mel: Callable, whisper: FrozenWhisper,
-             voices: int) -> dict[str, list]:
+def hear_all(entries: list, log_mel: Callable, whisper: FrozenWhisper) -> dict[str, list]:
     """[(recording, Sentence or None)] -> texts, x1, frames of the letters, and problems.
 
     log_mel(recording) gives what `hear` takes.
@@ -796,18 +783,16 @@ def hear_all(entries: list, log_mel: Callable, whisper: FrozenWhisper,
     heard = dict(texts=[], x1=[], problems=[])
     for recording, sentence in tqdm(entries, desc="hearing"):
         try:
-            sentence, x1 = hear(log_mel(recording), sentence, whisper, voices)
+            sentence, x1 = hear(log_mel(recording), sentence, whisper)
             heard["texts"].append(tuple(sentence))
             heard["x1"].append(x1)
         except BadInput as error:
             heard["problems"].append(f"{recording}: {error}")
-    sentences = [Sentence(*text) for text in heard["texts"]]
-    found = align_letters(sentences, [x1[0] for x1 in heard["x1"]])
+    found = align_letters([Sentence(*text) for text in heard["texts"]], heard["x1"])
     return heard | dict(lasting=[torch.from_numpy(each) for each in found])
 
 
-def load_speech(folder: Path, whisper: FrozenWhisper,
-                voices: int = 1) -> tuple[Corpus, list[str]]:
+def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]]:
     """A folder of recordings (see read_manifest) -> what they say and sound like, problems.
 
     What was heard is kept in folder/heard_KEY.pt; KEY depends on recordings, texts and checkpoint.
@@ -818,7 +803,7 @@ def load_speech(folder: Path, whisper: FrozenWhisper,
     if not folder.is_dir():
         raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
     entries, problems = read_manifest(folder, whisper)
-    key = hashlib.sha256(repr((HEARD, voices, [(stamp(path), s) for path, s in entries])).encode())
+    key = hashlib.sha256(repr((HEARD, [(stamp(path), s) for path, s in entries])).encode())
     blank = torch.zeros(1, whisper.dims.n_mels, 2 * whisper.max_frames)
     key.update(whisper.latents(blank).cpu().numpy().tobytes())  # what x1 is
     for weight in whisper.model.parameters():
@@ -827,8 +812,7 @@ def load_speech(folder: Path, whisper: FrozenWhisper,
     try:
         heard = torch.load(cache, weights_only=True)
     except Exception:  # there is none, or one that cannot be read
-        heard = hear_all(entries, lambda path: whisper.log_mel(read_audio(path, whisper)),
-                         whisper, voices)
+        heard = hear_all(entries, lambda path: whisper.log_mel(read_audio(path, whisper)), whisper)
         try:
             with writing(cache) as part, open(part, "wb") as file:
                 torch.save(heard, file)

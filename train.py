@@ -34,6 +34,7 @@ from sample import Settings, load_checkpoint, rates, round_trip
 from whisper_decoder import BadInput, FrozenWhisper, choose_device
 
 
+RECORDED_RANGE = 1.2  # recordings are made up to so many times slower or faster
 SOLVER_STEPS = 4  # of the round trip beside recordings, as many as `sample.py` takes
 
 
@@ -49,8 +50,8 @@ class Config:
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
-    voices: int = setting(4, "so many voices are made of each recording, its own among them", 1)
-    speech_share: float = setting(0.75, "of the steps, the first that learn from --speech alone; 1: all", 0, 1.01)
+    speech_share: float = setting(0.75, "steps that learn from --speech alone, the first; 1: all",
+                                  0, 1.01)
     text_weight: float = setting(0.2, "with --speech: weight of the round trip, which joins it", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     speed_range: float = setting(1.7, "sentences are up to so many times slower or faster", 1, 10)
@@ -115,10 +116,10 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     picks = picks[corpus.frames[picks].argsort(stable=True)]  # so little is padded
     first = n * int(torch.randint(4, (), generator=rng))
     picks = picks[first : first + n]
-    x1 = corpus.x1 and [corpus.x1[i][voice % len(corpus.x1[i])] for i, voice in
-                        zip(picks, torch.randint(2**20, (n,), generator=rng))]
-    pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
-    lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]  # or as recorded
+    x1 = corpus.x1 and [corpus.x1[i] for i in picks]
+    natural, most = (1, RECORDED_RANGE) if x1 else (config.speed, config.speed_range)
+    pace = natural * most ** (2 * torch.rand(n, generator=rng).numpy() - 1)
+    lasting = [corpus.lasting[i] / p for i, p in zip(picks, pace)]
     batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, lasting, x1)
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
@@ -420,7 +421,7 @@ def gather(config: Config, whisper: FrozenWhisper, speech: data.Corpus | None) -
     load = partial(data.load, config.data, whisper, config.speed, config.temperature)
     found, problems, durations = load(), [], {}  # text first: a wrong flag is found at once
     if config.speech:
-        speech, problems = data.load_speech(Path(config.speech), whisper, config.voices)
+        speech, problems = data.load_speech(Path(config.speech), whisper)
     if speech:
         durations = data.fit_durations(speech.sentences, speech.lasting)
         load = partial(load, durations=durations)

@@ -31,7 +31,7 @@ for minutes in (1, 7, 30, 110):
     }
 
 
-def speak(minutes: float, has_text: bool, sentences: list, voices: int,
+def speak(minutes: float, has_text: bool, sentences: list,
           whisper: FrozenWhisper) -> data.Corpus | None:
     """So many minutes of sentences that are spoken once, in equal parts of every language."""
     if not minutes:
@@ -44,7 +44,7 @@ def speak(minutes: float, has_text: bool, sentences: list, voices: int,
     said = most[:: max(1, round(110 / minutes))]
     clips = make_pocket.speak_all(said, make_pocket.VARIANTS, FIRST_SEED, work, "speech")
     heard = data.hear_all(list(zip(clips, [s if has_text else None for s in said])),
-                          lambda clip: data.stack_clips([clip], whisper), whisper, voices)
+                          lambda clip: data.stack_clips([clip], whisper), whisper)
     if n_failed := len(heard["problems"]):  # what Whisper does not understand is left out
         print(f"{n_failed} of {len(said)} utterances were not understood: left out")
     sentences = [data.Sentence(*text) for text in heard["texts"]]
@@ -60,8 +60,7 @@ def main(argv):
         whisper = SpectralWhisper() if name == "spectrogram" else FrozenWhisper("pocket")
         training, _ = data.split(data.builtin())
         flags = ["--out_dir", f"out/arms/{name}", *flags.split(), *argv[len(names) :]]
-        voices = train.parse_config(flags).voices
-        speech = speak(minutes, has_text, training, voices, whisper)
+        speech = speak(minutes, has_text, training, whisper)
         train.main([*flags, "--device", "cpu"], speech, whisper)
 
 
