@@ -646,8 +646,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
 
     lasting: frames that each letter lasts, else those of the length rule; a sentence has a frame
-    a token in any case, and no more than the decoder hears. x1: latents of recordings (T, C) each,
-    stretched to these lengths.
+    a token in any case, and no more than the decoder hears. x1: latents of recordings (T, C) each.
     """
     lasting = [letter_lengths(s) for s in sentences] if lasting is None else lasting
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
@@ -670,16 +669,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
         drop=torch.zeros(len(sentences), dtype=torch.bool, device=whisper.device),
     )
     targets = whisper.target_tokens(tokens, [s.language for s in sentences])
-    x1 = x1 and pad([stretch(x.float(), n) for x, n in zip(x1, frames)]).to(whisper.device)
-    return Batch(list(sentences), cond, targets, x1)
-
-
-def stretch(x1: Tensor, frames: int) -> Tensor:
-    """Latents said faster or slower, between two frames linearly, (T, C) -> (frames, C)."""
-    if len(x1) == frames:
-        return x1
-    x1 = torch.nn.functional.interpolate(x1.T[None], frames, mode="linear")[0].T
-    return torch.nn.functional.layer_norm(x1, x1.shape[-1:])  # back on the sphere
+    return Batch(list(sentences), cond, targets, x1 and pad(x1).float().to(whisper.device))
 
 
 def noise(batch: Batch, channels: int, seed: int) -> Tensor:

@@ -860,28 +860,15 @@ def recordings(pocket, every: int = 60) -> data.Corpus:
     return data.speech_corpus(sentences, heard["x1"], [n.numpy() for n in heard["lasting"]])
 
 
-def test_a_recording_said_slower_or_faster_is_read_alike(pocket):
-    speech = recordings(pocket, every=10)
-    for pace in (0.8, 1.2):
-        x1 = [data.stretch(x.float(), round(len(x) / pace)) for x in speech.x1]
-        frames = torch.tensor([len(x) for x in x1])
-        features = pocket.features(torch.nn.utils.rnn.pad_sequence(x1, True), frames)
-        read = pocket.transcribe(features, [s.language for s in speech.sentences])
-        assert sample.rates(speech.sentences, read).cer < 0.05
-        assert max((x.square().mean(1) - 1).abs().max() for x in x1) < 1e-3  # on the sphere
-
-
 def test_text_joins_recordings_late(pocket):
     config, speech = train.Config(steps=10, batch_size=4, speech_share=0.5), recordings(pocket)
     text = data.text_corpus(SENTENCES)
     drawn = [train.draw(step, text, speech, pocket, config)[0] for step in range(10)]
     assert [b.x1 is not None for b in drawn] == [True] * 5 + [True, False, True, False, True]
-    kinds, paces = dict(zip(speech.sentences, speech.x1)), []
+    kinds = dict(zip(speech.sentences, speech.x1))
     for batch in (b for b in drawn if b.x1 is not None):
         for sentence, frames, x1 in zip(batch.sentences, batch.cond["frames"], batch.x1):
-            paces.append(len(kinds[sentence]) / frames)
-            assert torch.equal(x1[:frames], data.stretch(kinds[sentence].float(), frames))
-    assert 0.8 < min(paces) < 0.95 and 1.05 < max(paces) < 1.25
+            assert frames == len(kinds[sentence]) and torch.equal(x1[:frames], kinds[sentence])
 
 
 def test_durations_go_from_the_recordings_to_the_samples(tmp_path, pocket, capsys):

@@ -34,7 +34,6 @@ from sample import Settings, load_checkpoint, rates, round_trip
 from whisper_decoder import BadInput, FrozenWhisper, choose_device
 
 
-RECORDED_RANGE = 1.2  # recordings are made up to so many times slower or faster
 SOLVER_STEPS = 4  # of the round trip beside recordings, as many as `sample.py` takes
 
 
@@ -117,9 +116,8 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     first = n * int(torch.randint(4, (), generator=rng))
     picks = picks[first : first + n]
     x1 = corpus.x1 and [corpus.x1[i] for i in picks]
-    natural, most = (1, RECORDED_RANGE) if x1 else (config.speed, config.speed_range)
-    pace = natural * most ** (2 * torch.rand(n, generator=rng).numpy() - 1)
-    lasting = [corpus.lasting[i] / p for i, p in zip(picks, pace)]
+    pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
+    lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]  # or as recorded
     batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, lasting, x1)
     x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
