@@ -7,6 +7,7 @@
 It predicts the endpoint and not the velocity. Whisper's encoder ends in a LayerNorm, so what the
 frozen decoder reads lies on a sphere: every frame has mean 0 and variance 1. A network that points
 at the sphere need not carry the noise through its narrow layers only to subtract it at the end.
+What x_t has of the endpoint already need not pass them either: it goes around them (`skip`).
 
 Text comes in twice: as the decoder's tokens, which say what is meant, and letter by letter, which
 says how words that were never heard may sound: a token is a name without a spelling.

@@ -195,14 +195,18 @@ def balanced(sentences: list, n: int) -> list:
     return [s for c in languages for s in [s for s in sentences if s.language == c][:each]]
 
 
+def read_back(run, whisper: FrozenWhisper, sentences: list, steps: int = 4) -> list:
+    """What the frozen decoder reads in the features that the averaged flow makes of sentences."""
+    lasting = [data.letter_lengths(s, run.config.speed, run.durations) for s in sentences]
+    return round_trip(run.ema, whisper, sentences, Settings(steps), lasting).read
+
+
 def evaluate(run, whisper: FrozenWhisper, held_out: list) -> dict:
     """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
-    model, config = run.ema, run.config
-    sentences = balanced(held_out, config.eval_sentences)
+    sentences = balanced(held_out, run.config.eval_sentences)
     result = {"val_sentences": len(sentences)}
-    lasting = [data.letter_lengths(s, config.speed, run.durations) for s in sentences]
     for steps in (1, 4):
-        read = round_trip(model, whisper, sentences, Settings(steps), lasting).read
+        read = read_back(run, whisper, sentences, steps)
         result |= {f"val_{name}_{steps}step": rate
                    for name, rate in rates(sentences, read)._asdict().items()}
         for code in dict.fromkeys(s.language for s in sentences):
@@ -210,18 +214,18 @@ def evaluate(run, whisper: FrozenWhisper, held_out: list) -> dict:
             result[f"val_cer_{steps}step_{code}"] = rates(*zip(*pairs)).cer
 
     # Chance: the text of another sentence, and noise in place of features.
-    shuffled = sentences[1:] + sentences[:1]
-    read = round_trip(model, whisper, shuffled, Settings(), lasting[1:] + lasting[:1]).read
+    read = read_back(run, whisper, sentences[1:] + sentences[:1])
     result["cer_shuffled_text"] = rates(sentences, read).cer
     some = balanced(sentences, 50)
-    batch = data.make_batch(some, whisper, [lasting[sentences.index(s)] for s in some])
+    lasting = [data.letter_lengths(s, run.config.speed, run.durations) for s in some]
+    batch = data.make_batch(some, whisper, lasting)
     noise = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
     read = whisper.transcribe(noise, [s.language for s in some])
     result["cer_noise"] = rates(some, read).cer
 
     # What the decoder makes of real speech, where ours fits the checkpoint.
     spoken, clips = data.spoken_sentences(whisper)
-    some = slice(None, None, max(1, len(spoken) // config.eval_sentences))
+    some = slice(None, None, max(1, len(spoken) // run.config.eval_sentences))
     spoken, clips = spoken[some], clips[some]
     read = data.transcribe_clips(clips, [s.language for s in spoken], whisper)
     result["cer_real_speech"] = rates(spoken, read).cer if spoken else math.nan
@@ -232,9 +236,7 @@ def show_samples(run, whisper: FrozenWhisper, held_out: list) -> None:
     """One held-out sentence of each of up to five languages, with 4 steps."""
     sentences = balanced(held_out, 1)[:5]
     tqdm.write(f"step {run.step}", file=sys.stdout)
-    lasting = [data.letter_lengths(s, run.config.speed, run.durations) for s in sentences]
-    read = round_trip(run.ema, whisper, sentences, Settings(), lasting).read
-    for (code, text), r in zip(sentences, read):
+    for (code, text), r in zip(sentences, read_back(run, whisper, sentences)):
         tqdm.write(f"  {code}  {text}  ->  {r.text}", file=sys.stdout)
 
 
