@@ -23,7 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-SPREAD = 0.1  # variance of x1 that the text leaves open, about (recordings: 0.05 to 0.2)
 REACH = 3.0  # bound of an endpoint that is no encoder output (sphere=False)
 
 
@@ -35,6 +34,7 @@ class DiTConfig:
     embedding: int  # E, of the frozen decoder's token embeddings
     depth: int = 4  # the dial: layers, and heads; the width follows
     patch: int = 4  # frames per patch, 20 ms each
+    spread: float = 0.0  # variance of x1 that the text leaves open: see `skip`
     sphere: bool = True  # normalise every frame of the endpoint; else keep it within +-REACH
 
     @property
@@ -63,14 +63,14 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def skip(x_t: Tensor, t: Tensor) -> Tensor:
+def skip(x_t: Tensor, t: Tensor, spread: float) -> Tensor:
     """What x_t itself says of the endpoint, the best linear guess, (B, T, C), (B,) -> (B, T, C).
 
-    c_skip of Karras et al. 2022 (arXiv 2206.00364, eq. 7), for data of the variance SPREAD around
-    what the text says: 0 at t = 0, all of x_t at t = 1. The narrow layers need only add the rest.
+    c_skip of Karras et al. 2022 (arXiv 2206.00364, table 1), for data of this variance around what
+    the text says: 0 at t = 0, all of x_t at t = 1. The narrow layers need only add the rest.
     """
     t = t[:, None, None]
-    return SPREAD * t / (SPREAD * t.square() + (1 - t).square()) * x_t
+    return spread * t / (spread * t.square() + (1 - t).square()) * x_t
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -175,6 +175,7 @@ class DiT(nn.Module):
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
-        x = x + skip(x_t[:, :n_frames], t)
+        if self.config.spread:
+            x = x + skip(x_t[:, :n_frames], t, self.config.spread)
         x = F.layer_norm(x, x.shape[-1:]) if self.config.sphere else REACH * torch.tanh(x / REACH)
         return x * is_speech[:, :n_frames, None]

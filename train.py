@@ -34,6 +34,7 @@ from sample import Settings, load_checkpoint, rates, round_trip
 from whisper_decoder import BadInput, FrozenWhisper, choose_device
 
 
+SPREAD = 0.1  # variance of recordings that their text leaves open, about (0.05 to 0.2)
 SOLVER_STEPS = 4  # of the round trip beside recordings, as many as `sample.py` takes
 
 
@@ -253,7 +254,9 @@ class Run:
             raise BadInput(f"--batch_size {config.batch_size} cannot be shared by {n_ranks} "
                            "processes; give a multiple of their number")
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
-        shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, sphere=whisper.sphere)
+        # From text alone the flow itself decides, and nearly nothing is left open.
+        shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, sphere=whisper.sphere,
+                          spread=0.0 if durations is None else SPREAD)
         self.config, self.step, self.rank, self.n_ranks = config, 0, rank, n_ranks
         self.durations = durations or {}  # of letters, as recorded: data.fit_durations
         self.model = DiT(shape).to(whisper.device)
@@ -411,7 +414,7 @@ class Material(NamedTuple):
 
     corpus_of: Callable[[int], data.Corpus]  # text of a part of the run, see data.read_lines
     speech: data.Corpus | None
-    durations: dict  # of the letters in it
+    durations: dict | None  # of the letters in it
     held_out: list
     problems: list[str]
 
@@ -419,7 +422,7 @@ class Material(NamedTuple):
 def gather(config: Config, whisper: FrozenWhisper, speech: data.Corpus | None) -> Material:
     """The text and the recordings that the flags name; or the recordings of a study."""
     load = partial(data.load, config.data, whisper, config.speed, config.temperature)
-    found, problems, durations = load(), [], {}  # text first: a wrong flag is found at once
+    found, problems, durations = load(), [], None  # text first: a wrong flag is found at once
     if config.speech:
         speech, problems = data.load_speech(Path(config.speech), whisper)
     if speech:
