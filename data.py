@@ -4,6 +4,7 @@ B batch, S text tokens, T latent frames (50 per second), E embedding width of th
 L prompt + text + end tokens.
 """
 import bz2
+import errno
 import gzip
 import hashlib
 import math
@@ -15,19 +16,18 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from ssl import SSLError
 from typing import Callable, Iterator, NamedTuple, Sequence
-from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from whisper.audio import SAMPLE_RATE
 
@@ -53,20 +53,20 @@ LANGUAGE_TABLE = [line.split("\t") for line in LANGUAGES.read_text("utf-8").spli
 ISO_639_3 = {code: iso for code, iso, _, _ in LANGUAGE_TABLE}
 # Length rule: words per second, or characters where words are written together (UNSPACED). Paces of
 # en, es, de, fr, zh are those of the clips in pocket/speech.npz; the others come from one sentence
-# each, read by espeak-ng at its usual speed (experiments/pace.py); "-": it cannot read it.
-PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_TABLE if pace != "-"}
-DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
+# each, read by espeak-ng at its usual speed (experiments/pace.py). Where that cannot read it ("-"):
+# the mean of the others; a guess.
+PACE = {code: float(pace) if pace != "-" else 7.0 if code in UNSPACED else 2.7
+        for code, _, pace, _ in LANGUAGE_TABLE}
 MIN_SECONDS = 0.6
 EDGE = "\n"  # what stands beside the first and the last letter
 SHORTEST = 0.7  # frames of a letter
 CONTEXT = 4  # letters on both sides that decide how long one lasts
 RIDGE, ROUNDS = 3.0, 20  # so many letters that add nothing stand beside those that were heard
 ENOUGH = 30  # letters of a language, or the length rule remains what it is
-ALIGN_ROUNDS = 10
+ALIGN_ROUNDS = 10  # of Viterbi training
 HEARD = 2  # version of what `load_speech` keeps; another one is heard again
 STRAY = 0.06  # of a letter's place from even spacing, standard deviation, 1: all of the utterance
 MIN_LOGPROB = -0.3  # of a transcript that is taken as the text of a recording
-
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
 CUTS = (
@@ -170,24 +170,16 @@ def fetch(address: str, file: Path) -> None:
                   tqdm.wrapattr(f, "write", desc=address, total=total, initial=start) as out):
                 shutil.copyfileobj(answer, out)
         if part.stat().st_size < total:
-            raise BadInput(f"{address} broke off after {part.stat().st_size:,} of {total:,} bytes; "
-                           "run it again, and it goes on from there")
+            raise ConnectionError(f"broke off after {part.stat().st_size:,} of {total:,} bytes")
         os.replace(part, file)
         tag.unlink(missing_ok=True)
-    except BadInput:
-        raise
-    except HTTPError as error:
-        if error.code in (404, 410, 416):  # what is there of it cannot be finished
+    except (OSError, HTTPException, ValueError) as error:  # of the network, the disk, the address
+        code = getattr(error, "code", None) or getattr(error, "errno", None)
+        if code in (404, 410, 416, errno.ENOSPC):  # what is there of it cannot be finished
             part.unlink(missing_ok=True)
-        raise BadInput(f"{address} answers {error.code} {error.reason}; check the address and try "
-                       "again, or download it in another way and give the file") from error
-    except (URLError, HTTPException, TimeoutError, ConnectionError, SSLError, ValueError) as error:
-        raise BadInput(f"cannot fetch {address} ({first_line(error)}); check the address and the "
-                       "network, or give a file that you have") from error
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise BadInput(f"cannot write {file} ({error.strerror}); free some space, or set "
-                       "XDG_CACHE_HOME to another folder") from error
+        raise BadInput(f"cannot fetch {address} ({first_line(error)}); check the address, the "
+                       f"network and the space in {file.parent} (XDG_CACHE_HOME), and run it again,"
+                       " which goes on from there, or give a file that you have") from error
 
 
 def unpack(file: Path) -> Path:
@@ -201,8 +193,7 @@ def unpack(file: Path) -> Path:
         with writing(plain) as part, open(part, "wb") as out:
             try:
                 with PACKED[file.suffix](file) as packed:
-                    while block := packed.read(2**20):
-                        out.write(block)
+                    shutil.copyfileobj(packed, out)
             except (EOFError, zlib.error, OSError) as error:
                 if getattr(error, "errno", None):  # not of the format, but of the disk
                     raise
@@ -212,10 +203,7 @@ def unpack(file: Path) -> Path:
 
 
 def read_lines(path: Path, shard: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """A file -> (place, line) each; with a shard, of a file over BIG bytes only SHARD lines.
-
-    These stand at random places: memory stays small, and another shard has other lines.
-    """
+    """A file -> (place, line) each; with a shard, of a BIG one SHARD lines at random places."""
     try:
         with open(path, "rb") as file:
             size = os.path.getsize(path)
@@ -240,25 +228,12 @@ def to_text(line: bytes, path: Path, place: str) -> str:
                        f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
 
 
-class Text(NamedTuple):
-    """What was found in a file, or in all sources."""
+def parse_lines(path: Path, parse: Callable, shard: int | None = None) -> tuple[list, list, float]:
+    """A text file, packed or not -> [parse(line)], problems, and how many lines each stands for.
 
-    weights: dict[Sentence, float]  # distinct sentences; how often each is drawn
-    problems: list[str]  # what was left out or changed, and why
-
-
-def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
-              shard: int | None = None) -> Text:
-    """A text file, packed or not -> its sentences, each weighing as many lines as it stands for.
-
-    FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
-    in its last column. Raises BadInput if the file is missing, empty or not UTF-8. A line that
-    cannot be used becomes one problem "file, line n: why"; blank lines are no sentences.
+    A line that cannot be used becomes one problem "file, line n: why"; blank lines are left out.
     """
-    plain = unpack(path)
-    is_table, weights, problems, n_bytes = plain.suffix == ".tsv", Counter(), [], 0
-    if path.exists() and not is_table and language is None:
-        raise BadInput(f"{path}: say its language, as in en={path}")
+    plain, found, problems, n_bytes = unpack(path), [], [], 0
     for place, raw in read_lines(plain, shard):
         n_bytes += len(raw)
         try:
@@ -269,20 +244,43 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
             problems.append(str(error))
             continue
         try:
-            code, tab, text = line.partition("\t") if is_table else (language, "\t", line)
-            if is_table and language:
-                code, text = language, line.rpartition("\t")[2]
-            if line.strip() and not tab:
-                raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
             if line.strip():
-                weights[read_line(text, code, whisper)] += 1
+                found.append(parse(line))
         except BadInput as error:
             problems.append(f"{path}, {place}: {error}")
-    if not weights:
-        why = f"; {problems[0]}" if problems else ": it is empty"
-        raise BadInput(f"{path} has no usable sentence{why}")
-    scale = os.path.getsize(plain) / n_bytes  # 1, or more if these are some lines of a big file
-    return Text({s: n * scale for s, n in weights.items()}, problems)
+    return found, problems, os.path.getsize(plain) / max(n_bytes, 1)
+
+
+class Text(NamedTuple):
+    """What was found in a file, or in all sources."""
+
+    weights: dict[Sentence, float]  # distinct sentences; how often each is drawn
+    problems: list[str]  # what was left out or changed, and why
+
+
+def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
+              shard: int | None = None) -> Text:
+    """A text file -> its sentences, each weighing as many lines as it stands for.
+
+    FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
+    in its last column. Raises BadInput if the file is missing, empty or not UTF-8.
+    """
+    is_table = ".tsv" in path.suffixes
+    if path.exists() and not is_table and not language:
+        raise BadInput(f"{path}: say its language, as in en={path}")
+
+    def parse(line: str) -> Sentence:
+        if not is_table:
+            return read_line(line, language, whisper)
+        if "\t" not in line:
+            raise BadInput(f"no tab between language and text: {clean(line)[:60]!r}")
+        first, rest = line.split("\t", 1)
+        return read_line(rest.split("\t")[-1] if language else rest, language or first, whisper)
+
+    found, problems, n_lines = parse_lines(path, parse, shard)
+    if not found:
+        raise BadInput(f"{path} has no usable sentence; {(problems or ['it is empty'])[0]}")
+    return Text({s: n * n_lines for s, n in Counter(found).items()}, problems)
 
 
 def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
@@ -294,7 +292,7 @@ def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
 
 
 def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper, shard: int) -> Text:
-    """All .txt and .tsv of a folder, packed or not; fr.txt is French."""
+    """All .txt and .tsv of a folder; fr.txt is French."""
     weights, problems = Counter(), []
     for path in sorted(folder.iterdir()):
         is_text, code = ".txt" in path.suffixes, path.name.partition(".")[0].lower()
@@ -305,7 +303,7 @@ def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper, shar
             weights.update(found.weights)
             problems += found.problems
     if not weights:
-        raise BadInput(f"{folder} has no .txt or .tsv that can be used{'; '.join(problems[:1])}")
+        raise BadInput("; ".join([f"{folder} has no .txt or .tsv that can be used", *problems[:1]]))
     return Text(weights, problems)
 
 
@@ -367,12 +365,9 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: adding lines moves no other line.
-
-    At least one of each (in tiny sets that one may move); BadInput if there are less than two.
-    """
+    """Training and held-out sentences, by a hash of each: adding lines moves no other line."""
     shares = [hash_share(s) for s in sentences]
-    limit = max([HELD_OUT, *sorted(shares)[:1]])
+    limit = max(HELD_OUT, min(shares, default=0))  # tiny sets: at least one, and that may move
     training = [s for s, share in zip(sentences, shares) if share > limit]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
@@ -387,20 +382,16 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
     """The length rule: how many latent frames the sentence takes when spoken; more when slower."""
     if not 0.1 <= speed <= 10:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
-    default = DEFAULT_CHARACTERS if sentence.language in UNSPACED else DEFAULT_WORDS
-    pace = PACE.get(sentence.language, default)
-    seconds = max(len(words(sentence.text, sentence.language)) / pace, MIN_SECONDS) / speed
+    n_words = len(words(sentence.text, sentence.language))
+    seconds = max(n_words / PACE[sentence.language], MIN_SECONDS) / speed
     return math.ceil(seconds * FRAMES_PER_SECOND)
 
 
 def letter_lengths(sentence: Sentence, speed: float = 1.0,
                    durations: dict | None = None) -> np.ndarray:
-    """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,).
-
-    As long as recordings say (`fit_durations`), in their languages; else all are equally long.
-    """
+    """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,)."""
     letters, frames = sounds(sentence.text), natural_frames(sentence, speed)
-    if not durations or sentence.language not in durations:
+    if not durations or sentence.language not in durations:  # no recordings: all equally long
         return np.full(len(letters), frames / len(letters))
     recorded = durations[sentence.language]
     where = neighbours(letters, recorded["letters"])
@@ -446,35 +437,35 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
          durations: dict | None = None) -> bool:
     frames = (count_frames(letter_lengths(sentence, speed, durations)) if durations
               else natural_frames(sentence, speed))  # the same, and faster
-    if frames > whisper.max_frames:
-        return False
-    if len(sentence.text.encode()) < whisper.max_tokens:  # a token is a byte or more
-        return True
-    tokens = text_tokens(sentence.text, whisper.tokenizer(sentence.language))
-    return len(tokens) <= whisper.max_tokens
+    n_tokens = len(sentence.text.encode()) + 1  # a token is a byte or more: only if need be
+    if n_tokens > whisper.max_tokens:
+        n_tokens = len(text_tokens(sentence.text, whisper.tokenizer(sentence.language)))
+    return frames <= whisper.max_frames and n_tokens <= whisper.max_tokens
 
 
 def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
                durations: dict | None = None) -> list[Sentence]:
     """A text too long for the decoder -> pieces that fit: sentences, else as long as possible."""
+    language, text = sentence
     if fits(sentence, whisper, speed, durations):
         return [sentence]
     for cut in CUTS:
-        parts = [part for part in re.split(cut, sentence.text) if part]
-        if len(parts) > 1:
+        first, *parts = filter(None, re.split(cut, text))
+        if parts:
             break
     else:
-        raise BadInput(f"{sentence.text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} "
-                       "can hear, and cannot be cut; shorten it, or raise --speed")
-    pieces = [parts[0]]
-    for part in parts[1:]:
-        longer = Sentence(sentence.language, pieces[-1] + part)
-        whole = cut is CUTS[0] and len(words(pieces[-1], sentence.language)) > 2  # not just "Dr."
-        together = not whole and fits(longer, whisper, speed, durations)
-        pieces[-1:] = [longer.text] if together else [pieces[-1], part]
-    pieces = [Sentence(sentence.language, piece.strip()) for piece in pieces]
-    return [short for piece in pieces if words(piece.text, piece.language)  # not a lonely bracket
-            for short in split_long(piece, whisper, speed, durations)]
+        raise BadInput(f"{text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} can "
+                       "hear, and cannot be cut; shorten it, or raise --speed")
+    pieces = [first]
+    for part in parts:
+        longer = Sentence(language, pieces[-1] + part)
+        whole = cut is CUTS[0] and len(words(pieces[-1], language)) > 2  # not just "Dr."
+        if whole or not fits(longer, whisper, speed, durations):
+            pieces.append(part)
+        else:
+            pieces[-1] = longer.text
+    return [short for piece in pieces if words(piece, language)  # not a lonely bracket
+            for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
 
 
 def split_all(weights: dict[Sentence, float], whisper: FrozenWhisper, speed: float,
@@ -498,15 +489,12 @@ def split_all(weights: dict[Sentence, float], whisper: FrozenWhisper, speed: flo
 
 
 def token_of_frame(lasting: Sequence[float], n_frames: int) -> Tensor:
-    """Average upsampling: how long tokens last (S,) -> the token of each frame (T,), T >= S.
-
-    A token's share of the frames is its share of the time; but every token has a frame, or it
-    would be lost.
-    """
+    """Average upsampling: how long tokens last (S,) -> the token of each frame (T,), T >= S."""
     i, ends = np.arange(len(lasting)), np.cumsum(lasting)
     ends = np.rint(ends / ends[-1] * n_frames).astype(int)
-    ends = np.maximum.accumulate(np.maximum(ends - i, 1)) + i  # each after the one before
-    ends = np.minimum(ends, n_frames - i[::-1])  # and room for those that follow
+    # Every token has a frame, or it would be lost: it ends after the one before,
+    ends = np.maximum.accumulate(np.maximum(ends - i, 1)) + i
+    ends = np.minimum(ends, n_frames - i[::-1])  # and leaves room for those that follow.
     return torch.from_numpy(np.repeat(i, np.diff(ends, prepend=0)))
 
 
@@ -520,12 +508,11 @@ def sounds(text: str) -> str:
 
 def byte_of_frame(text: str, lasting: Sequence[float], n_frames: int) -> Tensor:
     """The UTF-8 byte that sounds in each frame (T,), if the letters of `sounds` last so long."""
-    letters = [letter.encode() for letter in sounds(text)]
-    n_bytes = np.array([len(letter) for letter in letters])
+    letters = sounds(text)
+    n_bytes = np.array([len(letter.encode()) for letter in letters])
     ends = np.cumsum(np.repeat(np.asarray(lasting) / n_bytes, n_bytes))
     where = np.searchsorted(ends / ends[-1] * n_frames, np.arange(n_frames) + 0.5)
-    spelling = np.frombuffer(b"".join(letters), np.uint8)
-    return torch.from_numpy(spelling[where.clip(max=len(spelling) - 1)].copy()).long()
+    return torch.tensor(list(letters.encode()))[where.clip(max=len(ends) - 1)]
 
 
 def token_lengths(text: str, lasting: Sequence[float], n_bytes: Sequence[int]) -> np.ndarray:
@@ -570,11 +557,11 @@ def viterbi_training(texts: list[str], clips: Sequence[Tensor]) -> list[np.ndarr
     known at the beginning: all letters are equally long, and no path may stray far from that, or
     one letter would swallow all that none explains.
     """
-    names = {letter: k for k, letter in enumerate(sorted(set("".join(texts))))}
-    states = [np.array([names[letter] for letter in text]) for text in texts]
+    names = sorted(set("".join(texts)))
+    states = [np.array([names.index(letter) for letter in text]) for text in texts]
     paths = [np.arange(len(clip)) * len(s) // len(clip) for s, clip in zip(states, clips)]
-    frames = [len(clip) for clip in clips]
-    square = sum((x := clip.float().numpy()).T @ x for clip in clips) / sum(frames)
+    n_frames = sum(map(len, clips))
+    square = sum((x := clip.float().numpy()).T @ x for clip in clips) / n_frames
     for _ in tqdm(range(ALIGN_ROUNDS), desc="aligning letters", leave=False):
         total, count = np.zeros((len(names), len(square))), np.zeros((len(names), 1))
         for s, path, clip in zip(states, paths, clips):
@@ -582,9 +569,9 @@ def viterbi_training(texts: list[str], clips: Sequence[Tensor]) -> list[np.ndarr
             total += is_letter.T @ clip.float().numpy()
             count += is_letter.sum(0)[:, None]
         mean = total / np.maximum(count, 1)
-        cov = square - (count * mean).T @ mean / sum(frames)
+        cov = square - (count * mean).T @ mean / n_frames
         cov += 0.1 * cov.trace() / len(cov) * np.eye(len(cov))
-        mean = (total + 3 * total.sum(0) / sum(frames)) / (count + 3)  # a prior of three frames
+        mean = (total + 3 * total.sum(0) / n_frames) / (count + 3)  # a prior of three frames
         weight = np.linalg.solve(cov, mean.T).astype(np.float32)  # (C, names)
         offset = -0.5 * (mean.T * weight).sum(0)
         for i, (s, clip) in enumerate(zip(states, clips)):
@@ -657,19 +644,18 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     spread = [token_of_frame(token_lengths(s.text, each, sizes), n)
               for s, each, sizes, n in zip(sentences, lasting, n_bytes, frames)]
     spelled = [byte_of_frame(s.text, each, n) for s, each, n in zip(sentences, lasting, frames)]
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    text = pad([torch.tensor(row) for row in tokens]).to(whisper.device)
-    language = torch.tensor([whisper.language_token(s.language) for s in sentences])
+    languages = [s.language for s in sentences]
     cond = dict(
-        text=whisper.embed(text),  # (B, S, E)
-        token=pad(spread).to(whisper.device),  # (B, T)
-        byte=pad(spelled).to(whisper.device),  # (B, T)
-        frames=torch.tensor(frames).to(whisper.device),  # (B,)
-        language=whisper.embed(language.to(whisper.device)),  # (B, E)
-        drop=torch.zeros(len(sentences), dtype=torch.bool, device=whisper.device),
+        text=whisper.embed(pad_sequence([torch.tensor(row) for row in tokens], True)),  # (B, S, E)
+        token=pad_sequence(spread, True),  # (B, T)
+        byte=pad_sequence(spelled, True),  # (B, T)
+        frames=torch.tensor(frames),  # (B,)
+        language=whisper.embed(torch.tensor([*map(whisper.language_token, languages)])),  # (B, E)
+        drop=torch.zeros(len(sentences), dtype=torch.bool),
     )
-    targets = whisper.target_tokens(tokens, [s.language for s in sentences])
-    return Batch(list(sentences), cond, targets, x1 and pad(x1).float().to(whisper.device))
+    cond = {name: x.to(whisper.device) for name, x in cond.items()}
+    x1 = x1 and pad_sequence(x1, True).float().to(whisper.device)
+    return Batch(list(sentences), cond, whisper.target_tokens(tokens, languages), x1)
 
 
 def noise(batch: Batch, channels: int, seed: int) -> Tensor:
@@ -679,8 +665,7 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
         share = int(hash_share(sentence) * 2**31)
         generator = torch.Generator().manual_seed(seed * 2**31 + share)
         items.append(torch.randn(n, channels, generator=generator))
-    x0 = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
-    return x0.to(batch.cond["frames"].device)
+    return pad_sequence(items, True).to(batch.targets.device)
 
 
 # ---- speech ----------------------------------------------------------------------------------
@@ -689,8 +674,7 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
 def read_audio(path: Path, whisper: FrozenWhisper) -> np.ndarray:
     """A .wav, .flac or other file that soundfile reads -> 16 kHz, mono, (n,) in [-1, 1]."""
     try:
-        info = soundfile.info(path)
-        whisper.check_seconds(info.duration)
+        whisper.check_seconds(soundfile.info(path).duration)
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError, TypeError) as error:
         raise BadInput(f"no audio that can be read ({first_line(error)})") from error
@@ -718,20 +702,16 @@ def read_manifest(folder: Path, whisper: FrozenWhisper):
     if not file.exists():
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".wav", ".flac"))
         return [(path, None) for path in found], []
-    entries, problems = [], []
-    for place, raw in read_lines(file):
-        line = to_text(raw, file, place)
+
+    def parse(line: str) -> tuple[Path, Sentence]:
         fields = line.split("\t", 2) if file is tsv else line.split("|")
-        try:
-            if len(fields) < 3 and line.strip():
-                raise BadInput(f"3 fields expected: {line[:60]!r}")
-            if line.strip():
-                name, code, text = fields[:3]
-                path, code = (name, code) if file is tsv else (f"wavs/{name}.wav", "en")
-                entries.append((folder / path, read_line(text, code, whisper)))
-        except BadInput as error:
-            problems.append(f"{file}, {place}: {error}")
-    return entries, problems
+        if len(fields) < 3:
+            raise BadInput(f"3 fields expected: {line[:60]!r}")
+        name, code, text = fields[:3]
+        path, code = (name, code) if file is tsv else (f"wavs/{name}.wav", "en")
+        return folder / path, read_line(text, code, whisper)
+
+    return parse_lines(file, parse)[:2]
 
 
 def speech_span(mel: Tensor) -> slice:
@@ -743,14 +723,10 @@ def speech_span(mel: Tensor) -> slice:
 def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple[Sentence, Tensor]:
     """Log-mel (1, n_mels, 2T) -> what is said, x1 (T, C) fp16; no text: the one Whisper reads."""
     if sentence is None:
-        features, language = whisper.features_of_speech(mel), "en"
-        if whisper.model.is_multilingual:
-            probabilities = whisper.model.detect_language(features)[1][0]
-            language = max(probabilities, key=probabilities.get)
-        read = whisper.transcribe(features, [language])[0]
+        read = whisper.transcribe(whisper.features_of_speech(mel), [None])[0]
         if read.avg_logprob < MIN_LOGPROB or read.no_speech_prob > 0.5:
             raise BadInput(f"{whisper.name} is not sure of what it says: {read.text!r}")
-        sentence = read_line(read.text, language, whisper)
+        sentence = read_line(read.text, read.language, whisper)
     x1 = whisper.latents(mel)[0, speech_span(mel[0])].half().cpu()
     if len(whisper.encode(sentence.text, sentence.language)) > len(x1):
         raise BadInput(f"{len(x1)} frames are too few for {sentence.text[:60]!r}")
@@ -759,27 +735,21 @@ def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tupl
 
 def stamp(path: Path) -> tuple | None:
     """What changes when a file does; None if there is none."""
-    try:
-        return str(path), path.stat().st_size, path.stat().st_mtime_ns
-    except OSError:
-        return None
+    return (str(path), path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def hear_all(entries: list, log_mel: Callable, whisper: FrozenWhisper) -> dict[str, list]:
-    """[(recording, Sentence or None)] -> texts, x1, frames of the letters, and problems.
-
-    log_mel(recording) gives what `hear` takes.
-    """
-    heard = dict(texts=[], x1=[], problems=[])
+    """[(recording, Sentence or None)], log_mel(recording) -> what `load_speech` keeps."""
+    sentences, x1, problems = [], [], []
     for recording, sentence in tqdm(entries, desc="hearing"):
         try:
-            sentence, x1 = hear(log_mel(recording), sentence, whisper)
-            heard["texts"].append(tuple(sentence))
-            heard["x1"].append(x1)
+            sentence, latents = hear(log_mel(recording), sentence, whisper)
+            sentences.append(sentence)
+            x1.append(latents)
         except BadInput as error:
-            heard["problems"].append(f"{recording}: {error}")
-    found = align_letters([Sentence(*text) for text in heard["texts"]], heard["x1"])
-    return heard | dict(lasting=[torch.from_numpy(each) for each in found])
+            problems.append(f"{recording}: {error}")
+    lasting = [torch.from_numpy(each) for each in align_letters(sentences, x1)]
+    return dict(texts=list(map(tuple, sentences)), x1=x1, problems=problems, lasting=lasting)
 
 
 def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]]:
@@ -795,9 +765,8 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
     entries, problems = read_manifest(folder, whisper)
     key = hashlib.sha256(repr((HEARD, [(stamp(path), s) for path, s in entries])).encode())
     blank = torch.zeros(1, whisper.dims.n_mels, 2 * whisper.max_frames)
-    key.update(whisper.latents(blank).cpu().numpy().tobytes())  # what x1 is
-    for weight in whisper.model.parameters():
-        key.update(weight.cpu().numpy().tobytes())
+    for x in (whisper.latents(blank), *whisper.model.parameters()):  # what x1 is, and who hears
+        key.update(x.cpu().numpy().tobytes())
     cache = folder / f"heard_{key.hexdigest()[:12]}.pt"
     try:
         heard = torch.load(cache, weights_only=True)
@@ -809,8 +778,8 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
         except BadInput as error:
             problems.append(f"what was heard is not kept: {error}")
     problems += heard["problems"]
-    spoken = list(zip(map(Sentence._make, heard["texts"]), heard["x1"],
-                      (each.numpy() for each in heard["lasting"])))
+    spoken = [(Sentence(*text), x1, lasting.numpy())
+              for text, x1, lasting in zip(heard["texts"], heard["x1"], heard["lasting"])]
     kept = [entry for entry in spoken if hash_share(entry[0]) > HELD_OUT]
     if not kept:
         raise BadInput(f"{folder} has no usable recording; {(problems or ['it is empty'])[0]}")
@@ -842,18 +811,13 @@ def transcribe_clips(clips: Sequence[np.ndarray], languages: Sequence[str],
 
 
 def spoken_sentences(whisper: FrozenWhisper) -> tuple[list[Sentence], list[np.ndarray]]:
-    """The spoken test sentences that the repository ships -> sentences, 8-bit log-mel (n_mels, n).
-
-    Only languages that the checkpoint knows; none if its log-mel has other bins.
-    """
-    with np.load(SPEECH) as file:
-        stored = {name: file[name] for name in file.files}
+    """Test sentences that the checkpoint can hear -> sentences, their 8-bit log-mel (n_mels, n)."""
     sentences, clips = [], []
-    ends = np.cumsum(stored["n_frames"])
-    for language, text, end, n in zip(stored["language"], stored["text"], ends, stored["n_frames"]):
-        clip = stored["mel"][end - n : end].T
-        if (language in whisper.languages and n <= 2 * whisper.max_frames
-                and len(clip) == whisper.dims.n_mels):
-            sentences.append(Sentence(str(language), str(text)))
-            clips.append(clip)
+    with np.load(SPEECH) as file:
+        mels = np.split(file["mel"].T, np.cumsum(file["n_frames"])[:-1], axis=1)
+        for language, text, mel in zip(file["language"].tolist(), file["text"].tolist(), mels):
+            if (language in whisper.languages and len(mel) == whisper.dims.n_mels
+                    and mel.shape[1] <= 2 * whisper.max_frames):
+                sentences.append(Sentence(language, text))
+                clips.append(mel)
     return sentences, clips

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import whisper
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import AudioEncoder
@@ -61,11 +62,9 @@ class FrozenWhisper:
         unique = rows.unique(dim=0, return_inverse=True, return_counts=True)
         self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
         # A language whose token has no embedding of its own was never trained.
-        codes = list(LANGUAGES)[: self.model.num_languages]
-        codes = codes if self.model.is_multilingual else ["en"]
-        self.languages = [
-            code for code in codes if self.row_count[self.row_of[self.language_token(code)]] == 1
-        ]
+        codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
+        own = self.row_count[self.row_of] == 1  # (V,)
+        self.languages = [code for code in codes if own[self.language_token(code)]]
         self.n_prompt = len(self.prompt(self.languages[0]))
         self.silence = self.features_of_speech(self.log_mel(np.zeros(0, np.float32)))[0]
 
@@ -97,7 +96,8 @@ class FrozenWhisper:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The decoder's own token embeddings on N(0, I)'s scale, (...) -> (..., E)."""
-        return F.layer_norm(self.model.decoder.token_embedding(tokens), (self.dims.n_text_state,))
+        x = self.model.decoder.token_embedding(tokens.to(self.device))
+        return F.layer_norm(x, x.shape[-1:])
 
     def language_token(self, language: str) -> int:
         """The language's token; <|startoftranscript|> in an English-only checkpoint."""
@@ -112,14 +112,13 @@ class FrozenWhisper:
                            f"{window:.2f} s; cut it")
 
     def log_mel(self, samples: np.ndarray) -> Tensor:
-        """16 kHz samples (n,) in [-1, 1] -> log-mel (1, n_mels, 2 * n_audio_ctx), then silence.
+        """16 kHz samples (n,) in [-1, 1] -> log-mel, then silence (1, n_mels, 2 * n_audio_ctx).
 
         One clip at a time: Whisper clamps at 8 decades below the maximum of what it is given.
         """
-        window = self.max_frames * SAMPLES_PER_FRAME
         self.check_seconds(len(samples) / SAMPLE_RATE)
-        samples = torch.from_numpy(np.asarray(samples, np.float32))
-        mel = log_mel_spectrogram(samples, self.dims.n_mels, padding=window - len(samples))
+        padding = self.max_frames * SAMPLES_PER_FRAME - len(samples)
+        mel = log_mel_spectrogram(np.asarray(samples, np.float32), self.dims.n_mels, padding)
         return mel[None].to(self.device)
 
     def encode_speech(self, mel: Tensor) -> Tensor:
@@ -153,13 +152,12 @@ class FrozenWhisper:
         """Texts as tokens -> prompt + text + <|endoftext|>, padded with -1 (B, L)."""
         end = self.tokenizer("en").eot
         rows = [torch.tensor([*self.prompt(c), *row, end]) for row, c in zip(tokens, languages)]
-        return torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1).to(self.device)
+        return pad_sequence(rows, True, padding_value=-1).to(self.device)
 
     def cross_entropy(self, features: Tensor, tokens: Tensor, so_far: Tensor | None = None):
         """Teacher-forced, in nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
 
-        tokens come from `target_tokens`; so_far (B, L): what the decoder is told that it has read,
-        if not them.
+        tokens: of `target_tokens`; so_far (B, L): what the decoder is told that it read, else them.
         """
         decoder, targets = self.model.decoder, tokens[:, self.n_prompt :]
         inputs = (tokens if so_far is None else so_far)[:, :-1].clamp(min=0)
@@ -174,15 +172,16 @@ class FrozenWhisper:
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
         return each.sum(1) / said.sum(1)
 
-    def transcribe(self, features: Tensor, languages: Sequence[str]) -> list[DecodingResult]:
+    def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
         """Greedy `whisper.decode`, no teacher forcing, (B, n_audio_ctx, C) -> what is read.
 
-        A result has text, avg_logprob (mean over the tokens, in nats), no_speech_prob (of
-        <|nospeech|> as the first token) and compression_ratio (above 2.4 Whisper calls it a loop).
+        A language of None is detected. avg_logprob is a mean over tokens, in nats; no_speech_prob
+        that of <|nospeech|> as the first token; a compression_ratio above 2.4 Whisper calls a loop.
         """
         result = {}
         for language in dict.fromkeys(languages):  # whisper.decode takes one language a call
             where = [i for i, code in enumerate(languages) if code == language]
+            language = language or (None if self.model.is_multilingual else "en")
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
             result.update(zip(where, whisper.decode(self.model, features[where].float(), options)))
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
@@ -265,9 +264,9 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     try:
         model = whisper.load_model(str(POCKET) if name == "pocket" else name, "cpu")
     except Exception as error:  # whatever the download, torch.load and the constructor raise
-        hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
-                "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
-        raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); {hint}") from error
+        raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); check the network, or "
+                       "give a file with `dims` and `model_state_dict`, as openai-whisper saves "
+                       "it, or the embedded pocket") from error
     if device.type == "mps":  # has no sparse tensors; only word times need these
         model.alignment_heads = model.alignment_heads.to_dense()
     return model.to(device)
@@ -301,17 +300,16 @@ class ErrorRates(NamedTuple):
     exact: float  # share of texts that come back letter by letter, punctuation included
 
 
-def error_rates(
-    references: Sequence[str], hypotheses: Sequence[str], languages: Sequence[str]
-) -> ErrorRates:
+def error_rates(references: Sequence[str], hypotheses: Sequence[str],
+                languages: Sequence[str]) -> ErrorRates:
     """Corpus error rates after Whisper's normaliser, as fractions (above 1 if too much is read)."""
     edits, total, exact = np.zeros(2), np.zeros(2), 0
     for reference, hypothesis, language in zip(references, hypotheses, languages, strict=True):
         exact += reference == hypothesis
         said, read = (normalizer(language)(text).split() for text in (reference, hypothesis))
-        joint = "" if language in UNSPACED else " "
-        for i, (a, b) in enumerate([(joint.join(said), joint.join(read)), (said, read)]):
-            edits[i] += edit_distance(a, b)
-            total[i] += len(a)
+        parting = "" if language in UNSPACED else " "
+        letters = parting.join(said)
+        edits += edit_distance(letters, parting.join(read)), edit_distance(said, read)
+        total += len(letters), len(said)
     cer, wer = edits / np.maximum(total, 1)
     return ErrorRates(float(cer), float(wer), exact / max(len(references), 1))
