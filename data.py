@@ -43,6 +43,7 @@ SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
 LANGUAGES = Path(__file__).parent / "pocket" / "languages.tsv"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
+FULL = {errno.ENOSPC, errno.EDQUOT}
 PACKED = {".gz": gzip.open, ".bz2": bz2.open}
 BIG, SHARD = 2**24, 100_000  # of a file of more bytes, only so many lines are in memory
 HELD_OUT = 0.1  # share of the sentences that training never sees
@@ -53,10 +54,9 @@ LANGUAGE_TABLE = [line.split("\t") for line in LANGUAGES.read_text("utf-8").spli
 ISO_639_3 = {code: iso for code, iso, _, _ in LANGUAGE_TABLE}
 # Length rule: words per second, or characters where words are written together (UNSPACED). Paces of
 # en, es, de, fr, zh are those of the clips in pocket/speech.npz; the others come from one sentence
-# each, read by espeak-ng at its usual speed (experiments/pace.py). Where that cannot read it ("-"):
-# the mean of the others; a guess.
-PACE = {code: float(pace) if pace != "-" else 7.0 if code in UNSPACED else 2.7
-        for code, _, pace, _ in LANGUAGE_TABLE}
+# each, read by espeak-ng at its usual speed (experiments/pace.py); "-": it cannot read it.
+DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # the mean of the others; a guess
+PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_TABLE if pace != "-"}
 MIN_SECONDS = 0.6
 EDGE = "\n"  # what stands beside the first and the last letter
 SHORTEST = 0.7  # frames of a letter
@@ -174,12 +174,13 @@ def fetch(address: str, file: Path) -> None:
         os.replace(part, file)
         tag.unlink(missing_ok=True)
     except (OSError, HTTPException, ValueError) as error:  # of the network, the disk, the address
-        code = getattr(error, "code", None) or getattr(error, "errno", None)
-        if code in (404, 410, 416, errno.ENOSPC):  # what is there of it cannot be finished
+        code, is_full = getattr(error, "code", 0), getattr(error, "errno", 0) in FULL
+        if code in (404, 410, 416) or is_full:  # what is there of it cannot be finished
             part.unlink(missing_ok=True)
-        raise BadInput(f"cannot fetch {address} ({first_line(error)}); check the address, the "
-                       f"network and the space in {file.parent} (XDG_CACHE_HOME), and run it again,"
-                       " which goes on from there, or give a file that you have") from error
+        way_out = (f"free some space in {file.parent}, or set XDG_CACHE_HOME to another folder"
+                   if is_full else "check the address and the network and run it again (it goes on "
+                   "from there, if the server can), or give a file that you have")
+        raise BadInput(f"cannot fetch {address} ({first_line(error)}); {way_out}") from error
 
 
 def unpack(file: Path) -> Path:
@@ -200,6 +201,11 @@ def unpack(file: Path) -> Path:
                 raise BadInput(f"{file} is broken ({first_line(error)}); delete it, and get it "
                                "again") from error
     return plain
+
+
+def kind(path: Path) -> str:
+    """What a text file is, packed or not: .txt, .tsv ..."""
+    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
 
 
 def read_lines(path: Path, shard: int | None = None) -> Iterator[tuple[str, bytes]]:
@@ -265,7 +271,7 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
     in its last column. Raises BadInput if the file is missing, empty or not UTF-8.
     """
-    is_table = ".tsv" in path.suffixes
+    is_table = kind(path) == ".tsv"
     if path.exists() and not is_table and not language:
         raise BadInput(f"{path}: say its language, as in en={path}")
 
@@ -295,10 +301,10 @@ def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper, shar
     """All .txt and .tsv of a folder; fr.txt is French."""
     weights, problems = Counter(), []
     for path in sorted(folder.iterdir()):
-        is_text, code = ".txt" in path.suffixes, path.name.partition(".")[0].lower()
+        is_text, code = kind(path) == ".txt", path.name.partition(".")[0].lower()
         if is_text and not language and code not in whisper.languages:
             problems.append(f"{path} was left out: {code!r} is no language of {whisper.name}")
-        elif is_text or ".tsv" in path.suffixes:
+        elif is_text or kind(path) == ".tsv":
             found = read_file(path, language or (code if is_text else None), whisper, shard)
             weights.update(found.weights)
             problems += found.problems
@@ -382,8 +388,9 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
     """The length rule: how many latent frames the sentence takes when spoken; more when slower."""
     if not 0.1 <= speed <= 10:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
-    n_words = len(words(sentence.text, sentence.language))
-    seconds = max(n_words / PACE[sentence.language], MIN_SECONDS) / speed
+    default = DEFAULT_CHARACTERS if sentence.language in UNSPACED else DEFAULT_WORDS
+    pace = PACE.get(sentence.language, default)
+    seconds = max(len(words(sentence.text, sentence.language)) / pace, MIN_SECONDS) / speed
     return math.ceil(seconds * FRAMES_PER_SECOND)
 
 
@@ -437,7 +444,7 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
          durations: dict | None = None) -> bool:
     frames = (count_frames(letter_lengths(sentence, speed, durations)) if durations
               else natural_frames(sentence, speed))  # the same, and faster
-    n_tokens = len(sentence.text.encode()) + 1  # a token is a byte or more: only if need be
+    n_tokens = len(sentence.text.encode()) + 1  # at most; they are counted if that is too many
     if n_tokens > whisper.max_tokens:
         n_tokens = len(text_tokens(sentence.text, whisper.tokenizer(sentence.language)))
     return frames <= whisper.max_frames and n_tokens <= whisper.max_tokens
@@ -735,7 +742,10 @@ def hear(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tupl
 
 def stamp(path: Path) -> tuple | None:
     """What changes when a file does; None if there is none."""
-    return (str(path), path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else None
+    try:
+        return str(path), path.stat().st_size, path.stat().st_mtime_ns
+    except (OSError, ValueError):  # of an odd name
+        return None
 
 
 def hear_all(entries: list, log_mel: Callable, whisper: FrozenWhisper) -> dict[str, list]:

@@ -7,7 +7,7 @@
 It predicts the endpoint and not the velocity. Whisper's encoder ends in a LayerNorm, so what the
 frozen decoder reads lies on a sphere: every frame has mean 0 and variance 1. A network that points
 at the sphere need not carry the noise through its narrow layers only to subtract it at the end.
-What x_t has of the endpoint already need not pass them either: it goes around them (`skip`).
+When it learns from recordings, what x_t has of the endpoint already goes around them (`skip`).
 
 Text comes in twice: as the decoder's tokens, which say what is meant, and letter by letter, which
 says how words that were never heard may sound: a token is a name without a spelling.
@@ -34,7 +34,7 @@ class DiTConfig:
     embedding: int  # E, of the frozen decoder's token embeddings
     depth: int = 4  # the dial: layers, and heads; the width follows
     patch: int = 4  # frames per patch, 20 ms each
-    spread: float = 0.0  # variance of x1 that the text leaves open: see `skip`
+    cond_variance: float = 0.0  # of x1, given its text: see `skip`; 0: no skip
     sphere: bool = True  # normalise every frame of the endpoint; else keep it within +-REACH
 
     @property
@@ -63,14 +63,14 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def skip(x_t: Tensor, t: Tensor, spread: float) -> Tensor:
-    """What x_t itself says of the endpoint, the best linear guess, (B, T, C), (B,) -> (B, T, C).
+def skip(x_t: Tensor, t: Tensor, cond_variance: float) -> Tensor:
+    """What x_t itself adds to the best linear guess of x1, (B, T, C), (B,) -> (B, T, C).
 
-    c_skip of Karras et al. 2022 (arXiv 2206.00364, table 1), for data of this variance around what
-    the text says: 0 at t = 0, all of x_t at t = 1. The narrow layers need only add the rest.
+    If x1 varies so much around what the text says: 0 at t = 0, all of x_t at t = 1. That is c_skip
+    of Karras et al. 2022 (arXiv 2206.00364, table 1) for x_t / t, whose noise is (1 - t) / t.
     """
     t = t[:, None, None]
-    return spread * t / (spread * t.square() + (1 - t).square()) * x_t
+    return cond_variance * t / (cond_variance * t.square() + (1 - t).square()) * x_t
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class DiT(nn.Module):
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
-        if self.config.spread:
-            x = x + skip(x_t[:, :n_frames], t, self.config.spread)
+        if self.config.cond_variance:
+            x = x + skip(x_t[:, :n_frames], t, self.config.cond_variance)
         x = F.layer_norm(x, x.shape[-1:]) if self.config.sphere else REACH * torch.tanh(x / REACH)
         return x * is_speech[:, :n_frames, None]

@@ -16,8 +16,8 @@ from whisper.decoding import DecodingResult
 
 import flow
 from data import (
-    FRAMES_PER_SECOND, Batch, Sentence, make_batch, noise, read_file, read_line, split_long,
-    letter_lengths, to_text, unheard_words, writing,
+    FRAMES_PER_SECOND, Batch, Sentence, kind, letter_lengths, make_batch, noise, read_file,
+    read_line, split_long, to_text, unheard_words, writing,
 )
 from model import DiT, DiTConfig
 from whisper_decoder import (
@@ -162,7 +162,7 @@ def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
     """Texts of the command line, a file or standard input."""
     problems = []
     if args.text_file:
-        language = None if ".tsv" in args.text_file.suffixes else args.language
+        language = None if kind(args.text_file) == ".tsv" else args.language
         weights, problems = read_file(args.text_file, language, whisper)
         sentences = list(weights)
     else:

@@ -241,9 +241,9 @@ def test_what_x_t_says_of_the_endpoint_is_the_best_linear_guess(pocket):
     best = (x_t * x1).mean((1, 2)) / x_t.square().mean((1, 2))  # least squares
     assert torch.allclose(skip(x_t, t, 0.1), best[:, None, None] * x_t, atol=0.03)
     batch = data.make_batch(SENTENCES, pocket)
-    of_text, net = (train.Run(train.Config(depth=2), pocket, durations).model
-                    for durations in (None, {}))  # {}: there are recordings
-    assert of_text.config.spread == 0
+    of_text, net = (train.Run(train.Config(depth=2), pocket, has_speech).model
+                    for has_speech in (False, True))
+    assert of_text.config.cond_variance == 0
     x1 = torch.nn.functional.layer_norm(torch.randn(batch.cond["token"].shape + (128,)), (128,))
     for time, low, high in ((0.0, -0.1, 0.1), (1.0, 0.8, 1.0)):  # a network that learned nothing
         x1_hat = net(x1, torch.full((len(x1),), time), batch.cond)[0, : batch.cond["frames"][0]]
@@ -523,7 +523,10 @@ def test_weights_and_temperature_of_a_mixture(tmp_path, pocket):
     (tmp_path / "README.txt").write_text("Of no language.\n")
     assert "'readme' is no language of pocket" in data.load([str(tmp_path)], pocket).problems[0]
     (tmp_path / "tab.txt").write_text("Hello\tworld\n")
-    assert list(data.load([f"en={tmp_path / 'tab.txt'}"], pocket).weights)[0].text == "Hello world"
+    (tmp_path / "tab.tsv.txt").write_text("Hello\tworld\n")  # what stands last counts
+    for file in ("tab.txt", "tab.tsv.txt"):
+        found = data.load([f"en={tmp_path / file}"], pocket).weights
+        assert list(found)[0].text == "Hello world"
     often, seldom = Sentence("en", "The dog."), Sentence("en", "The cat.")
     corpus = data.text_corpus([often, seldom], {often: 3.0, seldom: 1.0})
     drawn = train.draw(0, corpus, None, pocket, train.Config(batch_size=400))[0].sentences
@@ -625,7 +628,7 @@ def test_collections_are_fetched_once_and_broken_downloads_go_on(
         f"{server}/missing.txt": "HTTP Error 404: Not Found.*check the address",
         f"{server}/broken.txt.bz2": "is broken",
         f"{server}/bad.txt.gz": "is broken",
-        "http://127.0.0.1:9/x.txt": "check the address, the network",
+        "http://127.0.0.1:9/x.txt": "check the address and the network",
         f"{server}/forêt.txt": "HTTP Error 404",
         "http://[::1/a.txt": "check the address",
     }.items():
@@ -654,7 +657,7 @@ def test_a_full_disk_leaves_nothing_half_written(server, tmp_path, pocket, monke
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfileobj", full)
-        with pytest.raises(BadInput, match="No space left on device.*the space in"):
+        with pytest.raises(BadInput, match="No space left on device.*free some space"):
             data.load([f"de={server}/a.txt"], pocket)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".tag"]
     (tmp_path / "cache").rename(tmp_path / "old")
@@ -829,15 +832,17 @@ def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
     (tmp_path / "broken.wav").write_bytes(b"no audio")
     lines = ["a.flac\ten\tThe dog sleeps.", "no tab", "a.flac\txx\tunknown", "a.flac\ten\t...", "",
              "long.wav\ten\tA long one.", "none.wav\ten\tNothing.", "broken.wav\ten\tBroken.",
-             "missing.wav\ten\tMissing.", "a.flac\ten\tThe mouse sleeps."]  # one of those held out
+             "missing.wav\ten\tMissing.", f"{'Columns ' * 40}\ten\tswapped.",
+             "a.flac\ten\tThe mouse sleeps."]  # one of those held out
     (tmp_path / "manifest.tsv").write_text("\n".join(lines))
     corpus, problems = data.load_speech(tmp_path, pocket)
     assert corpus.sentences == SENTENCES[:1] and abs(corpus.frames[0] - 50) <= 2
     assert corpus.x1[0].shape == (corpus.frames[0], pocket.channels)
     wrong = ["line 2: 3 fields", "line 3: pocket does not", "line 4: no word",
              "long.wav: the clip", "none.wav: no samples",
-             "broken.wav: no audio", "missing.wav: no audio", "1 recordings are of held-out"]
-    assert [w in p for w, p in zip(wrong, problems, strict=True)] == [True] * 8
+             "broken.wav: no audio", "missing.wav: no audio", "no audio",
+             "1 recordings are of held-out"]
+    assert [w in p for w, p in zip(wrong, problems, strict=True)] == [True] * 9
     train.main([*FLAGS, "--speech", str(tmp_path), "--out_dir", str(tmp_path / "out")])
     assert "1 recordings, 0.0 minutes of speech" in capsys.readouterr().out
     monkeypatch.setattr(data, "read_audio", lambda *_: pytest.fail("heard again"))
@@ -860,6 +865,7 @@ def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
 def recordings(pocket, every: int = 60) -> data.Corpus:
     sentences, mel = spoken(pocket, every)
     heard = data.hear_all(list(zip(mel[:, None], sentences)), lambda mel: mel, pocket)
+    assert not heard["problems"]
     return data.speech_corpus(sentences, heard["x1"], [n.numpy() for n in heard["lasting"]])
 
 
@@ -897,7 +903,13 @@ def test_flow_learns_from_recordings(tmp_path, pocket):
     speech = recordings(pocket)
     sentences = speech.sentences
     config = train.Config(str(tmp_path), steps=150, batch_size=8, speech_share=1.0, depth=2)
-    train.train(train.Run(config, pocket), pocket, lambda _: speech, speech, sentences)
+    train.train(train.Run(config, pocket, True), pocket, lambda _: speech, speech, sentences)
+    checkpoint = sample.load_checkpoint(tmp_path / "ckpt.pt")
+    assert checkpoint["model_config"]["cond_variance"] == train.COND_VARIANCE  # and so it samples
+    checkpoint["model_config"].pop("cond_variance")  # as before there was one
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(BadInput, match="another network"):
+        train.Run(config, pocket, True).load()
     rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
     flow_loss, cross_entropy = (
         [float(row[rows[0].index(name)]) for row in rows[1:]] for name in ("flow", "cross_entropy")

@@ -34,7 +34,7 @@ from sample import Settings, load_checkpoint, rates, round_trip
 from whisper_decoder import BadInput, FrozenWhisper, choose_device
 
 
-SPREAD = 0.1  # variance of recordings that their text leaves open, about (0.05 to 0.2)
+COND_VARIANCE = 0.1  # of recordings given their text: about the flow loss at t < 0.25
 SOLVER_STEPS = 4  # of the round trip beside recordings, as many as `sample.py` takes
 
 
@@ -50,7 +50,7 @@ class Config:
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
-    speech_share: float = setting(0.75, "steps that learn from --speech alone, the first; 1: all",
+    speech_share: float = setting(0.75, "share of the steps, the first, for --speech alone; 1: all",
                                   0, 1.01)
     text_weight: float = setting(0.2, "with --speech: weight of the round trip, which joins it", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
@@ -247,16 +247,17 @@ def show_samples(run, whisper: FrozenWhisper, held_out: list) -> None:
 class Run:
     """Everything that a checkpoint keeps: network, average, optimizer, step, durations."""
 
-    def __init__(self, config: Config, whisper: FrozenWhisper, durations: dict | None = None,
-                 rank: int = 0, n_ranks: int = 1):
+    def __init__(self, config: Config, whisper: FrozenWhisper, has_speech: bool = False,
+                 durations: dict | None = None, rank: int = 0, n_ranks: int = 1):
         torch.manual_seed(config.seed)
         if config.batch_size % n_ranks:
             raise BadInput(f"--batch_size {config.batch_size} cannot be shared by {n_ranks} "
                            "processes; give a multiple of their number")
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
-        # From text alone the flow itself decides, and nearly nothing is left open.
+        # Of its own making x1 hardly varies, and the skip would only carry noise into it.
+        cond_variance = COND_VARIANCE if has_speech and whisper.sphere else 0.0
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, sphere=whisper.sphere,
-                          spread=0.0 if durations is None else SPREAD)
+                          cond_variance=cond_variance)
         self.config, self.step, self.rank, self.n_ranks = config, 0, rank, n_ranks
         self.durations = durations or {}  # of letters, as recorded: data.fit_durations
         self.model = DiT(shape).to(whisper.device)
@@ -313,6 +314,9 @@ class Run:
         if before != now:
             raise BadInput(f"{self.path} was trained with other recordings; give the same, or "
                            "another --out_dir")
+        if DiTConfig(**checkpoint["model_config"]) != self.model.config:
+            raise BadInput(f"{self.path} has another network than this train.py makes; train anew, "
+                           "with another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -414,7 +418,7 @@ class Material(NamedTuple):
 
     corpus_of: Callable[[int], data.Corpus]  # text of a part of the run, see data.read_lines
     speech: data.Corpus | None
-    durations: dict | None  # of the letters in it
+    durations: dict  # of the letters in it
     held_out: list
     problems: list[str]
 
@@ -422,7 +426,7 @@ class Material(NamedTuple):
 def gather(config: Config, whisper: FrozenWhisper, speech: data.Corpus | None) -> Material:
     """The text and the recordings that the flags name; or the recordings of a study."""
     load = partial(data.load, config.data, whisper, config.speed, config.temperature)
-    found, problems, durations = load(), [], None  # text first: a wrong flag is found at once
+    found, problems, durations = load(), [], {}  # text first: a wrong flag is found at once
     if config.speech:
         speech, problems = data.load_speech(Path(config.speech), whisper)
     if speech:
@@ -449,7 +453,7 @@ def main(argv=None, speech: data.Corpus | None = None,
         dist.barrier()  # until the first has downloaded, heard, and made the folder
     whisper = whisper or FrozenWhisper(config.whisper, device)
     corpus_of, speech, durations, held_out, problems = gather(config, whisper, speech)
-    run = Run(config, whisper, durations, rank, n_ranks)
+    run = Run(config, whisper, bool(speech), durations, rank, n_ranks)
     if rank == 0:
         run.prepare(problems)
         training = corpus_of(0).sentences

@@ -47,6 +47,8 @@ def speak(minutes: float, has_text: bool, sentences: list,
                           lambda clip: data.stack_clips([clip], whisper), whisper)
     if n_failed := len(heard["problems"]):  # what Whisper does not understand is left out
         print(f"{n_failed} of {len(said)} utterances were not understood: left out")
+    if n_failed == len(said):
+        raise BadInput(f"{whisper.name} understood none of {n_failed} utterances; give their text")
     sentences = [data.Sentence(*text) for text in heard["texts"]]
     return data.speech_corpus(sentences, heard["x1"], [n.numpy() for n in heard["lasting"]])
 
