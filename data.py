@@ -4,7 +4,6 @@ B batch, S text tokens, T latent frames (50 per second), E embedding width of th
 L prompt + text + end tokens.
 """
 import bz2
-import errno
 import gzip
 import hashlib
 import math
@@ -20,7 +19,9 @@ from functools import cache
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
+from ssl import SSLError
 from typing import Callable, Iterator, NamedTuple, Sequence
+from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
@@ -43,7 +44,6 @@ SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
 LANGUAGES = Path(__file__).parent / "pocket" / "languages.tsv"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
-FULL = {errno.ENOSPC, errno.EDQUOT}
 PACKED = {".gz": gzip.open, ".bz2": bz2.open}
 BIG, SHARD = 2**24, 100_000  # of a file of more bytes, only so many lines are in memory
 HELD_OUT = 0.1  # share of the sentences that training never sees
@@ -55,8 +55,8 @@ ISO_639_3 = {code: iso for code, iso, _, _ in LANGUAGE_TABLE}
 # Length rule: words per second, or characters where words are written together (UNSPACED). Paces of
 # en, es, de, fr, zh are those of the clips in pocket/speech.npz; the others come from one sentence
 # each, read by espeak-ng at its usual speed (experiments/pace.py); "-": it cannot read it.
-DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # the mean of the others; a guess
 PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_TABLE if pace != "-"}
+DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # mean of the others; a guess
 MIN_SECONDS = 0.6
 EDGE = "\n"  # what stands beside the first and the last letter
 SHORTEST = 0.7  # frames of a letter
@@ -173,14 +173,17 @@ def fetch(address: str, file: Path) -> None:
             raise ConnectionError(f"broke off after {part.stat().st_size:,} of {total:,} bytes")
         os.replace(part, file)
         tag.unlink(missing_ok=True)
-    except (OSError, HTTPException, ValueError) as error:  # of the network, the disk, the address
-        code, is_full = getattr(error, "code", 0), getattr(error, "errno", 0) in FULL
-        if code in (404, 410, 416) or is_full:  # what is there of it cannot be finished
+    except (URLError, HTTPException, TimeoutError, ConnectionError, SSLError, ValueError) as error:
+        if getattr(error, "code", 0) in (404, 410, 416):  # what is there cannot be finished
             part.unlink(missing_ok=True)
-        way_out = (f"free some space in {file.parent}, or set XDG_CACHE_HOME to another folder"
-                   if is_full else "check the address and the network and run it again (it goes on "
-                   "from there, if the server can), or give a file that you have")
-        raise BadInput(f"cannot fetch {address} ({first_line(error)}); {way_out}") from error
+        raise BadInput(f"cannot fetch {address} ({first_line(error)}); check the address and the "
+                       "network and run it again (it goes on from there, if the server can), or "
+                       "give a file that you have") from error
+    except OSError as error:
+        if part.exists():
+            part.unlink()
+        raise BadInput(f"cannot write {file} ({error.strerror}); free some space, or set "
+                       "XDG_CACHE_HOME to another folder") from error
 
 
 def unpack(file: Path) -> Path:
@@ -209,7 +212,10 @@ def kind(path: Path) -> str:
 
 
 def read_lines(path: Path, shard: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """A file -> (place, line) each; with a shard, of a BIG one SHARD lines at random places."""
+    """A file -> (place, line) each; with a shard, of a file over BIG bytes only SHARD lines.
+
+    These stand at random places: memory stays small, and another shard has other lines.
+    """
     try:
         with open(path, "rb") as file:
             size = os.path.getsize(path)
@@ -298,7 +304,7 @@ def read_line(line: str, language: str, whisper: FrozenWhisper) -> Sentence:
 
 
 def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper, shard: int) -> Text:
-    """All .txt and .tsv of a folder; fr.txt is French."""
+    """All .txt and .tsv of a folder, packed or not; fr.txt is French."""
     weights, problems = Counter(), []
     for path in sorted(folder.iterdir()):
         is_text, code = kind(path) == ".txt", path.name.partition(".")[0].lower()
@@ -371,9 +377,12 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: adding lines moves no other line."""
+    """Training and held-out sentences, by a hash of each: adding lines moves no other line.
+
+    At least one of each (in tiny sets that one may move); BadInput if there are less than two.
+    """
     shares = [hash_share(s) for s in sentences]
-    limit = max(HELD_OUT, min(shares, default=0))  # tiny sets: at least one, and that may move
+    limit = max(HELD_OUT, min(shares, default=0))
     training = [s for s, share in zip(sentences, shares) if share > limit]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
@@ -396,9 +405,12 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
 
 def letter_lengths(sentence: Sentence, speed: float = 1.0,
                    durations: dict | None = None) -> np.ndarray:
-    """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,)."""
+    """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,).
+
+    As long as recordings say (`fit_durations`), in their languages; else all are equally long.
+    """
     letters, frames = sounds(sentence.text), natural_frames(sentence, speed)
-    if not durations or sentence.language not in durations:  # no recordings: all equally long
+    if not durations or sentence.language not in durations:
         return np.full(len(letters), frames / len(letters))
     recorded = durations[sentence.language]
     where = neighbours(letters, recorded["letters"])
@@ -444,10 +456,12 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
          durations: dict | None = None) -> bool:
     frames = (count_frames(letter_lengths(sentence, speed, durations)) if durations
               else natural_frames(sentence, speed))  # the same, and faster
-    n_tokens = len(sentence.text.encode()) + 1  # at most; they are counted if that is too many
-    if n_tokens > whisper.max_tokens:
-        n_tokens = len(text_tokens(sentence.text, whisper.tokenizer(sentence.language)))
-    return frames <= whisper.max_frames and n_tokens <= whisper.max_tokens
+    if frames > whisper.max_frames:
+        return False
+    if len(sentence.text.encode()) < whisper.max_tokens:  # a token is a byte or more
+        return True
+    tokens = text_tokens(sentence.text, whisper.tokenizer(sentence.language))
+    return len(tokens) <= whisper.max_tokens
 
 
 def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
@@ -564,8 +578,8 @@ def viterbi_training(texts: list[str], clips: Sequence[Tensor]) -> list[np.ndarr
     known at the beginning: all letters are equally long, and no path may stray far from that, or
     one letter would swallow all that none explains.
     """
-    names = sorted(set("".join(texts)))
-    states = [np.array([names.index(letter) for letter in text]) for text in texts]
+    names = {letter: k for k, letter in enumerate(sorted(set("".join(texts))))}
+    states = [np.array([names[letter] for letter in text]) for text in texts]
     paths = [np.arange(len(clip)) * len(s) // len(clip) for s, clip in zip(states, clips)]
     n_frames = sum(map(len, clips))
     square = sum((x := clip.float().numpy()).T @ x for clip in clips) / n_frames
@@ -616,8 +630,12 @@ def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None
     return Corpus(sentences, drawn, lasting, torch.tensor([count_frames(n) for n in lasting]))
 
 
-def speech_corpus(sentences: list[Sentence], x1: list[Tensor],
-                  lasting: list[np.ndarray]) -> Corpus:
+def speech_corpus(heard: dict, held_out: float = 0.0) -> Corpus:
+    """What `hear_all` gives -> what may be drawn; held_out: this share of it, as in `split`, not."""
+    spoken = [(sentence, x1, lasting.numpy()) for sentence, x1, lasting in
+              zip(map(Sentence._make, heard["texts"]), heard["x1"], heard["lasting"])
+              if hash_share(sentence) > held_out]
+    sentences, x1, lasting = map(list, zip(*spoken)) if spoken else ([], [], [])
     frames = torch.tensor([len(x) for x in x1])
     return Corpus(sentences, frames.double() ** -2, lasting, frames, x1)  # short ones more often
 
@@ -788,14 +806,12 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
         except BadInput as error:
             problems.append(f"what was heard is not kept: {error}")
     problems += heard["problems"]
-    spoken = [(Sentence(*text), x1, lasting.numpy())
-              for text, x1, lasting in zip(heard["texts"], heard["x1"], heard["lasting"])]
-    kept = [entry for entry in spoken if hash_share(entry[0]) > HELD_OUT]
-    if not kept:
+    speech = speech_corpus(heard, HELD_OUT)
+    if not speech.sentences:
         raise BadInput(f"{folder} has no usable recording; {(problems or ['it is empty'])[0]}")
-    if len(kept) < len(spoken):
-        problems.append(f"{len(spoken) - len(kept)} recordings are of held-out sentences, left out")
-    return speech_corpus(*map(list, zip(*kept))), problems
+    if n_held_out := len(heard["texts"]) - len(speech.sentences):
+        problems.append(f"{n_held_out} recordings are of held-out sentences, left out")
+    return speech, problems
 
 
 def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:

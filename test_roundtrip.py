@@ -663,8 +663,9 @@ def test_a_full_disk_leaves_nothing_half_written(server, tmp_path, pocket, monke
     (tmp_path / "cache").rename(tmp_path / "old")
     (tmp_path / "cache").write_text("no folder")
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"Hallo.\n"))
-    with pytest.raises(BadInput, match="cannot write .*cache"):
-        data.load([f"de={tmp_path / 'a.txt.gz'}"], pocket)
+    for source in (tmp_path / "a.txt.gz", f"{server}/a.txt"):
+        with pytest.raises(BadInput, match="cannot write .*cache"):
+            data.load([f"de={source}"], pocket)
     with pytest.raises(BadInput, match="No space left"):
         with data.writing(tmp_path / "x") as part:
             part.write_text("half")
@@ -866,7 +867,7 @@ def recordings(pocket, every: int = 60) -> data.Corpus:
     sentences, mel = spoken(pocket, every)
     heard = data.hear_all(list(zip(mel[:, None], sentences)), lambda mel: mel, pocket)
     assert not heard["problems"]
-    return data.speech_corpus(sentences, heard["x1"], [n.numpy() for n in heard["lasting"]])
+    return data.speech_corpus(heard)
 
 
 def test_text_joins_recordings_late(pocket):
@@ -1146,7 +1147,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
     wrong = {
         "no Whisper 'nosuch'": lambda: FrozenWhisper("nosuch"),
         "no.pt' (": lambda: FrozenWhisper(at("no.pt")),
-        "give a file with `dims`": lambda: FrozenWhisper(at("other.pt")),
+        "a Whisper checkpoint has `dims`": lambda: FrozenWhisper(at("other.pt")),
         "does not know the language 'it'": lambda: pocket.check_language("it"),
         "tokens and pocket reads at most 64": lambda: pocket.encode("word " * 99, "en"),
         "at most 5.12 s": lambda: pocket.log_mel(np.zeros(99_999, np.float32)),

@@ -264,9 +264,9 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     try:
         model = whisper.load_model(str(POCKET) if name == "pocket" else name, "cpu")
     except Exception as error:  # whatever the download, torch.load and the constructor raise
-        raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); check the network, or "
-                       "give a file with `dims` and `model_state_dict`, as openai-whisper saves "
-                       "it, or the embedded pocket") from error
+        hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
+                "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
+        raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); {hint}") from error
     if device.type == "mps":  # has no sparse tensors; only word times need these
         model.alignment_heads = model.alignment_heads.to_dense()
     return model.to(device)

@@ -49,8 +49,7 @@ def speak(minutes: float, has_text: bool, sentences: list,
         print(f"{n_failed} of {len(said)} utterances were not understood: left out")
     if n_failed == len(said):
         raise BadInput(f"{whisper.name} understood none of {n_failed} utterances; give their text")
-    sentences = [data.Sentence(*text) for text in heard["texts"]]
-    return data.speech_corpus(sentences, heard["x1"], [n.numpy() for n in heard["lasting"]])
+    return data.speech_corpus(heard)
 
 
 def main(argv):
