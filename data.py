@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,7 @@ from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, first_line, text_
 
 SENTENCES = Path(__file__).parent / "pocket" / "sentences"
 SPEECH = Path(__file__).parent / "pocket" / "speech.npz"
+PRIOR = Path(__file__).parent / "pocket" / "prior.pt"
 LANGUAGES = Path(__file__).parent / "pocket" / "languages.tsv"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
@@ -61,7 +62,8 @@ MIN_SECONDS = 0.6
 EDGE = "\n"  # what stands beside the first and the last letter
 SHORTEST = 0.7  # frames of a letter
 CONTEXT = 4  # letters on both sides that decide how long one lasts
-RIDGE, ROUNDS = 3.0, 20  # so many letters that add nothing stand beside those that were heard
+RIDGE, ROUNDS = 3.0, 20  # so many values of 0 stand beside those that were measured
+SPREAD = 0.5  # standard deviation of x0 around its mean, as a share of that of speech
 ENOUGH = 30  # letters of a language, or the length rule remains what it is
 ALIGN_ROUNDS = 10  # of Viterbi training
 HEARD = 2  # version of what `load_speech` keeps; another one is heard again
@@ -341,7 +343,7 @@ def read_source(source: str, whisper: FrozenWhisper, shard: int) -> tuple[float 
 
 
 def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
-         temperature: float = 1.0, durations: dict | None = None, shard: int = 0) -> Text:
+         temperature: float = 1.0, prior: dict | None = None, shard: int = 0) -> Text:
     """Sources, each perhaps with a weight as in 0.5*builtin -> distinct sentences that fit.
 
     A source is "builtin", a file (see `read_file`) or a URL of one, LANGUAGE=FILE, a folder of
@@ -356,7 +358,7 @@ def load(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
         pools[share].update(found.weights)
         problems += found.problems
     for (_, weight), pool in pools.items():
-        pieces, more = split_all(pool, whisper, speed, durations)
+        pieces, more = split_all(pool, whisper, speed, prior)
         problems += more
         counts = Counter()
         for piece, n in pieces.items():
@@ -404,17 +406,17 @@ def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
 
 
 def letter_lengths(sentence: Sentence, speed: float = 1.0,
-                   durations: dict | None = None) -> np.ndarray:
+                   prior: dict | None = None) -> np.ndarray:
     """The length rule letter by letter: frames that each letter of `sounds` lasts (letters,).
 
-    As long as recordings say (`fit_durations`), in their languages; else all are equally long.
+    As long as recordings said (`fit_prior`), in their languages; else all are equally long.
     """
     letters, frames = sounds(sentence.text), natural_frames(sentence, speed)
-    if not durations or sentence.language not in durations:
+    if not prior or sentence.language not in prior:
         return np.full(len(letters), frames / len(letters))
-    recorded = durations[sentence.language]
-    where = neighbours(letters, recorded["letters"])
-    lasting = recorded["table"].numpy()[np.arange(where.shape[1]), where].sum(1)
+    heard = prior[sentence.language]
+    where = neighbours(letters, heard["letters"])
+    lasting = heard["durations"].numpy()[np.arange(where.shape[1]), where].sum(1)
     return lasting.clip(SHORTEST) / speed
 
 
@@ -425,36 +427,100 @@ def neighbours(letters: str, known: str) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(numbers, 2 * CONTEXT + 1)
 
 
-def fit_durations(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) -> dict:
-    """How long each letter lasts in recordings -> what `letter_lengths` needs.
+def backfit(numbers: Tensor, values: Tensor, n_rows: int) -> Tensor:
+    """Rows of a table whose sums are nearest to the values, (N, F), (N, D) -> (n_rows, D).
 
-    {language: letters (n) that were heard, table (2 CONTEXT + 1, n + 1) in frames}: a letter lasts
-    the sum of what itself and each of its neighbours add. That is ridge regression, nearly solved:
-    in turn for the letters at each distance.
+    Each value is the sum of the F rows that its numbers name, each column with rows of its own; row
+    0 adds nothing. That is ridge regression, nearly solved: in turn for the rows of each column.
     """
-    durations = {}
+    table, residual = torch.zeros(n_rows, values.shape[1], dtype=values.dtype), values.clone()
+    for _ in range(ROUNDS):
+        for column in numbers.T:
+            residual += table[column]
+            total = torch.zeros_like(table).index_add_(0, column, residual)
+            count = torch.bincount(column, minlength=n_rows)[:, None]
+            table = torch.where(count > 0, total / (count + RIDGE), table)
+            table[0] = 0
+            residual -= table[column]
+    return table
+
+
+def fit_prior(sentences: Sequence[Sentence], lasting: Sequence[np.ndarray]) -> dict:
+    """How long letters last in recordings -> the prior: what is known of speech before it is heard.
+
+    {language: {letters: (n) that were heard, durations: what each of its neighbours and a letter
+    itself add to its frames (2 CONTEXT + 1, n + 1)}}; experiments/listen.py adds how they sound.
+    """
+    prior = {}
     for language in dict.fromkeys(s.language for s in sentences):
         mine = [(sounds(s.text), n) for s, n in zip(sentences, lasting) if s.language == language]
-        frames = np.concatenate([n for _, n in mine]).astype(float)
+        frames = torch.from_numpy(np.concatenate([n for _, n in mine])).double()
         if len(frames) < ENOUGH:
             continue
-        known = "".join(sorted(set(EDGE).union(*(letters for letters, _ in mine))))
-        where = np.concatenate([neighbours(letters, known) for letters, _ in mine]).T
-        counts = [np.bincount(numbers, minlength=len(known) + 1) for numbers in where]
-        table, residual = np.zeros((len(where), len(known) + 1)), frames - frames.mean()
-        for _ in range(ROUNDS):
-            for row, numbers, count in zip(table, where, counts):
-                residual += row[numbers]
-                row[:] = np.bincount(numbers, residual, len(row)) / (count + RIDGE)
-                residual -= row[numbers]
+        letters = "".join(sorted(set(EDGE).union(*(text for text, _ in mine))))
+        where = np.concatenate([neighbours(text, letters) for text, _ in mine])
+        shape = where.shape[1], len(letters) + 1
+        rows = torch.from_numpy(where + shape[1] * np.arange(shape[0]))
+        table = backfit(rows, (frames - frames.mean())[:, None], math.prod(shape)).reshape(shape)
         table[CONTEXT] += frames.mean()
-        durations[language] = dict(letters=known, table=torch.from_numpy(table))
-    return durations
+        prior[language] = dict(letters=letters, durations=table)
+    return prior
+
+
+def kinds_of_sound(text: str, lasting: np.ndarray, n_frames: int, known: str) -> np.ndarray:
+    """What may decide how each frame sounds, as numbers > 0, (T, 2 CONTEXT + 3).
+
+    Its letter and the neighbours, and the two pairs of the letter with one beside it; of what is
+    nearest to the frame also in which third of the letter this is. lasting: in any unit. A number
+    is letter or pair, third and column in one, so that no column shares one with another.
+    """
+    ends = np.cumsum(lasting) / np.sum(lasting) * n_frames
+    middle = np.arange(n_frames) + 0.5
+    letter = np.searchsorted(ends, middle).clip(max=len(ends) - 1)
+    starts = np.append(0, ends[:-1])[letter]
+    third = (3 * (middle - starts) / (ends[letter] - starts)).astype(int).clip(0, 2)
+    where = neighbours(text, known)[letter].T
+    before, here, after = where[CONTEXT - 1 : CONTEXT + 2]
+    pairs = [before * (len(known) + 1) + here, here * (len(known) + 1) + after]
+    kinds = np.array([*where, *pairs])  # (F, T)
+    column = np.arange(len(kinds))[:, None]
+    is_near = (abs(column - CONTEXT) <= 1) | (column > 2 * CONTEXT)
+    return ((kinds * 3 + third * is_near) * len(kinds) + column + 1).T
+
+
+def rows_of(kinds: np.ndarray, heard: np.ndarray) -> Tensor:
+    """Where the kinds are in those that were heard, which are sorted and begin with 0: all others.
+    """
+    row = np.searchsorted(heard, kinds).clip(max=len(heard) - 1)
+    return torch.from_numpy(np.where(heard[row] == kinds, row, 0))
+
+
+def has_sounds(prior: dict | None) -> bool:
+    """Whether it says how letters sound, or only how long they last."""
+    return any("mean" in heard for heard in (prior or {}).values())
+
+
+def mean_frames(text: str, lasting: np.ndarray, n_frames: int, heard: dict) -> Tensor:
+    """What speech is like on average where it says this, heard: of its language, -> (T, C)."""
+    kinds = kinds_of_sound(text, lasting, n_frames, heard["letters"])
+    rows = rows_of(kinds, heard["kinds"].numpy())
+    return heard["mean"] + torch.nn.functional.embedding_bag(rows, heard["added"], mode="sum")
+
+
+@lru_cache(maxsize=64)
+def over_time(n_frames: int, hold: float, decay: float) -> Tensor:
+    """Root of the correlation of frames: share `hold` never ends, the rest decays (T, T).
+
+    Lower triangular: its first rows and columns are that of fewer frames.
+    """
+    apart = (torch.arange(n_frames)[:, None] - torch.arange(n_frames)).abs().double()
+    return torch.linalg.cholesky(hold + (1 - hold) * decay**apart).float()
 
 
 def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
-         durations: dict | None = None) -> bool:
-    frames = (count_frames(letter_lengths(sentence, speed, durations)) if durations
+         prior: dict | None = None) -> bool:
+    is_known = sentence.language in (prior or {})
+    frames = (count_frames(letter_lengths(sentence, speed, prior)) if is_known
               else natural_frames(sentence, speed))  # the same, and faster
     if frames > whisper.max_frames:
         return False
@@ -465,10 +531,10 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
 
 
 def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
-               durations: dict | None = None) -> list[Sentence]:
+               prior: dict | None = None) -> list[Sentence]:
     """A text too long for the decoder -> pieces that fit: sentences, else as long as possible."""
     language, text = sentence
-    if fits(sentence, whisper, speed, durations):
+    if fits(sentence, whisper, speed, prior):
         return [sentence]
     for cut in CUTS:
         first, *parts = filter(None, re.split(cut, text))
@@ -481,21 +547,21 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
     for part in parts:
         longer = Sentence(language, pieces[-1] + part)
         whole = cut is CUTS[0] and len(words(pieces[-1], language)) > 2  # not just "Dr."
-        if whole or not fits(longer, whisper, speed, durations):
+        if whole or not fits(longer, whisper, speed, prior):
             pieces.append(part)
         else:
             pieces[-1] = longer.text
     return [short for piece in pieces if words(piece, language)  # not a lonely bracket
-            for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
+            for short in split_long(Sentence(language, piece.strip()), whisper, speed, prior)]
 
 
 def split_all(weights: dict[Sentence, float], whisper: FrozenWhisper, speed: float,
-              durations: dict | None = None) -> tuple[Counter, list[str]]:
+              prior: dict | None = None) -> tuple[Counter, list[str]]:
     """Weights of texts -> those of pieces that fit the decoder, and notes on what was split."""
     pieces, problems, n_split = Counter(), [], 0
     for sentence, n in weights.items():
         try:
-            found = split_long(sentence, whisper, speed, durations)
+            found = split_long(sentence, whisper, speed, prior)
         except BadInput as error:
             problems.append(str(error))
             continue
@@ -621,17 +687,19 @@ class Corpus(NamedTuple):
     lasting: list[np.ndarray]  # frames that each letter lasts, at natural speed or as recorded
     frames: Tensor  # (N,) that all of them last
     x1: list[Tensor] | None = None  # (T, C) each
+    prior: dict | None = None  # see fit_prior
 
 
 def text_corpus(sentences: list[Sentence], weights: dict[Sentence, float] | None = None,
-                durations: dict | None = None) -> Corpus:
-    lasting = [letter_lengths(s, 1.0, durations) for s in sentences]
+                prior: dict | None = None) -> Corpus:
+    lasting = [letter_lengths(s, 1.0, prior) for s in sentences]
     drawn = torch.tensor([weights[s] if weights else 1.0 for s in sentences], dtype=torch.double)
-    return Corpus(sentences, drawn, lasting, torch.tensor([count_frames(n) for n in lasting]))
+    frames = torch.tensor([count_frames(n) for n in lasting])
+    return Corpus(sentences, drawn, lasting, frames, prior=prior)
 
 
 def speech_corpus(heard: dict, held_out: float = 0.0) -> Corpus:
-    """What `hear_all` gives -> what may be drawn; held_out: this share of it, as in `split`, not."""
+    """What `hear_all` gives -> what may be drawn; this share of it is held out, as in `split`."""
     spoken = [(sentence, x1, lasting.numpy()) for sentence, x1, lasting in
               zip(map(Sentence._make, heard["texts"]), heard["x1"], heard["lasting"])
               if hash_share(sentence) > held_out]
@@ -640,11 +708,20 @@ def speech_corpus(heard: dict, held_out: float = 0.0) -> Corpus:
     return Corpus(sentences, frames.double() ** -2, lasting, frames, x1)  # short ones more often
 
 
+class Gaussian(NamedTuple):
+    """Speech of a text, as far as it can be known: mean + over_time @ noise @ over_channels.T."""
+
+    mean: Tensor  # (T, C)
+    over_time: Tensor  # (T, T)
+    over_channels: Tensor  # (C, C)
+
+
 class Batch(NamedTuple):
     sentences: list[Sentence]
     cond: dict[str, Tensor]  # what model.DiT takes; cond["frames"] (B,) are the lengths
     targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
     x1: Tensor | None  # (B, T, C) of recordings
+    likely: list[Gaussian | None]  # around which the flow begins; None: at white noise
 
 
 def count_frames(lasting: np.ndarray) -> int:
@@ -654,11 +731,12 @@ def count_frames(lasting: np.ndarray) -> int:
 
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                lasting: Sequence[np.ndarray] | None = None,
-               x1: Sequence[Tensor] | None = None) -> Batch:
+               x1: Sequence[Tensor] | None = None, prior: dict | None = None) -> Batch:
     """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
 
     lasting: frames that each letter lasts, else those of the length rule; a sentence has a frame
     a token in any case, and no more than the decoder hears. x1: latents of recordings (T, C) each.
+    prior: see fit_prior.
     """
     lasting = [letter_lengths(s) for s in sentences] if lasting is None else lasting
     tokens = [whisper.encode(s.text, s.language) for s in sentences]
@@ -670,6 +748,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
               for s, each, sizes, n in zip(sentences, lasting, n_bytes, frames)]
     spelled = [byte_of_frame(s.text, each, n) for s, each, n in zip(sentences, lasting, frames)]
     languages = [s.language for s in sentences]
+    likely = [likely_speech(s, each, n, prior) for s, each, n in zip(sentences, lasting, frames)]
     cond = dict(
         text=whisper.embed(pad_sequence([torch.tensor(row) for row in tokens], True)),  # (B, S, E)
         token=pad_sequence(spread, True),  # (B, T)
@@ -680,7 +759,32 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     )
     cond = {name: x.to(whisper.device) for name, x in cond.items()}
     x1 = x1 and pad_sequence(x1, True).float().to(whisper.device)
-    return Batch(list(sentences), cond, whisper.target_tokens(tokens, languages), x1)
+    return Batch(list(sentences), cond, whisper.target_tokens(tokens, languages), x1, likely)
+
+
+def likely_speech(sentence: Sentence, lasting: np.ndarray, n_frames: int,
+                  prior: dict | None) -> Gaussian | None:
+    """What the prior expects of a text; of a language that it never heard: another's mean frame."""
+    if not has_sounds(prior):
+        return None
+    heard = prior.get(sentence.language, next(iter(prior.values())))
+    mean = heard["mean"].expand(n_frames, -1)
+    if sentence.language in prior:
+        mean = mean_frames(sounds(sentence.text), lasting, n_frames, heard)
+    root = over_time(64 * math.ceil(n_frames / 64), heard["hold"], heard["decay"])
+    return Gaussian(mean, root[:n_frames, :n_frames], heard["root"])
+
+
+def first_state(white: Tensor, batch: Batch) -> Tensor:
+    """x0 of the flow from white noise, (B, T, C) -> (B, T, C): that itself, or with a prior likely
+    speech, which is a draw of each text's Gaussian, of less spread, put on the sphere of x1."""
+    x0 = white.clone()
+    for i, likely in enumerate(batch.likely):
+        if likely:
+            mean, over_time, over_channels = (x.to(white.device) for x in likely)
+            x = mean + SPREAD * (over_time @ white[i, : len(mean)] @ over_channels.T)
+            x0[i, : len(mean)] = torch.nn.functional.layer_norm(x, x.shape[-1:])
+    return x0
 
 
 def noise(batch: Batch, channels: int, seed: int) -> Tensor:
@@ -690,7 +794,7 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
         share = int(hash_share(sentence) * 2**31)
         generator = torch.Generator().manual_seed(seed * 2**31 + share)
         items.append(torch.randn(n, channels, generator=generator))
-    return pad_sequence(items, True).to(batch.targets.device)
+    return first_state(pad_sequence(items, True), batch).to(batch.targets.device)
 
 
 # ---- speech ----------------------------------------------------------------------------------
@@ -812,6 +916,30 @@ def load_speech(folder: Path, whisper: FrozenWhisper) -> tuple[Corpus, list[str]
     if n_held_out := len(heard["texts"]) - len(speech.sentences):
         problems.append(f"{n_held_out} recordings are of held-out sentences, left out")
     return speech, problems
+
+
+def load_prior(path: Path, whisper: FrozenWhisper) -> dict:
+    """What experiments/listen.py wrote, see fit_prior."""
+    if not path.is_file():
+        raise BadInput(f"no file {path}; give one of experiments/listen.py, or --prior none")
+    try:
+        prior = torch.load(path, weights_only=True)
+        heard_by = {(heard["encoder"], len(heard["mean"])) for heard in prior.values()}
+    except Exception as error:
+        raise BadInput(f"{path} does not say what speech is like ({first_line(error)}); give a "
+                       "file that experiments/listen.py wrote, or --prior none") from error
+    if heard_by != {(encoder_key(whisper), whisper.channels)}:
+        raise BadInput(f"{path} is not about what {whisper.name} hears; give a file that "
+                       f"experiments/listen.py --whisper {whisper.name} wrote, or --prior none")
+    return prior
+
+
+def encoder_key(whisper: FrozenWhisper) -> str:
+    """The same for the same encoder, on any device."""
+    digest = hashlib.sha256()
+    for x in whisper.model.encoder.parameters():
+        digest.update(x.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:

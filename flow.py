@@ -2,7 +2,8 @@
 
 The contract
 ------------
-    time      t in [0, 1]; t = 0 is noise x0 ~ N(0, I), t = 1 is data x1
+    time      t in [0, 1]; t = 0 is noise x0, t = 1 is data x1
+    noise     x0 ~ N(0, I), or with a prior of speech what data.first_state makes of that
     path      x_t = (1 - (1 - sigma_min) t) x0 + t x1            Lipman et al. 2023, eq. 22
     velocity  u_t = dx_t/dt = x1 - (1 - sigma_min) x0            Lipman et al. 2023, eq. 23
     ODE       dx/dt = v(x_t, t), from t = 0 to t = 1
@@ -10,7 +11,7 @@ The contract
     sigma_min width of the noise that is left at t = 1; 0 in all of this repository, so that
               x_t = (1 - t) x0 + t x1 and u_t = x1 - x0
     guidance  v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho and Salimans
-              2022, eq. 6
+              2022, eq. 6; with a prior even v_null knows the text, from x0
     steps     steps of the solver; NFE = steps * ORDER[method] network evaluations, twice if guided
 
 "OT-CFM" means this conditional optimal-transport path: straight lines from x0 to x1. It is not

@@ -7,7 +7,8 @@
 It predicts the endpoint and not the velocity. Whisper's encoder ends in a LayerNorm, so what the
 frozen decoder reads lies on a sphere: every frame has mean 0 and variance 1. A network that points
 at the sphere need not carry the noise through its narrow layers only to subtract it at the end.
-When it learns from recordings, what x_t has of the endpoint already goes around them (`skip`).
+What x_t has of the endpoint already goes around them: all of it if x0 is likely speech, some when
+the flow learns from recordings (`skip`).
 
 Text comes in twice: as the decoder's tokens, which say what is meant, and letter by letter, which
 says how words that were never heard may sound: a token is a name without a spelling.
@@ -35,6 +36,7 @@ class DiTConfig:
     depth: int = 4  # the dial: layers, and heads; the width follows
     patch: int = 4  # frames per patch, 20 ms each
     cond_variance: float = 0.0  # of x1, given its text: see `skip`; 0: no skip
+    has_prior: bool = False  # x0 is likely speech, and the network corrects it
     sphere: bool = True  # normalise every frame of the endpoint; else keep it within +-REACH
 
     @property
@@ -117,11 +119,13 @@ class DiT(nn.Module):
     cond["frames"]    (B,)       length of each item; what is behind it changes nothing
     cond["language"]  (B, E)     embedding of the language token
     cond["drop"]      (B,)       True: ignore text and language (for guidance)
+
+    prior: what data.py needs to make the condition and x0, kept here: see data.fit_prior.
     """
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig, prior: dict | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.prior = config, prior or {}
         width, patch_size = config.width, config.patch * config.channels
         self.latent_in = nn.Linear(patch_size, width)
         self.text_in = mlp(config.embedding, 2 * width, width)
@@ -135,6 +139,9 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
         self.condition_out = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, patch_size)
+        if config.has_prior:  # at the start the endpoint is x_t
+            nn.init.zeros_(self.latent_out.weight)
+            nn.init.zeros_(self.latent_out.bias)
 
     def spread_text(self, cond: dict, is_speech: Tensor) -> Tensor:
         """Average upsampling: each frame takes its token and letters, (B, S, E) -> (B, T, D)."""
@@ -175,6 +182,8 @@ class DiT(nn.Module):
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
+        if self.config.has_prior:
+            x = x + x_t[:, :n_frames]
         if self.config.cond_variance:
             x = x + skip(x_t[:, :n_frames], t, self.config.cond_variance)
         x = F.layer_norm(x, x.shape[-1:]) if self.config.sphere else REACH * torch.tanh(x / REACH)

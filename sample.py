@@ -41,7 +41,7 @@ def load_checkpoint(path: Path) -> dict:
         raise BadInput(f"no checkpoint {path}; `python train.py` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model_config"], checkpoint["ema"], checkpoint["durations"]
+        checkpoint["model_config"], checkpoint["ema"], checkpoint["prior"]
         return checkpoint
     except Exception as error:
         raise BadInput(f"{path} is not a checkpoint of train.py, or of an older one: "
@@ -50,7 +50,7 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_model(checkpoint: dict, device: torch.device) -> DiT:
     """The averaged weights of a checkpoint as a network, ready to sample."""
-    model = DiT(DiTConfig(**checkpoint["model_config"])).to(device).eval()
+    model = DiT(DiTConfig(**checkpoint["model_config"]), checkpoint["prior"]).to(device).eval()
     model.load_state_dict(checkpoint["ema"])
     return model
 
@@ -76,7 +76,7 @@ def round_trip(model: DiT, whisper: FrozenWhisper, sentences: Sequence[Sentence]
     features, frames, read = [], [], []
     for start in range(0, len(sentences), batch_size):
         part = slice(start, start + batch_size)
-        batch = make_batch(sentences[part], whisper, lasting[part])
+        batch = make_batch(sentences[part], whisper, lasting[part], prior=model.prior)
         x1 = generate(model, whisper, batch, settings)[-1]
         seen = whisper.features(x1, batch.cond["frames"])
         read += whisper.transcribe(seen, [s.language for s in batch.sentences])
@@ -119,8 +119,8 @@ def show(text: Sentence, found: str, frames: np.ndarray, read: Sequence[Decoding
 
 def show_forming(model, whisper, sentence: Sentence, lasting: np.ndarray,
                  settings: Settings) -> None:
-    """Print what the decoder reads at every step of the ODE, from noise to speech."""
-    batch = make_batch([sentence], whisper, [lasting])
+    """Print what the decoder reads at every step of the ODE, from x0 to x1."""
+    batch = make_batch([sentence], whisper, [lasting], prior=model.prior)
     times = flow.schedule(settings.steps, settings.sway).tolist()
     for t, x in zip(times, generate(model, whisper, batch, settings)):
         read = whisper.transcribe(whisper.features(x, batch.cond["frames"]), [sentence.language])[0]
@@ -177,17 +177,17 @@ def read_texts(args, whisper: FrozenWhisper) -> list[Sentence]:
 
 
 def cut(text: Sentence, args, whisper: FrozenWhisper,
-        durations: dict) -> list[tuple[Sentence, np.ndarray]]:
+        prior: dict) -> list[tuple[Sentence, np.ndarray]]:
     """A text -> pieces that fit the decoder, and how many frames each of their letters lasts."""
     speed = args.speed
     if args.seconds is not None:
-        natural = letter_lengths(text, 1.0, durations).sum() / FRAMES_PER_SECOND
+        natural = letter_lengths(text, 1.0, prior).sum() / FRAMES_PER_SECOND
         if not natural / 10 <= args.seconds <= natural * 10:
             raise BadInput(f"--seconds {args.seconds} cannot be used for {text.text[:60]!r}; "
                            f"{natural:.2f} are natural, a tenth to ten times of that is possible")
         speed = min(max(natural / args.seconds, 0.1), 10)
-    return [(piece, letter_lengths(piece, speed, durations))
-            for piece in split_long(text, whisper, speed, durations)]
+    return [(piece, letter_lengths(piece, speed, prior))
+            for piece in split_long(text, whisper, speed, prior)]
 
 
 def main(argv=None) -> None:
@@ -209,7 +209,7 @@ def main(argv=None) -> None:
     if checkpoint["model_config"]["channels"] != whisper.channels:
         raise BadInput(f"{args.ckpt} makes spectrograms; only experiments/realism.py can read it")
     model, texts = load_model(checkpoint, device), read_texts(args, whisper)
-    cuts = [cut(text, args, whisper, checkpoint["durations"]) for text in texts]
+    cuts = [cut(text, args, whisper, model.prior) for text in texts]
     pieces, lasting = zip(*(pair for pairs in cuts for pair in pairs))
     trip = round_trip(model, whisper, pieces, settings, lasting)
     text_of = np.repeat(np.arange(len(texts)), [len(pairs) for pairs in cuts])

@@ -29,7 +29,7 @@ import data
 import flow
 import sample
 import train
-from experiments import arms, decoders, realism
+from experiments import arms, decoders, listen, realism
 from experiments.spectrogram import SpectralWhisper
 from data import Sentence
 from model import DiT, DiTConfig, skip
@@ -280,14 +280,15 @@ def test_gradient_reaches_the_flow_and_no_whisper_weight(latent, request):
                         torch.tensor([False, False, True, True]))
     parts = train.losses(model, whisper, batch, draws)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    sum(part.mean() for part in parts).backward()
+    (parts.cross_entropy + parts.flow).mean().backward()
+    assert not parts.transport.any()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
     optimizer.step()
     assert all(p.grad is None for p in whisper.model.parameters())
     assert all(torch.equal(before[k], v) for k, v in whisper.model.state_dict().items())
     alone = network(whisper)  # the critic alone teaches the text path
-    train.losses(alone, whisper, batch, draws)[0].mean().backward()
+    train.losses(alone, whisper, batch, draws).cross_entropy.mean().backward()
     assert alone.text_in[0].weight.grad.norm() > 0 and alone.spell.weight.grad.norm() > 0
     # Beside recordings text has no endpoint of its own, and its gradient passes all 4 steps.
     beside, times, passed = network(whisper), [], []
@@ -297,13 +298,13 @@ def test_gradient_reaches_the_flow_and_no_whisper_weight(latent, request):
         x1_hat.register_hook(lambda gradient: passed.append(gradient.norm()))
 
     beside.register_forward_hook(watch)
-    cross_entropy, flow_loss = train.losses(beside, whisper, batch, draws, beside_speech=True)
-    cross_entropy.mean().backward()
-    assert not flow_loss.any() and times == [0, 0.25, 0.5, 0.75]
+    parts = train.losses(beside, whisper, batch, draws, beside_speech=True)
+    parts.cross_entropy.mean().backward()
+    assert not parts.flow.any() and times == [0, 0.25, 0.5, 0.75]
     assert len(passed) == 4 and all(passed)
     recorded = batch._replace(x1=data.noise(batch, whisper.channels, 1))
-    cross_entropy, flow_loss = train.losses(beside, whisper, recorded, draws, beside_speech=True)
-    assert not cross_entropy.any() and flow_loss.all()
+    parts = train.losses(beside, whisper, recorded, draws, beside_speech=True)
+    assert not parts.cross_entropy.any() and parts.flow.all()
 
 
 # ---- the frozen Whisper ----------------------------------------------------------------------
@@ -721,7 +722,7 @@ def test_long_texts_are_split_and_nothing_is_lost(pocket):
         slow = [10 * data.letter_lengths(p) for p in pieces]
         assert data.make_batch(pieces, pocket, slow).cond["frames"].max() == pocket.max_frames
     whole = Sentence("en", "The dog sleeps, and the cat eats.")
-    slow = data.fit_durations([whole], [np.full(len(data.sounds(whole.text)), 12)])
+    slow = data.fit_prior([whole], [np.full(len(data.sounds(whole.text)), 12)])
     assert data.split_long(whole, pocket) == [whole]
     pieces = data.split_long(whole, pocket, 1.0, slow)
     assert len(pieces) > 1 and all(data.fits(p, pocket, 1.0, slow) for p in pieces)
@@ -760,7 +761,7 @@ def test_durations_are_those_of_the_recordings():
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcgn"), 30)) for _ in range(150)]
     sentences = [Sentence("de", text) for text in texts]
-    durations = data.fit_durations(sentences, [truth(text) for text in texts])
+    durations = data.fit_prior(sentences, [truth(text) for text in texts])
     for text in ("ngnanbanagang", "cabbaganga"):
         found = data.letter_lengths(Sentence("de", text), 2.0, durations)
         assert np.abs(2 * found - truth(text)).max() < 0.5
@@ -769,6 +770,66 @@ def test_durations_are_those_of_the_recordings():
     assert 2 < unheard[4] < 5
     other = data.letter_lengths(Sentence("es", "nananga"), 1.0, durations)
     assert other.tolist() == data.letter_lengths(Sentence("es", "nananga")).tolist()
+
+
+def test_backfit_is_ridge_regression():
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 5, (400, 2), generator=rng) + torch.tensor([0, 5])
+    rows[:, 1] *= rows[:, 1] > 5  # here and there a row that adds nothing
+    values = torch.randn(400, 3, generator=rng, dtype=torch.float64) + rows[:, :1]
+    design = torch.nn.functional.one_hot(rows, 10).sum(1).double()[:, 1:]
+    exact = torch.linalg.solve(design.T @ design + data.RIDGE * torch.eye(9), design.T @ values)
+    found = data.backfit(rows, values, 10)
+    torch.testing.assert_close(found[1:], exact, atol=1e-4, rtol=1e-4)
+    assert not found[0].any()
+
+
+class World:
+    """Speech of which everything is known: letters sound as they do, voices last, noise decays."""
+
+    def __init__(self, channels=6, hold=0.3, decay=0.6):
+        self.rng = torch.Generator().manual_seed(0)
+        self.sound = dict(zip("abcgn", 3 * torch.randn(5, 3, channels, generator=self.rng)))
+        self.root = torch.randn(channels, channels, generator=self.rng) / 3
+        self.hold, self.decay = hold, decay
+
+    def mean(self, text, thirds=2):
+        """Each third of a letter has its sound, and lasts so many frames; na sounds nasal."""
+        frames = [self.sound[letter] + 3 * (text[i - 1 : i + 1] == "na")
+                  for i, letter in enumerate(text)]
+        return torch.cat(frames).repeat_interleave(thirds, 0)
+
+    def say(self, text):
+        mean = self.mean(text)
+        noise = torch.randn(len(mean), len(self.root), generator=self.rng)
+        decaying = [noise[0]]
+        for x in noise[1:]:
+            decaying.append(self.decay * decaying[-1] + (1 - self.decay**2) ** 0.5 * x)
+        voice = torch.randn(len(self.root), generator=self.rng)
+        noise = self.hold**0.5 * voice + (1 - self.hold) ** 0.5 * torch.stack(decaying)
+        return mean + noise @ self.root.T
+
+
+def test_prior_finds_how_letters_sound():
+    world, rng = World(), np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcgn"), 40)) for _ in range(300)]
+    sentences, lasting = [Sentence("de", text) for text in texts], [np.full(40, 6)] * 300
+    heard = listen.fit_sounds(sentences, lasting, [world.say(text) for text in texts])["de"]
+    mean = data.mean_frames("nganbanag", np.full(9, 0.5), 54, heard)  # lengths in any unit
+    assert (mean - world.mean("nganbanag")).square().mean() < 0.02
+    torch.testing.assert_close(heard["root"] @ heard["root"].T, world.root @ world.root.T,
+                               atol=0.1, rtol=0.1)
+    assert abs(heard["hold"] - world.hold) < 0.05 and abs(heard["decay"] - world.decay) < 0.05
+    # Draws have these correlations; a language that was not heard begins at a mean frame.
+    likely = data.likely_speech(Sentence("de", "nab"), np.ones(3), 18, {"de": heard})
+    product = likely.over_time @ likely.over_time.T
+    assert math.isclose(product[3, 3], 1, rel_tol=1e-5)
+    assert math.isclose(product[3, 5], heard["hold"] + (1 - heard["hold"]) * heard["decay"]**2,
+                        rel_tol=1e-4)
+    other = data.likely_speech(Sentence("es", "nab"), np.ones(3), 18, {"de": heard}).mean
+    assert torch.equal(other, heard["mean"].expand(18, -1))
+    durations = data.fit_prior(sentences, lasting)  # they alone do not say how speech sounds
+    assert data.likely_speech(sentences[0], lasting[0], 240, durations) is None
 
 
 def test_alignment_gives_every_token_its_share():
@@ -884,7 +945,7 @@ def test_text_joins_recordings_late(pocket):
 def test_durations_go_from_the_recordings_to_the_samples(tmp_path, pocket, capsys):
     flags = [*FLAGS, "--out_dir", str(tmp_path), "--speech_share", "0.5"]
     train.main(flags, recordings(pocket))
-    durations = sample.load_checkpoint(tmp_path / "ckpt.pt")["durations"]
+    durations = sample.load_checkpoint(tmp_path / "ckpt.pt")["prior"]
     assert set(durations) == {"de", "en", "es", "fr"}  # the one Chinese sentence is too short
     with pytest.raises(BadInput, match="was trained with other recordings"):
         train.main([*flags, "--resume"], recordings(pocket, every=50))
@@ -898,6 +959,120 @@ def test_durations_go_from_the_recordings_to_the_samples(tmp_path, pocket, capsy
     rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
     loss, cross_entropy = (float(rows[5][rows[0].index(n)]) for n in ("loss", "cross_entropy"))
     assert math.isclose(loss, train.Config.text_weight * cross_entropy, rel_tol=1e-3)  # of text
+
+
+def test_flow_begins_at_likely_speech(pocket):
+    prior = data.load_prior(data.PRIOR, pocket)
+    sentences = [*SENTENCES[:3], Sentence("it", "Il cane dorme.")]
+    lasting = [data.letter_lengths(s, 1.0, prior) for s in sentences]
+    batch = data.make_batch(sentences, pocket, lasting, prior=prior)
+    x0 = data.noise(batch, pocket.channels, 0)
+    white = data.noise(data.make_batch(sentences, pocket, lasting), pocket.channels, 0)
+    assert not torch.allclose(x0[0], white[0], atol=0.5)
+    n = batch.cond["frames"][0]
+    torch.testing.assert_close(x0[0, :n].var(-1, correction=0), torch.ones(n), atol=1e-3, rtol=0)
+    alone = data.make_batch(sentences[1:2], pocket, lasting[1:2], prior=prior)
+    n = alone.cond["frames"][0]
+    torch.testing.assert_close(data.noise(alone, pocket.channels, 0)[0], x0[1, :n])
+    # The decoder reads a little of it: more than of the likely speech of other texts.
+    frames, languages = batch.cond["frames"], [s.language for s in sentences]
+    read = pocket.transcribe(pocket.features(x0, frames), languages)
+    own = train.rates(sentences[:3], read[:3]).cer
+    assert own < 0.8 * train.rates(sentences[:3], [read[1], read[2], read[0]]).cer
+    # An untrained network leaves it where it is; the way from there has a cost, and a gradient.
+    shape = dataclasses.replace(network(pocket).config, has_prior=True)
+    model = DiT(shape, prior)
+    still = torch.zeros(4)
+    x1 = model(x0, still, batch.cond)
+    torch.testing.assert_close(x1[:, :10], x0[:, :10], atol=1e-3, rtol=1e-3)
+    trip = sample.round_trip(model, pocket, sentences[:1], sample.Settings(1), lasting[:1])
+    torch.testing.assert_close(trip.features[0], pocket.features(x0, frames)[0].numpy(),
+                               atol=1e-4, rtol=1e-4)
+    guided = sample.generate(model, pocket, batch, sample.Settings(2, guidance=2.0))[-1]
+    torch.testing.assert_close(guided, x0, atol=1e-3, rtol=1e-3)
+    corpus = data.text_corpus(sentences[:3], None, prior)
+    drawn, draws = train.draw(0, corpus, None, pocket, train.Config(batch_size=4))
+    for x, n in zip(draws.x0, drawn.cond["frames"]):
+        torch.testing.assert_close(x[:n].var(-1, correction=0), torch.ones(n), atol=1e-3, rtol=0)
+    draws = train.Draws(x0, torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.zeros(4, dtype=torch.bool))
+    torch.nn.init.normal_(model.latent_out.weight)
+    parts = train.losses(model, pocket, batch, draws)
+    assert parts.transport.min() > 0.1
+    parts.transport.mean().backward()
+    assert model.latent_out.weight.grad.norm() > 0
+    assert all(p.grad is None for p in pocket.model.parameters())
+
+
+def test_way_from_likely_speech_is_short(pocket):
+    """As its weight says: the critic pulls the features away from there, and is obeyed less."""
+    batch = data.make_batch(SENTENCES, pocket, prior=data.load_prior(data.PRIOR, pocket))
+    draws = train.Draws(data.noise(batch, pocket.channels, 0), torch.tensor([0.1, 0.4, 0.6, 0.9]),
+                        torch.zeros(4, dtype=torch.bool))
+
+    def learn(weight, steps=25):
+        torch.manual_seed(0)
+        model = DiT(DiTConfig(pocket.channels, pocket.dims.n_text_state, 2, has_prior=True))
+        optimizer, found = torch.optim.Adam(model.parameters(), 5e-3), []
+        for _ in range(steps):
+            parts = train.losses(model, pocket, batch, draws)
+            found.append([parts.cross_entropy.mean().item(), parts.transport.mean().item()])
+            optimizer.zero_grad()
+            (parts.cross_entropy + weight * parts.transport).mean().backward()
+            optimizer.step()
+        return found[0], found[-1]
+
+    (before, _), (free, far) = learn(0)
+    _, (_, near) = learn(10)
+    assert free < 0.3 * before and near < 0.3 * far
+
+
+def test_prior_goes_from_the_recordings_to_the_samples(tmp_path, pocket, capsys, monkeypatch):
+    speech = recordings(pocket, every=20)
+    monkeypatch.setattr(data, "load_speech", lambda folder, whisper: (speech, ["a note"]))
+    file = tmp_path / "prior.pt"
+    listen.main(["--speech", "recordings", "--out", str(file)])
+    assert f"{len(speech.sentences)} utterances" in capsys.readouterr().out
+    flags = [*FLAGS, "--out_dir", str(tmp_path), "--prior", str(file)]
+    train.main(flags)
+    checkpoint = sample.load_checkpoint(tmp_path / "ckpt.pt")
+    assert checkpoint["model_config"]["has_prior"] and "root" in checkpoint["prior"]["en"]
+    other = torch.load(file, weights_only=True)
+    other["en"]["mean"] += 1e-3
+    torch.save(other, file)
+    with pytest.raises(BadInput, match="other recordings or another prior"):
+        train.main([*flags, "--resume"])
+    file.unlink()  # the checkpoint has it
+    sentence = Sentence("en", "The old man sleeps in the garden.")
+    frames = data.count_frames(data.letter_lengths(sentence, 1.0, checkpoint["prior"]))
+    sample.main([sentence.text, "--ckpt", str(tmp_path / "ckpt.pt")])
+    assert f", {frames} frames," in capsys.readouterr().out
+
+
+def test_wrong_priors_are_told_apart(tmp_path, pocket, monkeypatch):
+    with pytest.raises(BadInput, match="no file .*nowhere.pt; give one of experiments/listen.py"):
+        train.main([*FLAGS, "--prior", str(tmp_path / "nowhere.pt")])
+    for wrong in (b"no checkpoint", None):
+        file = tmp_path / "wrong.pt"
+        file.write_bytes(wrong) if wrong else torch.save({"en": {"letters": "ab"}}, file)
+        with pytest.raises(BadInput, match="wrong.pt does not say what speech is like"):
+            data.load_prior(file, pocket)
+    other = FrozenWhisper(random_whisper(tmp_path / "w.pt"))
+    with pytest.raises(BadInput, match="prior.pt is not about what .*w.pt hears; give a file"):
+        data.load_prior(data.PRIOR, other)
+    with pytest.raises(BadInput, match="--prior .* is for training without recordings"):
+        train.main([*FLAGS, "--prior", str(data.PRIOR), "--speech", str(tmp_path)])
+    (tmp_path / "it.txt").write_text("Il cane dorme.\nIl gatto mangia.\n")
+    config = train.Config(data=(f"it={tmp_path / 'it.txt'}", "builtin"), prior=str(data.PRIOR))
+    monkeypatch.setattr(pocket, "languages", [*pocket.languages, "it"])
+    found = train.gather(config, pocket, None).problems
+    assert "the prior has not heard it: all texts in it begin at one mean frame" in found
+    with pytest.raises(BadInput, match="--minutes 0 cannot be used"):
+        listen.main(["--minutes", "0"])
+    with pytest.raises(BadInput, match="prior.pt is what espeak-ng says to pocket; give another"):
+        listen.main(["--speech", str(tmp_path)])
+    deep = random_whisper(tmp_path / "deep.pt", n_mels=128)
+    with pytest.raises(BadInput, match="speaks in 80 mel bands, and .*deep.pt hears 128; give"):
+        listen.main(["--whisper", deep, "--out", str(tmp_path / "prior.pt")])
 
 
 def test_flow_learns_from_recordings(tmp_path, pocket):
@@ -1053,7 +1228,7 @@ def test_non_finite_loss_stops_the_run_and_loses_no_checkpoint(tmp_path):
 
 def test_spectrogram_trains(tmp_path):
     for name in ("pocket", random_whisper(tmp_path / "w.pt", n_mels=128)):  # as large-v3
-        flags = [*FLAGS, "--whisper", name, "--out_dir", str(tmp_path)]
+        flags = [*FLAGS, "--whisper", name, "--prior", "none", "--out_dir", str(tmp_path)]
         assert train.main(flags, whisper=SpectralWhisper(name))["steps"] == 6
 
 
@@ -1108,7 +1283,7 @@ def test_what_is_read_in_pieces_is_joined_as_it_was_cut():
 
 
 def test_length_in_the_users_hand(tmp_path, capsys):
-    train.main([*FLAGS, "--out_dir", str(tmp_path)])
+    train.main([*FLAGS, "--prior", "none", "--out_dir", str(tmp_path)])
     long = "The dog sleeps. The cat eats an apple. The children play football in the park. " * 2
     for flags, seconds, pieces in (
         ([], 2 * (5 + 3 + 7) / 3.2, 6), (["--speed", "0.6"], 2 * (5 + 3 + 7) / 3.2 / 0.6, 6),
@@ -1156,7 +1331,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "1 usable sentences are too few": lambda: train_("--data", f"en={at('one.txt')}"),
         "latin.txt, line 2: byte 0xe9 is not": lambda: train_("--data", f"en={at('latin.txt')}"),
         "give window, prior or salad, not x": lambda: decoders.main(["x"]),
-        "give arms, some of spectrogram": lambda: arms.main(["nosuch"]),
+        "give arms, some of text, prior": lambda: arms.main(["nosuch"]),
         "say its language": lambda: train_("--data", at("latin2.txt")),
         "missing.tsv.gz: No such file": lambda: train_("--data", at("missing.tsv.gz")),
         "--data '2*' cannot be used; give": lambda: train_("--data", "2*"),

@@ -1,6 +1,7 @@
-"""Train the flow, from text alone or with recordings: noise -> DiT -> frozen Whisper -> text.
+"""Train the flow, from text alone or with recordings: text -> DiT -> frozen Whisper -> text.
 
     python train.py                     # minutes on a laptop, offline, with the embedded decoder
+    python train.py --prior none        # the same from white noise: nothing is known of speech
     python train.py --data fr=livre.txt builtin --whisper tiny
     python train.py --resume            # go on where Ctrl-C stopped it
     torchrun --nproc_per_node=4 train.py --batch_size 96        # several GPUs
@@ -64,6 +65,10 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     flow_weight: float = setting(0.3, "without --speech: weight of the flow loss", 0)
+    prior: str = setting("auto", "what speech is likely to be, where the flow begins: a file of "
+                         "experiments/listen.py; none: white noise; auto: pocket's own with "
+                         "pocket, none with --speech or another decoder")
+    transport_weight: float = setting(0.03, "with a prior: weight of the way from there", 0)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = setting(400, "steps between samples and checkpoints", 1)
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
@@ -119,36 +124,50 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     x1 = corpus.x1 and [corpus.x1[i] for i in picks]
     pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
     lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]  # or as recorded
-    batch = data.make_batch([corpus.sentences[i] for i in picks], whisper, lasting, x1)
-    x0 = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
+    sentences = [corpus.sentences[i] for i in picks]
+    batch = data.make_batch(sentences, whisper, lasting, x1, corpus.prior)
+    white = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
+    x0 = data.first_state(white.to(whisper.device), batch)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
     return batch, Draws(*(x.to(whisper.device) for x in (x0, t, drop)))
 
 
+class Losses(NamedTuple):
+    """Of each item, (B,); 0 where there is none."""
+
+    cross_entropy: Tensor  # of the round trip, nats per token
+    flow: Tensor
+    transport: Tensor  # mean square of the way from likely speech to x1
+
+
 def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
-           beside_speech: bool = False) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the round trip and flow loss, (B,) each.
+           beside_speech: bool = False) -> Losses:
+    """What a step learns from.
 
     Recordings have their x1: only the flow has to be learned, the cross-entropy is 0. From text
     alone, x1 is where the sampler itself arrived from x0, taken as a constant (such pairs are those
     of reflow, Liu et al. 2022, arXiv 2209.03003): every t learns to point there, and any number of
     steps can be taken afterwards; where that should be, only the cross-entropy says. Beside
     recordings these say it, so text has no flow loss, and its cross-entropy passes all steps of
-    the sampler: it may bend the path a little, and not leave it.
+    the sampler: it may bend the path a little, and not leave it. With a prior x0 is likely speech,
+    and the way from there to x1 has its cost.
     """
     x0, t, drop = draws
     frames, x1, cross_entropy = batch.cond["frames"], batch.x1, torch.zeros_like(t)
+    transport = torch.zeros_like(t)
+    is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
     if x1 is None:
         steps = SOLVER_STEPS if beside_speech else 1
         x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, steps)
         cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
         if beside_speech:
-            return cross_entropy, torch.zeros_like(t)
+            return Losses(cross_entropy, torch.zeros_like(t), transport)
+        if batch.likely[0]:
+            transport = flow.cfm_loss(x1, x0, is_speech)
         x1 = x1.detach()
     x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
-    is_speech = torch.arange(x0.shape[1], device=x0.device) < frames[:, None]
-    return cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech)
+    return Losses(cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech), transport)
 
 
 def part_of_rank(batch: data.Batch, draws: Draws, rank: int,
@@ -157,7 +176,7 @@ def part_of_rank(batch: data.Batch, draws: Draws, rank: int,
     mine = slice(rank, None, n_ranks)
     cond = {name: x[mine] for name, x in batch.cond.items()}
     x1 = None if batch.x1 is None else batch.x1[mine]
-    part = data.Batch(batch.sentences[mine], cond, batch.targets[mine], x1)
+    part = data.Batch(batch.sentences[mine], cond, batch.targets[mine], x1, batch.likely[mine])
     return part, Draws(*(x[mine] for x in draws))
 
 
@@ -198,7 +217,7 @@ def balanced(sentences: list, n: int) -> list:
 
 def read_back(run, whisper: FrozenWhisper, sentences: list, steps: int = 4) -> list:
     """What the frozen decoder reads in the features that the averaged flow makes of sentences."""
-    lasting = [data.letter_lengths(s, run.config.speed, run.durations) for s in sentences]
+    lasting = [data.letter_lengths(s, run.config.speed, run.model.prior) for s in sentences]
     return round_trip(run.ema, whisper, sentences, Settings(steps), lasting).read
 
 
@@ -214,15 +233,16 @@ def evaluate(run, whisper: FrozenWhisper, held_out: list) -> dict:
             pairs = [(s, r) for s, r in zip(sentences, read) if s.language == code]
             result[f"val_cer_{steps}step_{code}"] = rates(*zip(*pairs)).cer
 
-    # Chance: the text of another sentence, and noise in place of features.
+    # Chance: the text of another sentence, and x0 in place of x1.
     read = read_back(run, whisper, sentences[1:] + sentences[:1])
     result["cer_shuffled_text"] = rates(sentences, read).cer
     some = balanced(sentences, 50)
-    lasting = [data.letter_lengths(s, run.config.speed, run.durations) for s in some]
-    batch = data.make_batch(some, whisper, lasting)
-    noise = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
-    read = whisper.transcribe(noise, [s.language for s in some])
-    result["cer_noise"] = rates(some, read).cer
+    lasting = [data.letter_lengths(s, run.config.speed, run.model.prior) for s in some]
+    batch = data.make_batch(some, whisper, lasting, prior=run.model.prior)
+    x0 = data.noise(batch, whisper.channels, 0)
+    features = whisper.features(x0, batch.cond["frames"])
+    read = whisper.transcribe(features, [s.language for s in some])
+    result["cer_x0"] = rates(some, read).cer
 
     # What the decoder makes of real speech, where ours fits the checkpoint.
     spoken, clips = data.spoken_sentences(whisper)
@@ -245,10 +265,10 @@ def show_samples(run, whisper: FrozenWhisper, held_out: list) -> None:
 
 
 class Run:
-    """Everything that a checkpoint keeps: network, average, optimizer, step, durations."""
+    """Everything that a checkpoint keeps: network, its average, optimizer, step."""
 
     def __init__(self, config: Config, whisper: FrozenWhisper, has_speech: bool = False,
-                 durations: dict | None = None, rank: int = 0, n_ranks: int = 1):
+                 prior: dict | None = None, rank: int = 0, n_ranks: int = 1):
         torch.manual_seed(config.seed)
         if config.batch_size % n_ranks:
             raise BadInput(f"--batch_size {config.batch_size} cannot be shared by {n_ranks} "
@@ -257,10 +277,9 @@ class Run:
         # Of its own making x1 hardly varies, and the skip would only carry noise into it.
         cond_variance = COND_VARIANCE if has_speech and whisper.sphere else 0.0
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, sphere=whisper.sphere,
-                          cond_variance=cond_variance)
+                          cond_variance=cond_variance, has_prior=data.has_sounds(prior))
         self.config, self.step, self.rank, self.n_ranks = config, 0, rank, n_ranks
-        self.durations = durations or {}  # of letters, as recorded: data.fit_durations
-        self.model = DiT(shape).to(whisper.device)
+        self.model = DiT(shape, prior).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), config.learning_rate, (0.9, 0.99),
@@ -293,7 +312,7 @@ class Run:
         """There is always one whole checkpoint."""
         checkpoint = dict(
             model_config=asdict(self.model.config), config=asdict(self.config), step=self.step,
-            durations=self.durations, model=self.model.state_dict(), ema=self.ema.state_dict(),
+            prior=self.model.prior, model=self.model.state_dict(), ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )
         with data.writing(self.path) as part, open(part, "wb") as file:
@@ -308,12 +327,12 @@ class Run:
             if name not in free and before != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
                                "the same, or another --out_dir")
-        before, now = ({code: (heard["letters"], heard["table"].tolist())
-                        for code, heard in durations.items()}
-                       for durations in (checkpoint["durations"], self.durations))
+        before, now = ({(code, name): x.tolist() if torch.is_tensor(x) else x
+                        for code, heard in prior.items() for name, x in heard.items()}
+                       for prior in (checkpoint["prior"], self.model.prior))
         if before != now:
-            raise BadInput(f"{self.path} was trained with other recordings; give the same, or "
-                           "another --out_dir")
+            raise BadInput(f"{self.path} was trained with other recordings or another prior; give "
+                           "the same, or another --out_dir")
         if DiTConfig(**checkpoint["model_config"]) != self.model.config:
             raise BadInput(f"{self.path} has another network than this train.py makes; train anew, "
                            "with another --out_dir")
@@ -332,6 +351,8 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
     model = torch.compile(run.model, dynamic=True) if config.compile else run.model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     start, stopped, tell = time.time(), False, run.rank == 0
+    weights = ((config.text_weight, 1, 0) if speech else
+               (1, config.flow_weight, config.transport_weight))
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=not tell)
     with bar, open_log(run) as log, stop_on_ctrl_c() as stop:
         while run.step < config.steps and not stopped:
@@ -339,9 +360,8 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
             batch, draws = draw(run.step, corpus, speech, whisper, config)
             batch, draws = part_of_rank(batch, draws, run.rank, run.n_ranks)
             with autocast:
-                cross_entropy, flow_loss = losses(model, whisper, batch, draws, bool(speech))
-            weights = (config.text_weight, 1) if speech else (1, config.flow_weight)
-            loss = weights[0] * cross_entropy.mean() + weights[1] * flow_loss.mean()
+                parts = losses(model, whisper, batch, draws, bool(speech))
+            loss = sum(weight * part.mean() for weight, part in zip(weights, parts))
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stopped = average_gradients(run.model, stop.is_set(), run.n_ranks)
@@ -353,10 +373,10 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
             run.optimizer.param_groups[0]["lr"] = rate
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config)
-            log.write(log_row(run, start, loss, cross_entropy, flow_loss, draws.t, norm, rate))
+            log.write(log_row(run, start, loss, parts, draws.t, norm, rate))
             run.step += 1
             bar.update()
-            bar.set_postfix(ce=f"{cross_entropy.mean():.3f}", flow=f"{flow_loss.mean():.3f}")
+            bar.set_postfix(ce=f"{parts.cross_entropy.mean():.3f}", flow=f"{parts.flow.mean():.3f}")
             if run.step % config.eval_every == 0 and tell:
                 run.save()
                 show_samples(run, whisper, held_out)
@@ -379,9 +399,9 @@ def stop_on_ctrl_c():
 
 
 # Of a process's own part of the batch; flow_t..: nan where no item of it has such a t. With
-# recordings each step has one of the two losses, and the other is 0.
-LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "flow_t00_25", "flow_t25_50",
-       "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
+# recordings each step has the cross-entropy or the flow loss, and the other is 0.
+LOG = ["step", "seconds", "loss", "cross_entropy", "flow", "transport", "flow_t00_25",
+       "flow_t25_50", "flow_t50_75", "flow_t75_100", "gradient_norm", "learning_rate"]
 
 
 def open_log(run: Run):
@@ -393,10 +413,10 @@ def open_log(run: Run):
     return file
 
 
-def log_row(run: Run, start: float, loss, cross_entropy, flow_loss, t, norm, rate) -> str:
+def log_row(run: Run, start: float, loss: Tensor, parts: Losses, t, norm, rate) -> str:
     """The values of LOG; the flow loss also by quarters of t."""
-    quarters = [flow_loss[(4 * t).long() == i].mean() for i in range(4)]
-    values = [loss, cross_entropy.mean(), flow_loss.mean(), *quarters, norm]
+    quarters = [parts.flow[(4 * t).long() == i].mean() for i in range(4)]
+    values = [loss, *(part.mean() for part in parts), *quarters, norm]
     values = torch.stack(values).tolist()
     values = [f"{time.time() - start:.2f}", *(f"{v:.5f}" for v in values), f"{rate:.3e}"]
     return ",".join([str(run.step), *values]) + "\n"
@@ -418,29 +438,44 @@ class Material(NamedTuple):
 
     corpus_of: Callable[[int], data.Corpus]  # text of a part of the run, see data.read_lines
     speech: data.Corpus | None
-    durations: dict  # of the letters in it
+    prior: dict  # see data.fit_prior
     held_out: list
     problems: list[str]
 
 
+def choose_prior(config: Config, whisper: FrozenWhisper, has_speech: bool) -> dict:
+    """What --prior names, see data.fit_prior; recordings come with one of their own."""
+    if config.prior in ("auto", "none"):
+        is_shipped = config.prior == "auto" and config.whisper == "pocket" and not has_speech
+        return data.load_prior(data.PRIOR, whisper) if is_shipped else {}
+    if has_speech:
+        raise BadInput(f"--prior {config.prior} is for training without recordings; give it, or "
+                       "--speech")
+    return data.load_prior(Path(config.prior), whisper)
+
+
 def gather(config: Config, whisper: FrozenWhisper, speech: data.Corpus | None) -> Material:
     """The text and the recordings that the flags name; or the recordings of a study."""
-    load = partial(data.load, config.data, whisper, config.speed, config.temperature)
-    found, problems, durations = load(), [], {}  # text first: a wrong flag is found at once
+    prior = choose_prior(config, whisper, bool(config.speech or speech))
+    load = partial(data.load, config.data, whisper, config.speed, config.temperature, prior)
+    found, problems = load(), []  # before anything is heard: a wrong flag is found at once
     if config.speech:
         speech, problems = data.load_speech(Path(config.speech), whisper)
     if speech:
-        durations = data.fit_durations(speech.sentences, speech.lasting)
-        load = partial(load, durations=durations)
+        prior = data.fit_prior(speech.sentences, speech.lasting)
+        load = partial(data.load, config.data, whisper, config.speed, config.temperature, prior)
         found = load()
 
     @lru_cache(1)
     def corpus_of(shard: int) -> data.Corpus:
         weights = load(shard=shard).weights if shard else found.weights
-        return data.text_corpus(data.split(list(weights))[0], weights, durations)
+        return data.text_corpus(data.split(list(weights))[0], weights, prior)
 
+    if data.has_sounds(prior) and (unheard := {s.language for s in found.weights} - set(prior)):
+        problems.append(f"the prior has not heard {', '.join(sorted(unheard))}: all texts in it "
+                        "begin at one mean frame")
     _, held_out = data.split(list(found.weights))
-    return Material(corpus_of, speech, durations, held_out, found.problems + problems)
+    return Material(corpus_of, speech, prior, held_out, found.problems + problems)
 
 
 def main(argv=None, speech: data.Corpus | None = None,
@@ -452,8 +487,8 @@ def main(argv=None, speech: data.Corpus | None = None,
     if rank > 0:
         dist.barrier()  # until the first has downloaded, heard, and made the folder
     whisper = whisper or FrozenWhisper(config.whisper, device)
-    corpus_of, speech, durations, held_out, problems = gather(config, whisper, speech)
-    run = Run(config, whisper, bool(speech), durations, rank, n_ranks)
+    corpus_of, speech, prior, held_out, problems = gather(config, whisper, speech)
+    run = Run(config, whisper, bool(speech), prior, rank, n_ranks)
     if rank == 0:
         run.prepare(problems)
         training = corpus_of(0).sentences

@@ -21,7 +21,9 @@ MEAN_SECONDS = 2.25  # of a spoken sentence
 FIRST_SEED = 2000  # of speech; realism.py's voices have others
 # minutes of speech, is its text given, flags of train.py
 ARMS = {
-    "spectrogram": (0, True, "--steps 600"),
+    "text": (0, True, "--prior none"),
+    "prior": (0, True, "--transport_weight 0.3 --steps 2000"),
+    "spectrogram": (0, True, "--prior none --steps 600"),
 }
 for minutes in (1, 7, 30, 110):
     ARMS |= {

@@ -156,7 +156,8 @@ def main(argv):
             out = WORK / f"{Path(name).stem}_{share}"
             whisper = Misled(name)
             whisper.share = share
-            flags = ["--whisper", name, "--steps", str(STEPS), "--out_dir", str(out)]
+            flags = ["--whisper", name, "--prior", "none", "--steps", str(STEPS)]
+            flags += ["--out_dir", str(out)]
             found = train.main([*flags, "--device", "cpu"], whisper=whisper)
             rows.append((Path(name).stem, share, *teacher_forced(out, name),
                          found["val_cer_4step"], found["cer_real_speech"]))

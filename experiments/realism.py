@@ -91,13 +91,13 @@ def speak(sentences: list, seed: int, whisper: FrozenWhisper, work: Path) -> Spe
     return hear(sentences, clips, whisper)
 
 
-def generate(model, sentences: list, whisper: FrozenWhisper, durations: dict, settings) -> Speech:
+def generate(model, sentences: list, whisper: FrozenWhisper, settings) -> Speech:
     """The flow says the sentences, spectrograms in many voices; what Whisper's encoder hears."""
     x1, rng = [], torch.Generator().manual_seed(settings.seed)
     for start in range(0, len(sentences), 50):
         some = sentences[start : start + 50]
-        lasting = [data.letter_lengths(s, 1.0, durations) for s in some]
-        batch = data.make_batch(some, whisper, lasting)
+        lasting = [data.letter_lengths(s, 1.0, model.prior) for s in some]
+        batch = data.make_batch(some, whisper, lasting, prior=model.prior)
         frames, made = batch.cond["frames"], sample.generate(model, whisper, batch, settings)[-1]
         if isinstance(whisper, SpectralWhisper):
             made = whisper.hear(made, frames, rng)
@@ -352,8 +352,7 @@ class Study:
         checkpoint = sample.load_checkpoint(path)
         is_spectrogram = not checkpoint["model_config"]["sphere"]
         whisper = SpectralWhisper() if is_spectrogram else self.whisper
-        say = partial(generate, sample.load_model(checkpoint, whisper.device), whisper=whisper,
-                      durations=checkpoint["durations"])
+        say = partial(generate, sample.load_model(checkpoint, whisper.device), whisper=whisper)
         settings = sample.Settings(seed=seed)
         made = say(self.sentences, settings=settings)
         own = say(self.test.sentences, settings=settings)

@@ -25,12 +25,12 @@ def main(argv=None):
         checkpoint = sample.load_checkpoint(path)
         whisper = FrozenWhisper(checkpoint["config"]["whisper"], choose_device("auto"))
         model = sample.load_model(checkpoint, whisper.device)
-        durations = checkpoint["durations"]
-        text = data.load(checkpoint["config"]["data"], whisper, max(SPEEDS), durations=durations)
+        text = data.load(checkpoint["config"]["data"], whisper, max(SPEEDS),
+                         prior=model.prior)
         sentences = train.balanced(data.split(list(text.weights))[1], 250)
-        sentences = [s for s in sentences if data.fits(s, whisper, min(SPEEDS), durations)]
+        sentences = [s for s in sentences if data.fits(s, whisper, min(SPEEDS), model.prior)]
         for speed in SPEEDS:
-            lasting = [data.letter_lengths(s, speed, durations) for s in sentences]
+            lasting = [data.letter_lengths(s, speed, model.prior) for s in sentences]
             read = sample.round_trip(model, whisper, sentences, sample.Settings(), lasting).read
             found[speed].append(sample.rates(sentences, read).cer)
     print(f"{len(sentences)} held-out sentences that fit at {min(SPEEDS)}\n\n"
