@@ -395,10 +395,14 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
 # ---- length ----------------------------------------------------------------------------------
 
 
-def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
-    """The length rule: how many latent frames the sentence takes when spoken; more when slower."""
+def check_speed(speed: float) -> None:
     if not 0.1 <= speed <= 10:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
+
+
+def natural_frames(sentence: Sentence, speed: float = 1.0) -> int:
+    """The length rule: how many latent frames the sentence takes when spoken; more when slower."""
+    check_speed(speed)
     default = DEFAULT_CHARACTERS if sentence.language in UNSPACED else DEFAULT_WORDS
     pace = PACE.get(sentence.language, default)
     seconds = max(len(words(sentence.text, sentence.language)) / pace, MIN_SECONDS) / speed
@@ -411,9 +415,10 @@ def letter_lengths(sentence: Sentence, speed: float = 1.0,
 
     As long as recordings said (`fit_prior`), in their languages; else all are equally long.
     """
-    letters, frames = sounds(sentence.text), natural_frames(sentence, speed)
+    check_speed(speed)
+    letters = sounds(sentence.text)
     if not prior or sentence.language not in prior:
-        return np.full(len(letters), frames / len(letters))
+        return np.full(len(letters), natural_frames(sentence, speed) / len(letters))
     heard = prior[sentence.language]
     where = neighbours(letters, heard["letters"])
     lasting = heard["durations"].numpy()[np.arange(where.shape[1]), where].sum(1)
@@ -424,7 +429,7 @@ def neighbours(letters: str, known: str) -> np.ndarray:
     """Numbers of each letter and its neighbours (letters, 2 CONTEXT + 1); 0: never heard."""
     edge = EDGE * CONTEXT
     numbers = np.array([known.find(letter) + 1 for letter in edge + letters + edge])
-    return np.lib.stride_tricks.sliding_window_view(numbers, 2 * CONTEXT + 1)
+    return numbers[np.arange(len(letters))[:, None] + np.arange(2 * CONTEXT + 1)]
 
 
 def backfit(numbers: Tensor, values: Tensor, n_rows: int) -> Tensor:
