@@ -494,8 +494,7 @@ def kinds_of_sound(text: str, lasting: np.ndarray, n_frames: int, known: str) ->
 
 
 def rows_of(kinds: np.ndarray, heard: np.ndarray) -> Tensor:
-    """Where the kinds are in those that were heard, which are sorted and begin with 0: all others.
-    """
+    """Where the kinds are among those that were heard, which are sorted; 0: not there."""
     row = np.searchsorted(heard, kinds).clip(max=len(heard) - 1)
     return torch.from_numpy(np.where(heard[row] == kinds, row, 0))
 

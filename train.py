@@ -457,13 +457,13 @@ def choose_prior(config: Config, whisper: FrozenWhisper, has_speech: bool) -> di
 def gather(config: Config, whisper: FrozenWhisper, speech: data.Corpus | None) -> Material:
     """The text and the recordings that the flags name; or the recordings of a study."""
     prior = choose_prior(config, whisper, bool(config.speech or speech))
-    load = partial(data.load, config.data, whisper, config.speed, config.temperature, prior)
+    load = partial(data.load, config.data, whisper, config.speed, config.temperature, prior=prior)
     found, problems = load(), []  # before anything is heard: a wrong flag is found at once
     if config.speech:
         speech, problems = data.load_speech(Path(config.speech), whisper)
     if speech:
         prior = data.fit_prior(speech.sentences, speech.lasting)
-        load = partial(data.load, config.data, whisper, config.speed, config.temperature, prior)
+        load = partial(load, prior=prior)
         found = load()
 
     @lru_cache(1)
