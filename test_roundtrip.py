@@ -1,5 +1,6 @@
 """Tests: closed forms, known equations, the real pocket decoder: `python -m pytest -q`."""
 
+import argparse
 import bz2
 import dataclasses
 import errno
@@ -9,6 +10,7 @@ import http.server
 import itertools
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -29,7 +31,7 @@ import data
 import flow
 import sample
 import train
-from experiments import arms, decoders, listen, realism
+from experiments import arms, controls, critics, decoders, listen, realism
 from experiments.spectrogram import SpectralWhisper
 from data import Sentence
 from model import DiT, DiTConfig, skip
@@ -1150,6 +1152,108 @@ def test_student_learns_from_speech_as_long_as_that_helps(pocket, monkeypatch):
     assert steps[0] > steps[1] and steps[1] < 600
 
 
+def test_fresh_test_is_of_sentences_and_voices_that_nothing_learned(pocket, monkeypatch):
+    study, asked = realism.Study.__new__(realism.Study), []
+    monkeypatch.setattr(realism.make_pocket, "speak_all",
+                        lambda *args: (asked.append(args), ["clips"])[1])
+    study.whisper = pocket
+    study.args = argparse.Namespace(fresh_test=False, work_dir=None)
+    shipped, _ = study.tests()
+    study.args.fresh_test = True
+    sentences, clips = study.tests()
+    assert clips == ["clips"] and len(asked) == 1 and len(set(sentences)) == len(shipped) == 250
+    assert Counter(s.language for s in sentences) == Counter(s.language for s in shipped)
+    assert not set(sentences) & {*shipped, *data.split(data.builtin())[0]}
+    assert not set(asked[0][1]) & set(realism.make_pocket.VARIANTS)
+
+
+def test_decoder_students_learn_text_or_what_pocket_expects(pocket, monkeypatch):
+    monkeypatch.setattr(realism, "PATIENCE", 99)
+    sentences, clips = data.spoken_sentences(pocket)
+    some = realism.hear(sentences[10::125] * 4, clips[10::125] * 4, pocket)
+    few = realism.Speech(some.sentences[:2], some.x1[:2])
+    reader = controls.Reader(some, few, pocket)
+    soft = reader.soft_labels()
+    for row, expected in zip(reader.targets, soft):
+        row = reader.number[row[row >= 0]][1:]
+        assert torch.allclose(expected.sum(1), torch.ones(len(row)))
+        said = slice(pocket.n_prompt - 1, None)
+        assert (expected[said].argmax(1) == row[said]).float().mean() > 0.8
+    assert reader.cer(reader.train(0, 1)) > 0.8
+    assert reader.cer(reader.train(0, 200)) < 0.1
+    swapped = [*soft[1:], soft[0]]  # the two in turn: what is learned is what was expected
+    assert reader.cer(reader.train(0, 200, soft)) < 0.1 < reader.cer(reader.train(0, 200, swapped))
+
+
+def test_strict_critics_read_real_speech_and_no_frame_that_they_hide(pocket):
+    random.seed(0)
+    torch.manual_seed(0)
+    speech = realism.hear(*(items[::10] for items in data.spoken_sentences(pocket)), pocket)
+    batch = data.make_batch(speech.sentences, pocket, data.align_letters(*speech), speech.x1)
+    plain = pocket.reading_loss(batch.x1, batch.cond, batch.targets)
+    frames = batch.cond["frames"].tolist()
+    seen = {}
+    for name in ("noise", "masks", "cuts"):
+        whisper = critics.CRITICS[name]("pocket")
+        x1 = batch.x1.clone().requires_grad_()
+        nats = whisper.reading_loss(x1, batch.cond, batch.targets)
+        assert nats.mean() < 0.5 and not torch.allclose(nats, plain, atol=0.01)
+        with torch.no_grad():
+            assert whisper.reading_loss(x1, batch.cond, batch.targets.roll(1, 0)).mean() > 2
+        nats.sum().backward()
+        seen[name] = [x[:n].abs().sum(1) > 0 for x, n in zip(x1.grad, frames)]
+    assert all(item.all() for item in seen["noise"])
+    for item in seen["masks"]:  # one gap
+        assert abs((~item).sum() - 0.1 * len(item)) <= 1 and (item[1:] < item[:-1]).sum() <= 1
+    for item in seen["cuts"][::2]:  # the beginning
+        assert 0 < item.sum() < len(item) and item[: item.sum()].all()
+    assert all(item.all() for item in seen["cuts"][1::2])
+    cuts = critics.Cuts("pocket")
+    targets = data.make_batch([Sentence("zh", "两匹马。"), Sentence("en", "A dog's bed.")], pocket)
+    words = [cuts.first_words(row) for row in targets.targets]
+    encoding = pocket.tokenizer("en").encoding
+    for row, starts, parts in zip(targets.targets, words, (["匹", "马", "。"], [" dog", " bed"])):
+        text = row[pocket.n_prompt :].tolist()
+        ends = [*starts[1:], starts[-1] + 1]
+        found = [encoding.decode(text[i:j]) for i, j in zip(starts, ends)]
+        assert all(f.startswith(part) for f, part in zip(found, parts, strict=True))
+    model = network(pocket)
+    draws = train.Draws(data.noise(batch, pocket.channels, 0), torch.rand(len(frames)),
+                        torch.zeros(len(frames), dtype=bool))
+    text = batch._replace(x1=None)
+    train.losses(model, cuts, text, draws).cross_entropy.mean().backward()
+    assert model.latent_out.weight.grad.norm() > 0
+    assert all(p.grad is None for p in cuts.model.parameters())
+
+
+def test_adversary_learns_what_real_speech_is_and_the_flow_pays(pocket, monkeypatch):
+    random.seed(0)
+    torch.manual_seed(0)
+    speech = realism.hear(*(items[::5] for items in data.spoken_sentences(pocket)), pocket)
+    lasting = data.align_letters(*speech)
+    corpus = data.Corpus(speech.sentences, torch.ones(len(lasting)), lasting,
+                         torch.tensor([len(x) for x in speech.x1]), speech.x1)
+    monkeypatch.setattr(critics, "speak", lambda *_: corpus)
+    whisper = critics.Adversary("pocket")
+    batch = data.make_batch(speech.sentences[:8], pocket, lasting[:8])
+    x1 = data.noise(batch, pocket.channels, 0).requires_grad_()
+    for _ in range(30):
+        loss = whisper.reading_loss(x1, batch.cond, batch.targets)
+    assert x1.grad is None  # what the network learns does not reach the flow
+    frames = batch.cond["frames"]
+    real = torch.nn.utils.rnn.pad_sequence(speech.x1[:8], True).float()
+    lengths = torch.tensor([len(x) for x in speech.x1[:8]])
+
+    def mark(x, frames):
+        made, is_speech = whisper.judge(x, frames)
+        return made[is_speech].mean()
+
+    assert mark(real, lengths) > 0.5 + mark(x1, frames)
+    paid = loss - pocket.reading_loss(x1, batch.cond, batch.targets)
+    gradient, = torch.autograd.grad(paid.sum(), x1)
+    assert mark(x1 - 100 * gradient, frames) > mark(x1, frames)
+
+
 # ---- training and sampling -------------------------------------------------------------------
 
 
@@ -1332,6 +1436,8 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "latin.txt, line 2: byte 0xe9 is not": lambda: train_("--data", f"en={at('latin.txt')}"),
         "give window, prior or salad, not x": lambda: decoders.main(["x"]),
         "give arms, some of text, prior": lambda: arms.main(["nosuch"]),
+        "give critics, some of plain": lambda: critics.main(["nosuch"]),
+        "--resume cannot be used: what a critic": lambda: critics.main(["cuts", "--resume"]),
         "say its language": lambda: train_("--data", at("latin2.txt")),
         "missing.tsv.gz: No such file": lambda: train_("--data", at("missing.tsv.gz")),
         "--data '2*' cannot be used; give": lambda: train_("--data", "2*"),

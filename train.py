@@ -160,7 +160,7 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
     if x1 is None:
         steps = SOLVER_STEPS if beside_speech else 1
         x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, steps)
-        cross_entropy = whisper.cross_entropy(whisper.features(x1, frames), batch.targets)
+        cross_entropy = whisper.reading_loss(x1, batch.cond, batch.targets)
         if beside_speech:
             return Losses(cross_entropy, torch.zeros_like(t), transport)
         if batch.likely[0]:

@@ -172,6 +172,13 @@ class FrozenWhisper:
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
         return each.sum(1) / said.sum(1)
 
+    def reading_loss(self, x1: Tensor, cond: dict[str, Tensor], targets: Tensor) -> Tensor:
+        """How hard the text is to read in x1, for training, (B, T, C), (B, L) -> (B,).
+
+        cond: of data.Batch. A study may ask for more (experiments/critics.py).
+        """
+        return self.cross_entropy(self.features(x1, cond["frames"]), targets)
+
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
         """Greedy `whisper.decode`, no teacher forcing, (B, n_audio_ctx, C) -> what is read.
 

@@ -10,7 +10,7 @@ it, from as many sentences: students of real speech (the upper bound), of real s
 the length rule says, with equally long letters (is it the pace?), of a few minutes of it, and of
 the features of the first checkpoint with the text of other sentences (the lower bound).
 
-Every student learns until it reads sentences set aside no better: see `train_student`.
+Every student learns until it reads sentences set aside no better: see `learn`.
 
 Everything is measured on x1 (whisper_decoder.py), between the silences of an utterance. Needs the
 pocket decoder, espeak-ng and matplotlib.
@@ -24,7 +24,7 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -50,6 +50,7 @@ VALIDATION = 0.1  # share of a student's utterances that say when it has learned
 CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better
 RATE = 6e-3  # of learning
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
+FRESH_SEED = 3000  # of a test on which nothing was chosen
 COLUMNS = {  # name of a figure -> heading, format
     "student": ("student's CER on real speech", "{:.1%}"),
     "own": ("on its own kind", "{:.1%}"),
@@ -185,37 +186,46 @@ def vary(x: Tensor, rng: random.Random) -> Tensor:
 
 
 def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Student:
-    """Averaged weights, when their loss on sentences set aside falls no more: the same for all.
+    """A student of these utterances, when it has learned enough (`learn`)."""
+    torch.manual_seed(seed)
+    texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
+
+    def loss(student: Student, picks: list[int], rng: random.Random | None) -> Tensor:
+        x1 = [vary(speech.x1[i], rng) if rng else speech.x1[i] for i in picks]
+        return student_loss(student, x1, [texts[i] for i in picks])
+
+    student = Student(speech.x1[0].shape[1], len(alphabet))
+    return learn(student, loss, [len(x) for x in speech.x1], seed, steps, RATE)
+
+
+def learn(student: nn.Module, loss: Callable, frames: list[int], seed: int, steps: int,
+          rate: float) -> nn.Module:
+    """Averaged weights, when their loss on items set aside falls no more: the same for all.
 
     That is when PATIENCE checks in a row were hardly BETTER than one before; or after `steps`.
+    loss(student, items, rng) varies its items if there is a rng; frames: of all items.
     """
-    torch.manual_seed(seed)
-    student, rng = Student(speech.x1[0].shape[1], len(alphabet)), random.Random(seed)
-    average = copy.deepcopy(student).eval()
-    texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
-    order = torch.randperm(len(texts)).tolist()
+    average, rng = copy.deepcopy(student).eval(), random.Random(seed)
+    order = torch.randperm(len(frames)).tolist()
     n_validation = max(1, min(200, round(VALIDATION * len(order))))
     validation, training = order[:n_validation], order[n_validation:]
-    optimizer = torch.optim.AdamW(student.parameters(), RATE, (0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(student.parameters(), rate, (0.9, 0.98), weight_decay=0.01)
     best, lowest, good, since = None, math.inf, math.inf, 0
     for step in (bar := tqdm(range(1, steps + 1), desc="student", leave=False)):
-        pool = sorted(rng.choices(training, k=48), key=lambda i: len(speech.x1[i]))
-        first = rng.randrange(0, 48, 12)
-        picks = pool[first : first + 12]  # of like length, so that little is padded
-        x1 = [vary(speech.x1[i], rng) for i in picks]
-        loss = student_loss(student, x1, [texts[i] for i in picks])
+        pool = sorted(rng.choices(training, k=48), key=lambda i: frames[i])
+        first = rng.randrange(0, 48, 12)  # 12 of like length, so that little is padded
+        now = loss(student, pool[first : first + 12], rng)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        now.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 50)
+        optimizer.param_groups[0]["lr"] = rate * min(1, step / 50)
         optimizer.step()
         with torch.no_grad():
-            for averaged, now in zip(average.parameters(), student.parameters()):
-                averaged.lerp_(now, max(0.01, 1 / step))
+            for averaged, new in zip(average.parameters(), student.parameters()):
+                averaged.lerp_(new, max(0.01, 1 / step))
             if step % CHECK and step < steps:
                 continue
-            held_out = student_loss(average, [speech.x1[i] for i in validation],
-                                    [texts[i] for i in validation]).item()
+            held_out = loss(average, validation, None).item()
         bar.set_postfix(validation=f"{held_out:.3f}")
         if best is None or held_out < lowest:
             best, lowest = copy.deepcopy(average), held_out
@@ -298,7 +308,7 @@ class Study:
         training, _ = data.split(data.builtin())
         random.Random(0).shuffle(training)
         self.sentences = train.balanced(training, args.sentences)
-        self.test = hear(*data.spoken_sentences(self.whisper), self.whisper)
+        self.test = hear(*self.tests(), self.whisper)
         seen = sorted({c for s in [*training, *self.test.sentences] for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
         self.some = train.balanced(training[::-1], 50)  # said again and again, for the diversity
@@ -307,6 +317,19 @@ class Study:
         self.own = said(self.test.sentences, 2)
         self.even = [even(self.real), even(self.own)] if args.real else []
         self.versions = [said(self.some, seed).x1 for seed in range(3, 11)]
+
+    def tests(self) -> tuple[list, list]:
+        """The sentences that pocket/ ships spoken; or as many others, in the same four voices."""
+        sentences, clips = data.spoken_sentences(self.whisper)
+        if self.args.fresh_test:
+            _, held_out = data.split(data.builtin())
+            shipped = set(sentences)
+            others = [s for s in held_out if s not in shipped]
+            random.Random(3).shuffle(others)
+            sentences = train.balanced(others, len(sentences))
+            clips = make_pocket.speak_all(sentences, make_pocket.HELD_OUT_VARIANTS, FRESH_SEED,
+                                          self.args.work_dir, "test")
+        return sentences, clips
 
     def student(self, speech: Speech, own: Speech, seed: int) -> dict:
         student = train_student(speech, self.alphabet, seed, self.args.steps)
@@ -400,18 +423,8 @@ def picture(rows: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(argv=None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="of train.py, with pocket")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students")
-    parser.add_argument("--sentences", type=int, default=2000, help="a student learns from")
-    parser.add_argument("--steps", type=int, default=3000, help="of a student, at most")
-    parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True,
-                        help="rows of real speech and of other texts")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "realism",
-                        help="writes OUT.md and OUT.png")
-    args = parser.parse_args(argv)
+def check(args) -> None:
+    """BadInput for checkpoints that cannot be compared with speech, and for too little to learn."""
     for path in args.checkpoints:
         config = sample.load_checkpoint(path)["config"]
         if (config["whisper"], config["speed"]) != ("pocket", 1.0):
@@ -420,6 +433,23 @@ def main(argv=None) -> dict:
     if args.sentences < 50 or args.steps < 1:
         raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; give at "
                        "least 50 sentences and 1 step")
+
+
+def main(argv=None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="of train.py, with pocket")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students")
+    parser.add_argument("--sentences", type=int, default=2000, help="a student learns from")
+    parser.add_argument("--steps", type=int, default=3000, help="of a student, at most")
+    parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True,
+                        help="rows of real speech and of other texts")
+    parser.add_argument("--fresh_test", action="store_true",
+                        help="test on speech on which no setting was chosen")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "realism",
+                        help="writes OUT.md and OUT.png")
+    args = parser.parse_args(argv)
+    check(args)
     make_pocket.need_espeak()
     for folder in (args.work_dir, args.out.parent):
         folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ class SpectralWhisper(FrozenWhisper):
             found = {key: torch.from_numpy(file[key]).to(self.device) for key in file.files}
         self.window_mean, self.window_cov = found["window_mean"], found["window_cov"]
         self.channels, self.sphere = N_CEPSTRA, False
-        self.voices, self.made = torch.Generator().manual_seed(0), None
+        self.voices = torch.Generator().manual_seed(0)
         n_mels = self.dims.n_mels  # the statistics are of 80
         self.mean, self.spread = (found[key] * (n_mels / 80) ** 0.5 for key in ("mean", "spread"))
         self.cosines = cosines(self.channels, n_mels).to(self.device)
@@ -72,14 +72,15 @@ class SpectralWhisper(FrozenWhisper):
         return self.encode_speech(mel)[:, : x1.shape[1]]
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
-        """x1 (B, T, C) -> what the decoder sees; in random voices in training."""
-        self.made = (x1, frames) if x1.requires_grad else None
-        return super().features(self.hear(x1, frames, self.made and self.voices), frames)
+        """x1 (B, T, C) -> what the decoder sees (B, n_audio_ctx, n_state)."""
+        return super().features(self.hear(x1, frames, None), frames)
 
-    def cross_entropy(self, features: Tensor, tokens: Tensor, so_far: Tensor | None = None):
-        """FrozenWhisper's; in training, with the distance of the batch from speech, (B,)."""
-        nats = super().cross_entropy(features, tokens, so_far)
-        return nats + WEIGHT * self.unlike_speech(*self.made) if self.made else nats
+    def reading_loss(self, x1: Tensor, cond: dict[str, Tensor], targets: Tensor) -> Tensor:
+        """The cross-entropy in random voices, and the distance of the batch from speech, (B,)."""
+        frames = cond["frames"]
+        features = super().features(self.hear(x1, frames, self.voices), frames)
+        nats = self.cross_entropy(features, targets)
+        return nats + WEIGHT * self.unlike_speech(x1, frames)
 
     def unlike_speech(self, x1: Tensor, frames: Tensor) -> Tensor:
         """Distance of a batch from the statistics of speech, (B, T, C), (B,) -> number.
