@@ -378,6 +378,11 @@ def test_false_words_so_far_change_the_inputs_alone(pocket):
         tokens, n_prompt, share, rng)) for share in (0.0, 0.5))
     torch.testing.assert_close(pocket.cross_entropy(features, tokens), plain)
     assert (told != plain).any()
+    misled, x1 = decoders.Misled("pocket"), data.noise(batch, pocket.channels, 0)
+    plain = pocket.reading_loss(x1, batch.cond, tokens)
+    torch.testing.assert_close(misled.reading_loss(x1, batch.cond, tokens), plain)
+    misled.share = 0.5
+    assert (misled.reading_loss(x1, batch.cond, tokens) != plain).any()
 
 
 def test_real_speech_survives_as_spectrogram_in_any_voice(spectral):

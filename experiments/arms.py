@@ -54,15 +54,21 @@ def speak(minutes: float, has_text: bool, sentences: list,
     return data.speech_corpus(heard)
 
 
+def names_and_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command line, cut before its first flag."""
+    n_names = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
+    return argv[:n_names], argv[n_names:]
+
+
 def main(argv):
-    names = argv[: next((i for i, a in enumerate(argv) if a[0] == "-"), None)]
+    names, given = names_and_flags(argv)
     if not names or set(names) - set(ARMS):
         raise BadInput(f"give arms, some of {', '.join(ARMS)}")
     for name in names:
         minutes, has_text, flags = ARMS[name]
         whisper = SpectralWhisper() if name == "spectrogram" else FrozenWhisper("pocket")
         training, _ = data.split(data.builtin())
-        flags = ["--out_dir", f"out/arms/{name}", *flags.split(), *argv[len(names) :]]
+        flags = ["--out_dir", f"out/arms/{name}", *flags.split(), *given]
         speech = speak(minutes, has_text, training, whisper)
         train.main([*flags, "--device", "cpu"], speech, whisper)
 

@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import make_pocket  # noqa: E402
 import sample  # noqa: E402
 from experiments.realism import (  # noqa: E402
-    Speech, Study, check, generate, learn, letters, student_cer, train_student, vary,
+    Speech, Study, check, learn, letter_errors, letters, student_cer, train_student, vary,
 )
-from whisper_decoder import BadInput, FrozenWhisper, edit_distance  # noqa: E402
+from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
 
 RATE = 1e-3  # of learning
 FALSE = 0.3  # share of the words so far that are random, so that the decoder has to listen
@@ -91,7 +91,7 @@ class Reader:
             said[:, : self.whisper.n_prompt - 1] = False  # the prompt is given
             if soft is None:
                 return F.nll_loss(log_p[said], self.number[targets[:, 1:][said]])
-            expected = pad_sequence([soft[i] for i in picks], True)[:, : said.shape[1]]
+            expected = pad_sequence([soft[i] for i in picks], True)
             expected = F.pad(expected, (0, 0, 0, said.shape[1] - expected.shape[1]))
             return -(expected * log_p).sum(-1)[said].mean()
 
@@ -100,19 +100,16 @@ class Reader:
     @torch.no_grad()
     def cer(self, decoder: TextDecoder) -> float:
         """Greedy character error rate on the real test, letters as realism.py counts them."""
-        edits = total = 0
-        encoding = self.whisper.tokenizer("en").encoding
+        tokenizer, read = self.whisper.tokenizer("en"), []
         for sentence, x in zip(*self.test):
             features, prompt = self.features([x]), self.whisper.prompt(sentence.language)
             tokens = self.number[torch.tensor(prompt)].tolist()
             while len(tokens) < self.whisper.max_tokens and tokens[-1] != self.end:
                 tokens.append(int(decoder(torch.tensor([tokens]), features)[0, -1].argmax()))
             text = [int(self.used[n]) for n in tokens[len(prompt) :]]
-            read = encoding.decode([t for t in text if t < self.whisper.tokenizer("en").eot])
-            said = letters(sentence)
-            edits += edit_distance(said, letters(sentence._replace(text=read)))
-            total += len(said)
-        return edits / total
+            text = tokenizer.encoding.decode([t for t in text if t < tokenizer.eot])
+            read.append(letters(sentence._replace(text=text)))
+        return letter_errors(self.test.sentences, read)
 
 
 def controls(study: Study, speech: Speech, seed: int) -> list[float]:
@@ -121,8 +118,7 @@ def controls(study: Study, speech: Speech, seed: int) -> list[float]:
     rates = [reader.cer(reader.train(seed, steps)),
              reader.cer(reader.train(seed, steps, reader.soft_labels()))]
     if speech is not study.real:
-        few = Speech(*(items[::10] for items in study.real))
-        both = Speech(few.sentences + speech.sentences, few.x1 + speech.x1)
+        both = Speech(*(few + made for few, made in zip(study.few, speech)))
         student = train_student(both, study.alphabet, seed, steps)
         rates.append(student_cer(student, study.test, study.alphabet))
     return rates
@@ -137,17 +133,13 @@ def main(argv=None):
     parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech")
     args = parser.parse_args(argv)
     check(args)
-    flows = [sample.load_model(sample.load_checkpoint(p), "cpu") for p in args.checkpoints]
-    for path, flow in zip(args.checkpoints, flows):
-        if not flow.config.sphere:
-            raise BadInput(f"{path} makes spectrograms; give one that makes features")
     make_pocket.need_espeak()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    study = Study(argparse.Namespace(**vars(args), real=False, fresh_test=False))
+    study = Study(argparse.Namespace(**vars(args), fresh_test=False))
     kinds = {"real speech": study.real}
-    for path, flow in zip(args.checkpoints, flows):
+    for path in args.checkpoints:
         settings = sample.Settings(seed=args.seed)
-        kinds[str(path)] = generate(flow, study.sentences, study.whisper, settings)
+        kinds[str(path)] = study.speaker(path)(study.sentences, settings=settings)
     print("| features | a decoder | soft labels | and 7 minutes |\n| --- | --- | --- | --- |")
     for name, speech in kinds.items():
         rates = controls(study, speech, args.seed)

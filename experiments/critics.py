@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import train  # noqa: E402
-from experiments.arms import speak  # noqa: E402
+from experiments.arms import names_and_flags, speak  # noqa: E402
 from experiments.realism import hear  # noqa: E402
 from whisper_decoder import BadInput, FrozenWhisper, UNSPACED  # noqa: E402
 
@@ -137,10 +137,10 @@ def read_real() -> None:
 
 
 def main(argv):
-    names = argv[: next((i for i, a in enumerate(argv) if a[0] == "-"), None)]
+    names, given = names_and_flags(argv)
     if not names or set(names) - {"real", *CRITICS}:
         raise BadInput(f"give critics, some of {', '.join(CRITICS)}; or real")
-    if "--resume" in argv:
+    if "--resume" in given:
         raise BadInput("--resume cannot be used: what a critic has drawn and learned is not kept")
     for name in names:
         if name == "real":
@@ -148,7 +148,7 @@ def main(argv):
             continue
         random.seed(0)
         torch.manual_seed(0)
-        flags = ["--out_dir", f"out/critics/{name}", *argv[len(names) :], "--whisper", "pocket",
+        flags = ["--out_dir", f"out/critics/{name}", *given, "--whisper", "pocket",
                  "--device", "cpu"]
         train.main(flags, whisper=CRITICS[name]("pocket"))
 

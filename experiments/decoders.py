@@ -52,10 +52,9 @@ class Misled(FrozenWhisper):
 
     share, rng = 0.0, torch.Generator().manual_seed(0)
 
-    def cross_entropy(self, features: Tensor, tokens: Tensor, so_far: Tensor | None = None):
-        if features.requires_grad:
-            so_far = falsify(tokens, self.n_prompt, self.share, self.rng)
-        return super().cross_entropy(features, tokens, so_far)
+    def reading_loss(self, x1: Tensor, cond: dict[str, Tensor], targets: Tensor) -> Tensor:
+        so_far = falsify(targets, self.n_prompt, self.share, self.rng)
+        return self.cross_entropy(self.features(x1, cond["frames"]), targets, so_far)
 
 
 def speech() -> realism.Speech:

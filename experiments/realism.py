@@ -22,7 +22,7 @@ import os
 import random
 import statistics
 import sys
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -241,13 +241,17 @@ def learn(student: nn.Module, loss: Callable, frames: list[int], seed: int, step
 @torch.no_grad()
 def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
     """Character error rate of the best path: repeats joined, blanks dropped."""
-    letter_of = {i: letter for letter, i in alphabet.items()}
-    edits = total = 0
-    for sentence, x in zip(*speech):
+    letter_of, read = {i: letter for letter, i in alphabet.items()}, []
+    for x in speech.x1:
         best = student(x[None], torch.tensor([len(x)]))[0].argmax(-1).unique_consecutive()
-        edits += edit_distance(letters(sentence), "".join(letter_of[i] for i in best.tolist() if i))
-        total += len(letters(sentence))
-    return edits / total
+        read.append("".join(letter_of[i] for i in best.tolist() if i))
+    return letter_errors(speech.sentences, read)
+
+
+def letter_errors(sentences: list, read: list[str]) -> float:
+    """Edits per letter that the sentences have, where a student reads these letters."""
+    said = [letters(s) for s in sentences]
+    return sum(map(edit_distance, said, read)) / sum(map(len, said))
 
 
 # ---- the other measures ----------------------------------------------------------------------
@@ -312,11 +316,27 @@ class Study:
         seen = sorted({c for s in [*training, *self.test.sentences] for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
         self.some = train.balanced(training[::-1], 50)  # said again and again, for the diversity
-        said = partial(speak, whisper=self.whisper, work=args.work_dir)
-        self.real, self.reference = said(self.sentences, 0), said(self.sentences, 1)
-        self.own = said(self.test.sentences, 2)
-        self.even = [even(self.real), even(self.own)] if args.real else []
-        self.versions = [said(self.some, seed).x1 for seed in range(3, 11)]
+        self.said = partial(speak, whisper=self.whisper, work=args.work_dir)
+        self.real = self.said(self.sentences, 0)
+        self.few = Speech(*(items[::10] for items in self.real))
+
+    # What some tables do not need is spoken when it is asked for.
+
+    @cached_property
+    def reference(self) -> Speech:
+        return self.said(self.sentences, 1)
+
+    @cached_property
+    def own(self) -> Speech:
+        return self.said(self.test.sentences, 2)
+
+    @cached_property
+    def even(self) -> list[Speech]:
+        return [even(self.real), even(self.own)]
+
+    @cached_property
+    def versions(self) -> list[list[Tensor]]:
+        return [self.said(self.some, seed).x1 for seed in range(3, 11)]
 
     def tests(self) -> tuple[list, list]:
         """The sentences that pocket/ ships spoken; or as many others, in the same four voices."""
@@ -360,22 +380,25 @@ class Study:
 
     def real_rows(self, seed: int) -> dict:
         """Students of real speech, of the same without its rhythm, and of a few minutes of it."""
-        few = Speech(*(items[::10] for items in self.real))
-        minutes = sum(map(len, few.x1)) / data.FRAMES_PER_SECOND / 60
+        minutes = sum(map(len, self.few.x1)) / data.FRAMES_PER_SECOND / 60
         return {
             "real speech": self.student(self.real, self.own, seed)
             | dict(round_trip=self.read(self.test))
             | self.measures(self.real, self.versions, seed),
             "real speech, letters equally long": self.student(*self.even, seed),
-            f"{minutes:.0f} minutes of real speech": self.student(few, self.own, seed),
+            f"{minutes:.0f} minutes of real speech": self.student(self.few, self.own, seed),
         }
 
-    def generated_rows(self, path: Path, seed: int, shuffle: bool) -> dict:
-        """Students of a checkpoint's features, and of the same with other texts."""
+    def speaker(self, path: Path) -> Callable[..., Speech]:
+        """A checkpoint -> `generate` of its flow, which takes sentences and settings."""
         checkpoint = sample.load_checkpoint(path)
         is_spectrogram = not checkpoint["model_config"]["sphere"]
         whisper = SpectralWhisper() if is_spectrogram else self.whisper
-        say = partial(generate, sample.load_model(checkpoint, whisper.device), whisper=whisper)
+        return partial(generate, sample.load_model(checkpoint, whisper.device), whisper=whisper)
+
+    def generated_rows(self, path: Path, seed: int, shuffle: bool) -> dict:
+        """Students of a checkpoint's features, and of the same with other texts."""
+        say = self.speaker(path)
         settings = sample.Settings(seed=seed)
         made = say(self.sentences, settings=settings)
         own = say(self.test.sentences, settings=settings)

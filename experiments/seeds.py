@@ -9,14 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
+from experiments.arms import names_and_flags  # noqa: E402
 from whisper_decoder import BadInput  # noqa: E402
 
 
 def main(argv):
-    seeds = [int(a) for a in argv[: next((i for i, a in enumerate(argv) if a[0] == "-"), None)]]
+    names, flags = names_and_flags(argv)
+    seeds = [int(name) for name in names]
     if len(seeds) < 2:
         raise BadInput("give at least two seeds, such as 0 1 2")
-    flags = argv[len(seeds) :]
     results = [
         train.main([*flags, "--seed", str(seed), "--out_dir", f"out/seed{seed}"]) for seed in seeds
     ]
