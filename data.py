@@ -791,13 +791,16 @@ def first_state(white: Tensor, batch: Batch) -> Tensor:
     return x0
 
 
+def generator(sentence: Sentence, seed: int, device: str | torch.device = "cpu"):
+    """Random numbers of a sentence, the same alone or in a batch."""
+    share = int(hash_share(sentence) * 2**31)
+    return torch.Generator(device).manual_seed(seed * 2**31 + share)
+
+
 def noise(batch: Batch, channels: int, seed: int) -> Tensor:
     """x0 from the seed and each item's own sentence: the same alone or in a batch (B, T, C)."""
-    items = []
-    for sentence, n in zip(batch.sentences, batch.cond["frames"].tolist()):
-        share = int(hash_share(sentence) * 2**31)
-        generator = torch.Generator().manual_seed(seed * 2**31 + share)
-        items.append(torch.randn(n, channels, generator=generator))
+    items = [torch.randn(n, channels, generator=generator(sentence, seed))
+             for sentence, n in zip(batch.sentences, batch.cond["frames"].tolist())]
     return first_state(pad_sequence(items, True), batch).to(batch.targets.device)
 
 

@@ -1,6 +1,5 @@
 """Tests: closed forms, known equations, the real pocket decoder: `python -m pytest -q`."""
 
-import argparse
 import bz2
 import dataclasses
 import errno
@@ -17,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import wave
 from collections import Counter
 from pathlib import Path
 
@@ -31,13 +31,14 @@ import data
 import flow
 import sample
 import train
-from experiments import arms, controls, critics, decoders, listen, realism
-from experiments.spectrogram import SpectralWhisper
+import whisper_decoder
+from experiments import arms, controls, critics, decoders, listen, look, realism, rooms
+from experiments import student
 from data import Sentence
 from model import DiT, DiTConfig, skip
 from whisper_decoder import (
-    PARTING_SIGNS, POCKET, SILENT_SIGNS, BadInput, ChunkedNats, FrozenWhisper, edit_distance,
-    error_rates, normalizer,
+    PARTING_SIGNS, POCKET, ROOM, SILENT_FRAMES, SILENT_SIGNS, BadInput, ChunkedNats, Ear,
+    FrozenWhisper, Room, edit_distance, error_rates, normalizer, random_room,
 )
 
 torch.manual_seed(0)
@@ -49,8 +50,8 @@ def pocket():
 
 
 @pytest.fixture(scope="session")
-def spectral():
-    return SpectralWhisper("pocket")
+def ear():
+    return Ear("pocket")
 
 
 def random_whisper(path: Path, **changes) -> str:
@@ -272,7 +273,7 @@ def test_spelling_is_heard(pocket):
         assert not torch.allclose(model(x, t, batch.cond), model(x, t, other), atol=1e-2)
 
 
-@pytest.mark.parametrize("latent", ["pocket", "spectral"])
+@pytest.mark.parametrize("latent", ["pocket", "ear"])
 def test_gradient_reaches_the_flow_and_no_whisper_weight(latent, request):
     whisper = request.getfixturevalue(latent)
     model = network(whisper)
@@ -385,40 +386,183 @@ def test_false_words_so_far_change_the_inputs_alone(pocket):
     assert (misled.reading_loss(x1, batch.cond, tokens) != plain).any()
 
 
-def test_real_speech_survives_as_spectrogram_in_any_voice(spectral):
-    sentences, mel = spoken(spectral, every=5)
-    x1, frames = spectral.latents(mel), torch.full((len(mel),), spectral.max_frames)
-    assert x1.shape == (50, 256, 13) and spectral.channels == 13
-    codes, smooth = [s.language for s in sentences], spectral.spectrogram(x1)
-    torch.testing.assert_close(spectral.latents(smooth)[:, 2:-2], x1[:, 2:-2], atol=3, rtol=0)
-    for rng, most in ((None, 0.05), (torch.Generator().manual_seed(0), 0.15)):
-        heard = FrozenWhisper.features(spectral, spectral.hear(x1, frames, rng), frames)
-        read = spectral.transcribe(heard, codes)
-        assert train.rates(sentences, read).cer < most
-    assert not torch.equal(spectral.hear(x1[:2], frames[:2], torch.Generator().manual_seed(1)),
-                           spectral.hear(x1[:2], frames[:2], torch.Generator().manual_seed(2)))
+# ---- the ear and its rooms -------------------------------------------------------------------
 
 
-def test_what_stands_behind_a_spectrogram_is_silence(spectral):
-    _, mel = spoken(spectral, every=100)
-    x1, frames = spectral.latents(mel)[:, :100], torch.tensor([40, 70, 100])
+def some_mel(n_items=6, n=200):
+    """As quiet and as loud as speech: less than 2 between its extremes."""
+    rng = torch.Generator().manual_seed(0)
+    return 1.5 * torch.rand(n_items, 80, n, generator=rng) - 0.75
+
+
+def heard(mel, seed=0, amount=1.0, **strength):
+    """A log-mel in a room that has these transformations alone."""
+    room = Room(amount, torch.Generator().manual_seed(seed), dict.fromkeys(ROOM, 0.0) | strength)
+    return random_room(mel, room)
+
+
+def test_amount_zero_is_no_room_and_every_item_has_its_own():
+    mel = some_mel()
+    torch.testing.assert_close(heard(mel, amount=0.0, **ROOM), mel, atol=1e-4, rtol=0)
+    same = mel[:1].expand(3, -1, -1)
+    a, again, other = (heard(same, seed, **ROOM) for seed in (0, 0, 1))
+    assert torch.equal(a, again) and (a - other).abs().mean() > 0.1
+    for x, y in itertools.combinations(a, 2):
+        assert (x - y).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_each_transformation_has_its_seed_and_lets_the_gradient_pass(name):
+    mel = some_mel().requires_grad_()
+    out, other = (heard(mel, seed, **{name: ROOM[name]}) for seed in (0, 1))
+    assert (out - mel).abs().max() > 0.1 and (out - other).abs().max() > 0.05
+    (out * latents(*mel.shape).float()).sum().backward()
+    assert mel.grad.isfinite().all()
+    assert ((mel.grad != 0).float().mean((1, 2)) > 0.05).all()
+
+
+def test_gain_tilt_and_equaliser_add_the_same_at_every_time():
+    mel, bins = some_mel(400, 8), torch.linspace(-1, 1, 80)
+    added = {name: heard(mel, **{name: 0.2}) - mel for name in ("gain", "tilt", "equaliser")}
+    for name, x in added.items():
+        torch.testing.assert_close(x, x[:, :, :1].expand_as(x), atol=1e-4, rtol=0)
+    gain, tilt, curve = (x[:, :, 0] for x in added.values())  # (B, n_mels)
+    torch.testing.assert_close(gain, gain[:, :1].expand_as(gain), atol=1e-4, rtol=0)
+    torch.testing.assert_close(tilt, tilt[:, -1:] * bins, atol=1e-4, rtol=0)
+    kinks = curve.diff().diff().abs() > 1e-4  # straight between six nodes
+    assert kinks.sum(1).max() <= 2 * 4 and curve.diff().abs().max() < 0.1
+    for x in (gain[:, 0], tilt[:, -1], curve[:, 0], curve[:, -1]):
+        assert abs(x.mean()) < 0.04 and abs(x.std() - 0.2) < 0.03
+
+
+def test_noise_is_of_a_random_level_and_a_mask_is_one_band():
+    mel = some_mel(40)
+    noise = heard(mel, noise=0.3) - mel
+    level = noise.std((1, 2))
+    assert level.max() < 0.31 and level.std() > 0.05 and (noise.mean((1, 2)).abs() < 0.02).all()
+    masked = heard(mel, mask=0.2)
+    mean = mel.mean((1, 2), keepdim=True)
+    is_masked = ((masked - mel).abs() > 1e-4).any(2)  # (B, n_mels)
+    edges = torch.nn.functional.pad(is_masked.int(), (1, 1)).diff().abs().sum(1)
+    width = is_masked.sum(1)
+    assert (edges <= 2).all() and 10 < width.max() <= 0.2 * 80 and width.min() < 5
+    expected = torch.where(is_masked[..., None], mean, mel)
+    torch.testing.assert_close(masked, expected, atol=1e-4, rtol=0)
+
+
+def test_a_cover_hides_what_is_quiet_and_an_echo_dies_away():
+    mel = some_mel()
+    covered = heard(mel, cover=1.0)
+    floor = covered.amin((1, 2), keepdim=True)
+    rise = floor - mel.amin((1, 2), keepdim=True)
+    assert 0 < rise.min() and rise.max() < 1 and rise.std() > 0.1
+    torch.testing.assert_close(covered, mel.maximum(floor), atol=1e-4, rtol=0)
+    assert (heard(mel, echo=0.5) >= mel - 1e-4).all()
+    click = torch.full((20, 80, 200), -3.0)
+    click[:, :, 50] = 1
+    echo = heard(click, echo=0.5)
+    torch.testing.assert_close(echo[:, :, :51], click[:, :, :51], atol=1e-3, rtol=0)
+    for behind in echo[:, 0, 51:]:
+        n = int((behind > -2.99).sum())
+        assert (behind[:n] > -2.99).all() and n > 3  # it begins at once, and ends
+        slope = behind[: n - 1].diff()
+        torch.testing.assert_close(slope, slope[:1].expand_as(slope), atol=1e-3, rtol=0)
+        assert -1.5 / 5 - 1e-3 < slope[0] < -1.5 / 50 + 1e-3  # 60 dB in 0.05 to 0.5 s
+
+
+def test_a_vocal_tract_stretches_the_bins_and_a_rhythm_the_time():
+    bins, hops = torch.arange(80.0)[:, None], torch.linspace(0, 1, 200)
+    longer = heard(bins.expand(40, 80, 200), vocal_tract=0.12)
+    scale = longer[:, 1:2, :1]  # of bin 1
+    torch.testing.assert_close(longer, (scale * bins).clamp(max=79).expand_as(longer), atol=1e-3,
+                               rtol=1e-4)
+    assert 0.88 < scale.min() < 0.92 and 1.08 < scale.max() < 1.12
+    uneven = heard(hops.expand(40, 80, 200), rhythm=0.3)
+    torch.testing.assert_close(uneven, uneven[:, :1].expand_as(uneven))
+    assert (uneven.diff() > 0).all()  # nothing is said twice or backwards
+    torch.testing.assert_close(uneven[:, :, [0, -1]], hops[[0, -1]].expand(40, 80, 2))
+    assert 0.01 < (uneven - hops).abs().amax((1, 2)).min() and (uneven - hops).abs().max() < 0.25
+
+
+def test_an_ear_without_rooms_hears_what_whisper_hears(ear):
+    _, mel = spoken(ear, every=100)
+    x1, frames = ear.latents(mel)[:, :100], torch.tensor([40, 70, 100])
+    assert x1.shape == (3, 100, 80) and ear.channels == 80
+    whole = ear.spectrogram(x1, frames, ear.max_frames)
+    torch.testing.assert_close(ear.features(x1, frames), ear.model.encoder(whole), atol=1e-5,
+                               rtol=1e-5)
+
+
+def test_behind_a_spectrogram_is_its_own_silence_whatever_its_batch(ear):
+    _, mel = spoken(ear, every=100)
+    x1, frames = ear.latents(mel)[:, :100], torch.tensor([40, 70, 100])
     behind = torch.arange(100) >= frames[:, None]
-    features = spectral.features(x1, frames)
-    torch.testing.assert_close(spectral.features(x1 + 9 * behind[..., None], frames), features)
-    assert torch.equal(features[0, 40:], spectral.silence[40:])
-    alone = spectral.features(x1[:1, :40], frames[:1])
-    torch.testing.assert_close(alone, features[:1], atol=1e-3, rtol=1e-3)
+    for window in (100, 140, ear.max_frames):
+        out = ear.spectrogram(x1, frames, window)
+        assert out.shape == (3, 80, 2 * window)
+        assert torch.equal(ear.spectrogram(x1 + 9 * behind[..., None], frames, window), out)
+        for item, x, n in zip(out, x1, frames.tolist()):
+            speech, silence = item[:, : 2 * n], item[:, 2 * n :]
+            assert (silence == speech.max() - 2).all() and speech.min() >= speech.max() - 2
+            alone = ear.spectrogram(x[None, :n], torch.tensor([n]), window)[0]
+            torch.testing.assert_close(alone, item, atol=1e-5, rtol=0)
+    together, alone = ear.features(x1, frames), ear.features(x1[:1, :40], frames[:1])
+    torch.testing.assert_close(alone[0], together[0], atol=1e-4, rtol=1e-4)
+    batch = [Room(1.0, torch.Generator().manual_seed(i)) for i in (1, 0)]
+    alone = Room(1.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ear.move(x1[:2], frames[:2], batch)[1, :70],
+                               ear.move(x1[1:2, :70], frames[1:2], [alone])[0])
 
 
-def test_speech_is_more_like_its_statistics_than_noise(spectral):
-    _, mel = spoken(spectral, every=5)
+def cer_of(whisper, features, sentences):
+    return train.rates(sentences, whisper.transcribe(features, [s.language for s in sentences])).cer
+
+
+def test_spectrograms_of_real_clips_are_read_as_the_clips_are(ear):
+    sentences, mel = spoken(ear, every=5)
+    real = cer_of(ear, ear.features_of_speech(mel), sentences)
+    features = ear.features(ear.latents(mel), torch.full((len(mel),), ear.max_frames))
+    assert cer_of(ear, features, sentences) < real + 0.03
+
+
+def test_speech_in_a_room_is_read_in_a_short_window(ear, monkeypatch):
+    sentences, mel = spoken(ear, every=60)
     spans = [data.speech_span(m) for m in mel]
-    x1 = torch.nn.utils.rnn.pad_sequence(
-        [x[span] for x, span in zip(spectral.latents(mel), spans)], batch_first=True)
-    frames = torch.tensor([span.stop - span.start for span in spans])
-    real = spectral.unlike_speech(x1, frames)
-    assert 3 * real < spectral.unlike_speech(torch.randn_like(x1), frames)
-    assert 1.5 * real < spectral.unlike_speech(x1[:, torch.randperm(x1.shape[1])], frames)
+    x1 = torch.nn.utils.rnn.pad_sequence([x[s] for x, s in zip(ear.latents(mel), spans)], True)
+    cond = dict(frames=torch.tensor([s.stop - s.start for s in spans]))
+    targets = ear.target_tokens([ear.encode(s.text, s.language) for s in sentences],
+                                [s.language for s in sentences])
+    windows, encode = [], whisper_decoder.run_encoder
+    monkeypatch.setattr(whisper_decoder, "run_encoder", lambda encoder, mel: (
+        windows.append(mel.shape[2]), encode(encoder, mel))[1])
+
+    def loss(amount, seed, strength=ROOM):
+        room = Room(amount, torch.Generator().manual_seed(seed), strength)
+        return ear.enter(room).reading_loss(x1, cond, targets)
+
+    plain = ear.reading_loss(x1, cond, targets)
+    assert plain.mean() < 1 < ear.reading_loss(x1, cond, targets.roll(1, 0)).mean()
+    torch.testing.assert_close(loss(0.0, 0), plain)
+    torch.testing.assert_close(loss(1.0, 0), loss(1.0, 0))
+    moved = loss(1.0, 0, dict.fromkeys(ROOM, 0.0))  # silence stands in front, and no more
+    for other in (loss(1.0, 1), moved):
+        assert (loss(1.0, 0) - other).abs().max() > 0.01
+    assert (moved - plain).abs().max() > 1e-4 and ear.room is None
+    assert set(windows) == {2 * (x1.shape[1] + SILENT_FRAMES)} and windows[0] < mel.shape[2]
+
+
+def test_study_of_rooms_has_a_row_for_each_name(capsys):
+    flags = "--judge pocket --sentences 2 --steps 3 --longest 2".split()
+    found = rooms.main(["mask alone", "no room", *flags])
+    assert list(found) == ["mask alone", "no room"]
+    assert all(critic == judge for critic, judge in found.values())  # the same Whisper
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in found]
+    strengths = rooms.rows([])
+    assert len(strengths) == 2 + 2 * len(ROOM) and not any(strengths["no room"].values())
+    assert strengths["without noise"] == ROOM | dict(noise=0.0)
+    assert [n for n, s in strengths["mask alone"].items() if s] == ["mask"]
+
 
 
 OFFICIAL = {  # but for the number of layers
@@ -430,19 +574,20 @@ OFFICIAL = {  # but for the number of layers
 }
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_official_shapes_load_train_resume_and_are_sampled(tmp_path, name):
+@pytest.mark.parametrize("name, latent", [
+    *((name, "features") for name in OFFICIAL), ("tiny", "mel"), ("large-v3", "mel")])
+def test_official_shapes_load_train_resume_and_are_sampled(tmp_path, name, latent):
     changes = OFFICIAL[name] | dict(n_audio_ctx=1500, n_text_ctx=448)
     path, text = random_whisper(tmp_path / "w.pt", **changes), tmp_path / "t.txt"
     text.write_text("\n".join(f"Sentence {n} here." for n in "one two three four five six".split()))
     flags = (f"--whisper {path} --data en={text} --depth 1 --steps 2 --batch_size 4 --device cpu "
-             f"--eval_sentences 1 --out_dir {tmp_path}").split()
+             f"--eval_sentences 1 --latent {latent} --out_dir {tmp_path}").split()
     result = train.main(flags)
     assert result["steps"] == 2 and math.isnan(result["cer_real_speech"]) == (name == "large-v3")
     log = [row.split(",") for row in (tmp_path / "log.csv").read_text().splitlines()]
     norm, loss = (log[0].index(column) for column in ("gradient_norm", "cross_entropy"))
     assert all(float(row[norm]) > 0 and float(row[loss]) > 1 for row in log[1:])
-    whisper = FrozenWhisper(path)
+    whisper = sample.LATENTS[latent](path)
     known = {51864: 1, 51865: 99, 51866: 100}[whisper.dims.n_vocab]
     assert whisper.languages[0] == "en" and len(whisper.languages) == known
     tokens = whisper.encode("Grüße, 世界!", "en")
@@ -892,7 +1037,7 @@ def test_resampling_keeps_a_tone():
 
 
 def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
-    tmp_path, pocket, spectral, monkeypatch, capsys
+    tmp_path, pocket, ear, monkeypatch, capsys
 ):
     for name, seconds in (("a.flac", 1.0), ("long.wav", 9.0), ("none.wav", 0.0)):
         samples = np.random.default_rng(0).normal(0, 0.1, (int(seconds * 22050), 2))
@@ -918,7 +1063,7 @@ def test_speech_folder_is_heard_once_and_every_bad_line_is_named(
     again, problems_again = data.load_speech(tmp_path, pocket)
     assert torch.equal(again.x1[0], corpus.x1[0]) and problems_again == problems
     other = FrozenWhisper(random_whisper(tmp_path / "other.pt"))
-    for whisper in (other, spectral):
+    for whisper in (other, ear):
         with pytest.raises(pytest.fail.Exception, match="heard again"):
             data.load_speech(tmp_path, whisper)
     soundfile.write(tmp_path / "a.flac", samples[:8000], 16000)
@@ -1132,51 +1277,36 @@ def test_even_speech_gives_every_letter_the_same_time(monkeypatch):
     sentence, lasting = Sentence("en", "abcd efgh ijkl"), np.array([1, 9, 2, 3] * 3 + [5, 1])
     monkeypatch.setattr(data, "align_letters", lambda *_: [lasting])
     x1 = torch.eye(14).repeat_interleave(torch.from_numpy(lasting), dim=0)
-    slow = realism.even(realism.Speech([sentence], [x1])).x1[0]
+    slow = realism.even(student.Speech([sentence], [x1])).x1[0]
     assert len(slow) == data.natural_frames(sentence) > 42
     count = np.bincount(slow.argmax(-1), minlength=14)
     assert count.max() - count.min() <= 2
-    assert torch.allclose(realism.resample(x1, range(len(x1))), torch.layer_norm(x1, (14,)))
+    assert torch.allclose(student.resample(x1, range(len(x1))), torch.layer_norm(x1, (14,)))
 
 
 def test_student_learns_from_speech_as_long_as_that_helps(pocket, monkeypatch):
     speech = realism.hear(*data.spoken_sentences(pocket), pocket)
     noise = speech._replace(x1=[torch.randn_like(x) for x in speech.x1])
-    seen = sorted({c for s in speech.sentences for c in realism.letters(s)})
+    seen = sorted({c for s in speech.sentences for c in student.letters(s)})
     alphabet = {letter: i for i, letter in enumerate(seen, 1)}
-    lessons, learn = [], realism.student_loss
-    monkeypatch.setattr(realism, "student_loss", lambda student, *of: (
-        lessons.append(student.training), learn(student, *of))[1])
+    lessons, learn = [], student.student_loss
+    monkeypatch.setattr(student, "student_loss", lambda network, *of: (
+        lessons.append(network.training), learn(network, *of))[1])
     cer, steps = [], []
     for kind in (speech, noise):
         lessons.clear()
-        student = realism.train_student(kind, alphabet, 0, 600)
-        cer.append(realism.student_cer(student, speech, alphabet))
+        learned = student.train_student(kind, alphabet, 0, 600)
+        cer.append(student.student_cer(learned, speech, alphabet))
         steps.append(sum(lessons))
     assert cer[0] < 0.5 and cer[1] > 0.8
     assert steps[0] > steps[1] and steps[1] < 600
 
 
-def test_fresh_test_is_of_sentences_and_voices_that_nothing_learned(pocket, monkeypatch):
-    study, asked = realism.Study.__new__(realism.Study), []
-    monkeypatch.setattr(realism.make_pocket, "speak_all",
-                        lambda *args: (asked.append(args), ["clips"])[1])
-    study.whisper = pocket
-    study.args = argparse.Namespace(fresh_test=False, work_dir=None)
-    shipped, _ = study.tests()
-    study.args.fresh_test = True
-    sentences, clips = study.tests()
-    assert clips == ["clips"] and len(asked) == 1 and len(set(sentences)) == len(shipped) == 250
-    assert Counter(s.language for s in sentences) == Counter(s.language for s in shipped)
-    assert not set(sentences) & {*shipped, *data.split(data.builtin())[0]}
-    assert not set(asked[0][1]) & set(realism.make_pocket.VARIANTS)
-
-
 def test_decoder_students_learn_text_or_what_pocket_expects(pocket, monkeypatch):
-    monkeypatch.setattr(realism, "PATIENCE", 99)
+    monkeypatch.setattr(student, "PATIENCE", 99)
     sentences, clips = data.spoken_sentences(pocket)
     some = realism.hear(sentences[10::125] * 4, clips[10::125] * 4, pocket)
-    few = realism.Speech(some.sentences[:2], some.x1[:2])
+    few = student.Speech(some.sentences[:2], some.x1[:2])
     reader = controls.Reader(some, few, pocket)
     soft = reader.soft_labels()
     for row, expected in zip(reader.targets, soft):
@@ -1274,11 +1404,64 @@ def test_four_sentences_come_back_exactly(pocket, tmp_path):
         assert [r.text for r in read] == [s.text for s in SENTENCES]
 
 
+@pytest.fixture(scope="session")
+def overfitted(ear, tmp_path_factory):
+    """A checkpoint whose spectrograms of four sentences were learned by ear, in rooms."""
+    folder = tmp_path_factory.mktemp("overfitted")
+    config = train.Config(str(folder), latent="mel", steps=400, batch_size=4, eval_every=1000,
+                          warmup=20, depth=3, speed_range=1.0)
+    run, corpus = train.Run(config, ear), data.text_corpus(SENTENCES)
+    run.prepare([])
+    train.train(run, ear, lambda _: corpus, None, SENTENCES)
+    return folder / "ckpt.pt"
+
+
+def said(checkpoint: Path, whisper: Ear, **settings) -> sample.RoundTrip:
+    """The four sentences, as the checkpoint says and its critic reads them."""
+    model = sample.load_model(sample.load_checkpoint(checkpoint), "cpu")
+    lasting = [data.letter_lengths(s) for s in SENTENCES]
+    return sample.round_trip(model, whisper, SENTENCES, sample.Settings(**settings), lasting)
+
+
+def test_four_sentences_come_back_exactly_by_ear(ear, overfitted):
+    for steps in (1, 4):
+        read = said(overfitted, ear, steps=steps).read
+        assert [r.text for r in read] == [s.text for s in SENTENCES]
+
+
+def test_another_whisper_understands_what_was_learned_by_ear(ear, overfitted):
+    judge = sample.load_critic(sample.load_checkpoint(overfitted), "cpu", str(rooms.JUDGE))
+    assert not torch.equal(judge.rows, ear.rows)
+    trip = said(overfitted, ear)
+    x1 = torch.nn.utils.rnn.pad_sequence(trip.x1, True)
+    assert cer_of(judge, judge.features(x1, torch.from_numpy(trip.frames)), SENTENCES) <= 0.5
+
+
+def test_another_seed_is_another_voice_in_rooms_alone(ear, overfitted):
+    for amount, low, high in ((0.0, 0.0, 0.2), (1.0, 0.3, 3.0)):
+        one, other = (said(overfitted, ear, seed=seed, rooms=amount) for seed in (0, 1))
+        assert all(low <= (x - y).abs().mean() < high for x, y in zip(one.x1, other.x1))
+        again = said(overfitted, ear, rooms=amount)
+        assert all(torch.equal(x, y) for x, y in zip(one.x1, again.x1))
+    paces = [sample.pace(SENTENCES[0], seed, 1.0) for seed in range(50)]
+    assert 0.8 <= min(paces) < 0.85 and 1.2 < max(paces) <= 1.25
+    assert sample.pace(SENTENCES[0], 0, 0.0) == 1
+
+
+def test_picture_shows_spectrograms_only(overfitted, tmp_path):
+    look.main([str(overfitted), "--out", str(tmp_path / "ear.png")])
+    assert (tmp_path / "ear.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(BadInput, match="does not know the language 'fi'"):
+        look.main([str(overfitted), "--language", "fi", "--out", str(tmp_path / "no.png")])
+
+
 FLAGS = "--device cpu --steps 6 --batch_size 4 --depth 1 --eval_every 2 --eval_sentences 5".split()
 
 
-def test_resumed_run_equals_straight_run(tmp_path, monkeypatch):
-    straight = train.main([*FLAGS, "--out_dir", str(tmp_path / "a")])
+@pytest.mark.parametrize("latent", sample.LATENTS)
+def test_resumed_run_equals_straight_run(tmp_path, monkeypatch, latent):
+    flags = [*FLAGS, "--latent", latent]
+    straight = train.main([*flags, "--out_dir", str(tmp_path / "a")])
     show = train.show_samples
 
     def interrupt(*args):
@@ -1288,10 +1471,10 @@ def test_resumed_run_equals_straight_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "show_samples", interrupt)
     with pytest.raises(SystemExit, match="saved at step 5"):
-        train.main([*FLAGS, "--out_dir", str(tmp_path / "b")])
+        train.main([*flags, "--out_dir", str(tmp_path / "b")])
     monkeypatch.undo()
     assert torch.load(tmp_path / "b" / "ckpt.pt")["step"] == 5
-    resumed = train.main([*FLAGS, "--out_dir", str(tmp_path / "b"), "--resume"])
+    resumed = train.main([*flags, "--out_dir", str(tmp_path / "b"), "--resume"])
     a, b = (torch.load(tmp_path / x / "ckpt.pt", weights_only=True) for x in "ab")
     for part in ("ema", "model"):
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
@@ -1301,7 +1484,7 @@ def test_resumed_run_equals_straight_run(tmp_path, monkeypatch):
     assert [r[:1] + r[2:] for r in logs[0]] == [r[:1] + r[2:] for r in logs[1]]
     assert len(logs[0]) == 7
     with pytest.raises(BadInput, match="batch_size 4, not 8"):
-        train.main([*FLAGS, "--batch_size", "8", "--out_dir", str(tmp_path / "b"), "--resume"])
+        train.main([*flags, "--batch_size", "8", "--out_dir", str(tmp_path / "b"), "--resume"])
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
@@ -1335,31 +1518,6 @@ def test_non_finite_loss_stops_the_run_and_loses_no_checkpoint(tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_spectrogram_trains(tmp_path):
-    for name in ("pocket", random_whisper(tmp_path / "w.pt", n_mels=128)):  # as large-v3
-        flags = [*FLAGS, "--whisper", name, "--prior", "none", "--out_dir", str(tmp_path)]
-        assert train.main(flags, whisper=SpectralWhisper(name))["steps"] == 6
-
-
-def test_statistics_bring_the_latents_closer_to_speech(tmp_path, spectral, monkeypatch):
-    distance, measure, corpus = [], SpectralWhisper.unlike_speech, data.text_corpus(SENTENCES)
-    for weight in (0.0, 1.0):
-        values = []
-
-        def unlike_speech(self, x1, frames):
-            value = measure(self, x1, frames)
-            values.append(value.item())
-            return weight * value
-
-        monkeypatch.setattr(SpectralWhisper, "unlike_speech", unlike_speech)
-        config = train.Config(str(tmp_path), steps=40, batch_size=8, depth=2, eval_every=1000,
-                              warmup=10)
-        run = train.Run(config, spectral)
-        train.train(run, spectral, lambda _: corpus, None, SENTENCES)
-        distance.append(np.mean(values[-10:]))
-    assert distance[1] < 0.7 * distance[0]
-
-
 def test_sample_writes_what_whisper_decode_reads(tmp_path, capsys, pocket):
     train.main([*FLAGS, "--out_dir", str(tmp_path)])
     texts = tmp_path / "t.tsv"
@@ -1382,6 +1540,46 @@ def test_sample_writes_what_whisper_decode_reads(tmp_path, capsys, pocket):
     sample.main([*common, "The dog sleeps.", "--out", str(tmp_path / "h.npz")])
     alone = np.load(tmp_path / "h.npz")["features"][0]  # the same alone as in a batch
     np.testing.assert_allclose(alone, f["features"][0], atol=1e-3)
+
+
+def read_wav(path: Path) -> np.ndarray:
+    """Samples of a 16 kHz, 16 bit file of one channel, read by the standard library."""
+    with wave.open(str(path)) as file:
+        assert file.getparams()[:3] == (1, 2, 16000)
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2") / np.float32(2**15)
+
+
+def test_griffin_lim_of_real_speech_is_read_from_the_file(tmp_path, pocket):
+    sentences, mel = spoken(pocket, every=10)
+    real = cer_of(pocket, pocket.features_of_speech(mel), sentences)
+    written = []
+    for clip in mel:
+        clip = clip[:, : 2 * data.speech_span(clip).stop]
+        sample.write_wav(tmp_path / "clip.wav", clip)
+        samples = read_wav(tmp_path / "clip.wav")
+        assert len(samples) == 160 * clip.shape[1]
+        written.append(pocket.log_mel(samples))
+    features = pocket.features_of_speech(torch.cat(written))
+    assert cer_of(pocket, features, sentences) < real + 0.03
+
+
+def test_each_text_is_a_wav_file_as_long_as_its_frames(tmp_path, overfitted, capsys):
+    texts = tmp_path / "t.tsv"  # the first in two pieces
+    texts.write_text(f"en\t{'The old man sleeps in the garden. ' * 4}\nde\tDer Hund schläft.\n")
+    common = ["--ckpt", str(overfitted), "--device", "cpu", "--out", str(tmp_path / "f.npz")]
+    sample.main([*common, "--text_file", str(texts), "--wav", str(tmp_path / "new" / "wav")])
+    with np.load(tmp_path / "f.npz") as file:
+        frames, of = file["frames"], file["text_of"]
+    files = sorted((tmp_path / "new" / "wav").iterdir())
+    assert [f.name for f in files] == ["0000.wav", "0001.wav"] and (of == 0).sum() > 1
+    for i, file in enumerate(files):
+        samples = read_wav(file)
+        assert len(samples) == 320 * frames[of == i].sum() and samples.std() > 1e-3
+    sample.main([*common, SENTENCES[0].text, "--wav", str(tmp_path / "x.wav"), "--rooms", "1"])
+    with np.load(tmp_path / "f.npz") as file:
+        assert len(read_wav(tmp_path / "x.wav")) == 320 * file["frames"][0]
+    assert f"wrote {tmp_path / 'x.wav'}: 1 texts" in capsys.readouterr().out
+
 
 
 def test_what_is_read_in_pieces_is_joined_as_it_was_cut():
@@ -1422,11 +1620,15 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
     torch.save({"a": 1}, tmp_path / "other.pt")
     at = lambda name: str(tmp_path / name)  # noqa: E731
     train.main([*FLAGS, "--out_dir", at("run")])
+    train.main([*FLAGS, "--latent", "mel", "--out_dir", at("mel")])
+    deep = random_whisper(tmp_path / "deep.pt", n_mels=128)
+    heard = sample.load_checkpoint(tmp_path / "mel" / "ckpt.pt")
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked" / "log.csv").mkdir()  # cannot be moved over log.old, a folder that is full
     (tmp_path / "locked" / "log.old").mkdir()
     (tmp_path / "locked" / "log.old" / "x").touch()
     sample_ = lambda *flags: sample.main(["x", "--ckpt", at("run/ckpt.pt"), *flags])  # noqa: E731
+    mel_ = lambda *flags: sample.main(["x", "--ckpt", at("mel/ckpt.pt"), *flags])  # noqa: E731
     train_ = lambda *flags: train.main([*flags, "--out_dir", at("o")])  # noqa: E731
     wrong = {
         "no Whisper 'nosuch'": lambda: FrozenWhisper("nosuch"),
@@ -1467,13 +1669,24 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, pocket):
         "--steps must be at least 1, not 0": lambda: sample.main(["x", "--steps", "0"]),
         "--seed -1 cannot be used": lambda: sample.main(["x", "--seed", "-1"]),
         "must end in .npz": lambda: sample.main(["x", "--out", at("f.csv")]),
+        "--latent 'nonsense' is none of features, mel": lambda: train_("--latent", "nonsense"),
+        "makes features, which have no sound": lambda: sample_("--wav", at("x.wav")),
+        "have no sound, so --wav and --rooms": lambda: sample_("--rooms", "1"),
+        "--rooms 2.0 cannot be used": lambda: mel_("--rooms", "2"),
+        "makes 80 channels a frame and": lambda: sample.load_critic(heard, "cpu", deep),
+        "deep.pt 128; give a judge that": lambda: rooms.main(["--judge", deep]),
+        "no row nosuch; there are no room": lambda: rooms.main(["nosuch", "--judge", "pocket"]),
+        "2 texts cannot be one": lambda: sample.main(
+            ["x", "y", "--ckpt", at("mel/ckpt.pt"), "--wav", at("x.wav")]),
+        "cannot write": lambda: mel_("--wav", at("one.txt/x.wav")),
+        "x.mp3 cannot be used; give FILE.wav": lambda: mel_("--wav", at("x.mp3")),
     }
     (tmp_path / "latin2.txt").write_text("one\n")
     for message, call in wrong.items():
         with pytest.raises(BadInput) as error:
             call()
         assert message in str(error.value) and "\n" not in str(error.value), message
-    assert not any(path.suffix == ".tmp" for path in tmp_path.rglob("*"))
+    assert not any(path.suffix in (".tmp", ".wav", ".mp3") for path in tmp_path.rglob("*"))
 
 
 def test_unknown_flags_are_errors_and_help_names_every_field(capsys):

@@ -2,6 +2,7 @@
 
     python train.py                     # minutes on a laptop, offline, with the embedded decoder
     python train.py --prior none        # the same from white noise: nothing is known of speech
+    python train.py --latent mel        # spectrograms: the whole of Whisper hears them, in rooms
     python train.py --data fr=livre.txt builtin --whisper tiny
     python train.py --resume            # go on where Ctrl-C stopped it
     torchrun --nproc_per_node=4 train.py --batch_size 96        # several GPUs
@@ -31,12 +32,13 @@ from tqdm import tqdm
 import data
 import flow
 from model import DiT, DiTConfig
-from sample import Settings, load_checkpoint, rates, round_trip
-from whisper_decoder import BadInput, FrozenWhisper, choose_device
+from sample import LATENTS, Settings, load_checkpoint, rates, round_trip
+from whisper_decoder import BadInput, FrozenWhisper, Room, choose_device
 
 
 COND_VARIANCE = 0.1  # of recordings given their text: about the flow loss at t < 0.25
 SOLVER_STEPS = 4  # of the round trip beside recordings, as many as `sample.py` takes
+RAMP = (0.08, 0.38)  # of the run, while an ear's rooms grow: first it learns to be read at all
 
 
 def setting(default, help, low=None, below=math.inf):
@@ -48,6 +50,8 @@ def setting(default, help, low=None, below=math.inf):
 class Config:
     out_dir: str = setting("out", "folder for ckpt.pt and log.csv")
     whisper: str = setting("pocket", "decoder: pocket, an official name, or a checkpoint file")
+    latent: str = setting("features", "what the flow makes: features, which the decoder reads; or "
+                          "mel, a spectrogram that the whole Whisper hears in random rooms")
     data: tuple = setting(("builtin",), "sources of text: see data.load")
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speech: str = setting("", "folder of recordings, with manifest.tsv (path, language, text)")
@@ -78,6 +82,8 @@ class Config:
     resume: bool = setting(False, "go on from out_dir/ckpt.pt")
 
     def __post_init__(self):
+        if self.latent not in LATENTS:
+            raise BadInput(f"--latent {self.latent!r} is none of {', '.join(LATENTS)}")
         for f in dataclasses.fields(self):
             low, below, value = f.metadata["low"], f.metadata["below"], getattr(self, f.name)
             if low is not None and not low <= value < below:
@@ -168,6 +174,16 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
         x1 = x1.detach()
     x1_hat = model(flow.path(x0, x1, t), t, {**batch.cond, "drop": drop})
     return Losses(cross_entropy, flow.cfm_loss(x1_hat, x1, is_speech), transport)
+
+
+def room_of(run, device: torch.device) -> Room:
+    """Where an ear hears the spectrograms of this step; each GPU's elsewhere."""
+    step, config = run.step, run.config
+    first, last = RAMP
+    amount = (step / config.steps - first) / (last - first)
+    seed = (config.seed * 2**24 + step) * run.n_ranks + run.rank
+    rng = torch.Generator(device).manual_seed(seed)
+    return Room(min(max(amount, 0.0), 1.0), rng)
 
 
 def part_of_rank(batch: data.Batch, draws: Draws, rank: int,
@@ -359,8 +375,9 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
             corpus = corpus_of(run.step * config.batch_size // data.SHARD)
             batch, draws = draw(run.step, corpus, speech, whisper, config)
             batch, draws = part_of_rank(batch, draws, run.rank, run.n_ranks)
+            critic = whisper.enter(room_of(run, device))
             with autocast:
-                parts = losses(model, whisper, batch, draws, bool(speech))
+                parts = losses(model, critic, batch, draws, bool(speech))
             loss = sum(weight * part.mean() for weight, part in zip(weights, parts))
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -446,7 +463,8 @@ class Material(NamedTuple):
 def choose_prior(config: Config, whisper: FrozenWhisper, has_speech: bool) -> dict:
     """What --prior names, see data.fit_prior; recordings come with one of their own."""
     if config.prior in ("auto", "none"):
-        is_shipped = config.prior == "auto" and config.whisper == "pocket" and not has_speech
+        is_shipped = (config.prior == "auto" and config.whisper == "pocket" and not has_speech
+                      and config.latent == "features")
         return data.load_prior(data.PRIOR, whisper) if is_shipped else {}
     if has_speech:
         raise BadInput(f"--prior {config.prior} is for training without recordings; give it, or "
@@ -486,7 +504,7 @@ def main(argv=None, speech: data.Corpus | None = None,
     rank, n_ranks = ranks(device)
     if rank > 0:
         dist.barrier()  # until the first has downloaded, heard, and made the folder
-    whisper = whisper or FrozenWhisper(config.whisper, device)
+    whisper = whisper or LATENTS[config.latent](config.whisper, device)
     corpus_of, speech, prior, held_out, problems = gather(config, whisper, speech)
     run = Run(config, whisper, bool(speech), prior, rank, n_ranks)
     if rank == 0:

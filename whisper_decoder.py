@@ -9,6 +9,7 @@
 B batch, L prompt + text + end tokens, T latent frames, C latent channels (n_audio_state),
 E embedding width (n_text_state), V vocabulary.
 """
+import copy
 import os
 import re
 from dataclasses import replace
@@ -34,6 +35,8 @@ SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # 20 ms at 16 kHz
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
 PARTING_SIGNS = r"[#+/:;=@\\]"
 CHUNK = 512  # targets whose logits are in memory at once
+MEL_MEAN, MEL_STD = 0.0, 0.5  # of Whisper's log-mel where speech is, about
+SILENT_FRAMES = 40  # behind the speech while an ear trains; in use it is the official window
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 
 
@@ -54,7 +57,7 @@ class FrozenWhisper:
         self.model = load_whisper(name, self.device).eval().requires_grad_(False)
         self.dims = self.model.dims
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
-        self.sphere = True  # every frame of x1 has mean 0 and variance 1 (not in experiments/)
+        self.sphere = True  # every frame of x1 has mean 0 and variance 1 (not in an Ear)
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         # One matrix embeds the tokens and makes the logits. All tokens that pocket never uses share
         # one row, and so one logit; official checkpoints have no equal rows, and nothing changes.
@@ -131,7 +134,7 @@ class FrozenWhisper:
         return self.model.encoder.ln_post(self.encode_speech(mel))
 
     def latents(self, mel: Tensor) -> Tensor:
-        """encode_speech, unless a study has another latent (experiments/spectrogram.py)."""
+        """x1 of real speech, (B, n_mels, 2T) -> (B, T, C)."""
         return self.encode_speech(mel)
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
@@ -172,6 +175,10 @@ class FrozenWhisper:
         each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
         return each.sum(1) / said.sum(1)
 
+    def enter(self, room: "Room") -> "FrozenWhisper":
+        """The critic of a training step; features are the same in every room."""
+        return self
+
     def reading_loss(self, x1: Tensor, cond: dict[str, Tensor], targets: Tensor) -> Tensor:
         """How hard the text is to read in x1, for training, (B, T, C), (B, L) -> (B,).
 
@@ -192,6 +199,131 @@ class FrozenWhisper:
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
             result.update(zip(where, whisper.decode(self.model, features[where].float(), options)))
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
+
+# ---- the ear ---------------------------------------------------------------------------------
+
+
+class Ear(FrozenWhisper):
+    """A frozen Whisper that hears: x1 is a log-mel spectrogram, and its encoder reads it first.
+
+    x1 (B, T, n_mels): 50 frames a second, (log-mel - MEL_MEAN) / MEL_STD, Whisper's own log-mel.
+    """
+
+    def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
+        super().__init__(name, device)
+        self.channels, self.sphere = self.dims.n_mels, False
+        self.room = None  # see `enter`
+
+    def latents(self, mel: Tensor) -> Tensor:
+        """x1 of real speech, (B, n_mels, 2T) -> (B, T, n_mels)."""
+        x1 = F.avg_pool1d(mel.to(self.device), 2).transpose(1, 2)
+        return (x1 - MEL_MEAN) / MEL_STD
+
+    def spectrogram(self, x1: Tensor, frames: Tensor, window: int) -> Tensor:
+        """x1 (B, T, n_mels), lengths (B,) -> log-mel with silence behind, (B, n_mels, 2 * window).
+
+        Like Whisper's own it ends 80 dB (2.0) below its loudest place, or at 1e-10 of full power
+        (-1.5), and that is its silence.
+        """
+        last = torch.arange(x1.shape[1] + 1, device=x1.device).minimum(frames[:, None] - 1)
+        mel = x1.float().gather(1, last[:, :, None].expand(-1, -1, self.channels)).transpose(1, 2)
+        mel = F.interpolate(MEL_MEAN + MEL_STD * mel, scale_factor=2, mode="linear")
+        mel = F.pad(smooth(mel), (0, 2 * window - mel.shape[2]))  # or cut the frame too many
+        is_speech = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
+        loudest = mel.detach().masked_fill(~is_speech, -9).amax((1, 2), keepdim=True)
+        floor = (loudest - 2).clamp(min=-1.5)
+        return torch.where(is_speech, mel, floor).maximum(floor)
+
+    def features(self, x1: Tensor, frames: Tensor) -> Tensor:
+        """What the decoder sees, in the official window, (B, T, n_mels) -> (B, n_audio_ctx, E)."""
+        return self.features_of_speech(self.spectrogram(x1, frames, self.max_frames))
+
+    def move(self, x1: Tensor, frames: Tensor, rooms: Sequence["Room"]) -> Tensor:
+        """x1 (B, T, n_mels) as it sounds in a room for each item: the same words, other voices."""
+        moved = torch.zeros_like(x1)
+        for i, (n, room) in enumerate(zip(frames.tolist(), rooms, strict=True)):
+            mel = self.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)
+            moved[i, :n] = self.latents(random_room(mel, room))[0]
+        return moved
+
+    def enter(self, room: "Room") -> "Ear":
+        """The same ear in a room: `reading_loss` hears everything there."""
+        ear = copy.copy(self)
+        ear.room = room
+        return ear
+
+    def reading_loss(self, x1: Tensor, cond: dict[str, Tensor], targets: Tensor) -> Tensor:
+        """Cross-entropy in a random room, in a window that is hardly longer than the speech."""
+        window = min(x1.shape[1] + SILENT_FRAMES, self.max_frames)
+        mel = self.spectrogram(x1, cond["frames"], window)
+        if self.room and self.room.amount:
+            spare = min(2 * (window - x1.shape[1]), 24)  # hops of silence that may stand in front
+            mel = mel.roll(int(torch.randint(spare + 1, (), generator=self.room.rng,
+                                             device=mel.device)), 2)
+            mel = random_room(mel, self.room)
+        features = self.model.encoder.ln_post(run_encoder(self.model.encoder, mel))
+        return self.cross_entropy(features, targets)
+
+
+def smooth(mel: Tensor) -> Tensor:
+    """Mean over three bins and 50 ms, (B, n_mels, n) -> (B, n_mels, n): voices do not flicker."""
+    return F.avg_pool2d(mel[:, None], (3, 5), 1, (1, 2), count_include_pad=False)[:, 0]
+
+
+# The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
+ROOM = dict(vocal_tract=0.12, rhythm=0.3, echo=1.0, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15,
+            noise=0.3, mask=0.2)
+# What makes another voice of a spectrogram, and leaves it clean: `sample.py --rooms`.
+VOICE = ROOM | dict(echo=0.0, cover=0.0, mask=0.0)
+
+
+class Room(NamedTuple):
+    """How far transformations go, and what draws them."""
+
+    amount: float  # 0: none, 1: as strong as they get
+    rng: torch.Generator  # on the device of what is heard
+    strength: dict[str, float] = ROOM
+
+
+def random_room(mel: Tensor, room: Room) -> Tensor:
+    """Each item of a log-mel in another voice and room, (B, n_mels, n) -> (B, n_mels, n).
+
+    What a Whisper still reads there depends on nothing that only this one network would notice:
+    expectation over transformations, Athalye et al. 2018 (arXiv 1707.07397).
+    """
+    (n_items, n_mels, n), device = mel.shape, mel.device
+    uniform = lambda *size: torch.rand(*size, generator=room.rng, device=device)  # noqa: E731
+    normal = lambda *size: torch.randn(*size, generator=room.rng, device=device)  # noqa: E731
+    curve = lambda nodes, size: F.interpolate(  # noqa: E731  (B, 1, size), smooth
+        normal(n_items, 1, nodes), size, mode="linear", align_corners=True)
+    s = {name: room.amount * value for name, value in room.strength.items()}
+    bins = torch.arange(n_mels, device=device)[:, None]
+    hops = torch.arange(n, device=device)
+
+    # A longer vocal tract has all its resonances lower; nobody holds an even pace.
+    y = bins / (n_mels - 1) * (1 + s["vocal_tract"] * (2 * uniform(n_items, 1, 1) - 1))
+    x = (s["rhythm"] * curve(2 + n // 25, n)).exp().cumsum(2)
+    x = (x - x[:, :, :1]) / (x[:, :, -1:] - x[:, :, :1])
+    grid = 2 * torch.stack([x.expand_as(mel), y.expand_as(mel)], -1) - 1
+    mel = F.grid_sample(mel[:, None], grid, padding_mode="border", align_corners=True)[:, 0]
+    # Walls: every sound dies away slowly, 60 dB (1.5) in up to half a second, and fainter.
+    fall = hops * 1.5 / (100 * 0.5 * (0.1 + 0.9 * uniform(n_items, 1, 1)))
+    tail = (mel + fall).cummax(2).values - fall
+    mel = mel.maximum(tail - 3 + 2.5 * s["echo"] * uniform(n_items, 1, 1))
+    # Steady noise covers what is quieter.
+    floor = mel.amin((1, 2), keepdim=True).detach()
+    mel = mel.maximum(floor + s["cover"] * uniform(n_items, 1, 1))
+    # Distance, microphones and loudspeakers: loudness, tilt, a smooth curve over the frequencies.
+    mel = mel + s["gain"] * normal(n_items, 1, 1)
+    mel = mel + s["tilt"] * normal(n_items, 1, 1) * (2 * bins / (n_mels - 1) - 1)
+    mel = mel + s["equaliser"] * curve(6, n_mels).transpose(1, 2)
+    # Hiss of a random level: no single value may matter (randomised smoothing, arXiv 1902.02918).
+    mel = mel + s["noise"] * uniform(n_items, 1, 1) * normal(*mel.shape)
+    # A band is missing, so no band may say it all (SpecAugment, arXiv 1904.08779).
+    width = s["mask"] * n_mels * uniform(n_items, 1, 1)
+    low = uniform(n_items, 1, 1) * (n_mels - width)
+    is_masked = (low <= bins) & (bins < low + width)
+    return torch.where(is_masked, mel.mean((1, 2), keepdim=True).detach(), mel)
 
 
 class ChunkedNats(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Train the checkpoints that the README's table of realism compares, each with its speech.
 
-    python experiments/arms.py spectrogram pairs-7         # writes out/arms/NAME/ckpt.pt
+    python experiments/arms.py text pairs-7         # writes out/arms/NAME/ckpt.pt
     python experiments/arms.py pairs-7 --steps 500         # other flags go to train.py
 
 espeak-ng speaks, in voices of the pocket decoder's training, sentences that are not in the test.
@@ -14,7 +14,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
 import train  # noqa: E402
-from experiments.spectrogram import SpectralWhisper  # noqa: E402
 from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
 
 MEAN_SECONDS = 2.25  # of a spoken sentence
@@ -23,7 +22,6 @@ FIRST_SEED = 2000  # of speech; realism.py's voices have others
 ARMS = {
     "text": (0, True, "--prior none"),
     "prior": (0, True, "--transport_weight 0.3 --steps 2000"),
-    "spectrogram": (0, True, "--prior none --steps 600"),
 }
 for minutes in (1, 7, 30, 110):
     ARMS |= {
@@ -66,7 +64,7 @@ def main(argv):
         raise BadInput(f"give arms, some of {', '.join(ARMS)}")
     for name in names:
         minutes, has_text, flags = ARMS[name]
-        whisper = SpectralWhisper() if name == "spectrogram" else FrozenWhisper("pocket")
+        whisper = FrozenWhisper("pocket")
         training, _ = data.split(data.builtin())
         flags = ["--out_dir", f"out/arms/{name}", *flags.split(), *given]
         speech = speak(minutes, has_text, training, whisper)

@@ -25,10 +25,10 @@ from whisper.model import TextDecoder
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
-import make_pocket  # noqa: E402
 import sample  # noqa: E402
-from experiments.realism import (  # noqa: E402
-    Speech, Study, check, learn, letter_errors, letters, student_cer, train_student, vary,
+from experiments.realism import Study, check, parse_args  # noqa: E402
+from experiments.student import (  # noqa: E402
+    Speech, learn, letter_errors, letters, student_cer, train_student, vary,
 )
 from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
 
@@ -112,15 +112,16 @@ class Reader:
         return letter_errors(self.test.sentences, read)
 
 
-def controls(study: Study, speech: Speech, seed: int) -> list[float]:
+def controls(study: Study, speech: Speech, real: Speech, seed: int) -> list[float]:
     """Errors on real speech of a decoder, of one with soft labels, and beside 7 real minutes."""
-    reader, steps = Reader(speech, study.test, study.whisper), study.args.steps
+    test, steps = study.tests["student"], study.args.steps
+    reader = Reader(speech, test, study.whisper)
     rates = [reader.cer(reader.train(seed, steps)),
              reader.cer(reader.train(seed, steps, reader.soft_labels()))]
-    if speech is not study.real:
-        both = Speech(*(few + made for few, made in zip(study.few, speech)))
+    if speech is not real:
+        both = Speech(*(said[::10] + made for said, made in zip(real, speech)))
         student = train_student(both, study.alphabet, seed, steps)
-        rates.append(student_cer(student, study.test, study.alphabet))
+        rates.append(student_cer(student, test, study.alphabet))
     return rates
 
 
@@ -132,17 +133,19 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=6000, help="of a student, at most")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech")
     args = parser.parse_args(argv)
-    check(args)
-    make_pocket.need_espeak()
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    study = Study(argparse.Namespace(**vars(args), fresh_test=False))
-    kinds = {"real speech": study.real}
+    shared = parse_args([*map(str, args.checkpoints), "--device", "cpu", "--sentences",
+                         str(args.sentences), "--steps", str(args.steps), "--work_dir",
+                         str(args.work_dir), "--judge", "pocket"])  # nobody reads here
+    check(shared)
+    study = Study(shared)
+    real = study.say(study.sentences, 0)
+    kinds = {"real speech": real}
     for path in args.checkpoints:
         settings = sample.Settings(seed=args.seed)
         kinds[str(path)] = study.speaker(path)(study.sentences, settings=settings)
     print("| features | a decoder | soft labels | and 7 minutes |\n| --- | --- | --- | --- |")
     for name, speech in kinds.items():
-        rates = controls(study, speech, args.seed)
+        rates = controls(study, speech, real, args.seed)
         cells = [f"{rate:.1%}" for rate in rates] + [""] * (3 - len(rates))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -1,30 +1,29 @@
-"""How speech-like are the features? Train a student on them, test it on real speech.
+"""How speech-like is what the flow makes? Judges that cannot have been fooled.
 
-    python experiments/realism.py out/ckpt.pt                       # a table and a picture
+    python experiments/realism.py out/ckpt.pt                          # a table and a picture
     python experiments/realism.py a.pt b.pt --no-real --out out/more   # more rows of the table
+    python experiments/realism.py out/ckpt.pt --judge base --recordings FOLDER
 
-The decoder that trained the flow cannot judge it: it has been pleased already. A student can. It
-is a small convolutional network without a language model that learns letters (CTC) from generated
-features only; then it hears real speech: sentences and voices that nothing was trained on. Beside
-it, from as many sentences: students of real speech (the upper bound), of real speech as long as
-the length rule says, with equally long letters (is it the pace?), of a few minutes of it, and of
-the features of the first checkpoint with the text of other sentences (the lower bound).
+The Whisper that trained the flow, its critic, cannot judge it: it has been pleased already. The
+judge is another Whisper that reads the same x1; both also read .wav files. A student is a small
+convolutional network without a language model. It learns letters (CTC) from generated speech only,
+then hears real speech: sentences and voices that nothing was trained on. What it hears is the
+output of the critic's encoder before ln_post, between the silences of an utterance.
 
-Every student learns until it reads sentences set aside no better: see `learn`.
-
-Everything is measured on x1 (whisper_decoder.py), between the silences of an utterance. Needs the
-pocket decoder, espeak-ng and matplotlib.
+The upper bound is espeak-ng's speech of the same texts, also with equally long letters (is it the
+pace?). The lower bound is speech of the first checkpoint, with the texts of other sentences.
+Needs matplotlib, espeak-ng for the languages that it speaks here, and ffmpeg for .wav files.
 """
 import argparse
-import copy
-import math
-import os
 import random
+import shutil
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from matplotlib import pyplot
 from tqdm import tqdm
+from whisper.audio import SAMPLE_RATE, load_audio
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,20 +41,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
 import sample  # noqa: E402
-import train  # noqa: E402
-from experiments.spectrogram import SpectralWhisper  # noqa: E402
-from model import mlp  # noqa: E402
-from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, edit_distance  # noqa: E402
+from experiments.student import (  # noqa: E402
+    Speech, letters, resample, student_cer, train_student,
+)
+from model import DiT  # noqa: E402
+from train import balanced  # noqa: E402
+from whisper_decoder import (  # noqa: E402
+    SAMPLES_PER_FRAME, BadInput, Ear, FrozenWhisper, choose_device,
+)
 
-VALIDATION = 0.1  # share of a student's utterances that say when it has learned enough
-CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better
-RATE = 6e-3  # of learning
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
-FRESH_SEED = 3000  # of a test on which nothing was chosen
+N_WAV, N_TEST, N_VERSIONS = 24, 250, 8  # files; clips of a test, at most; versions of a text
 COLUMNS = {  # name of a figure -> heading, format
-    "student": ("student's CER on real speech", "{:.1%}"),
-    "own": ("on its own kind", "{:.1%}"),
-    "round_trip": ("round trip CER", "{:.1%}"),
+    "critic": ("critic's CER", "{:.1%}"),
+    "judge": ("judge's CER", "{:.1%}"),
+    "critic_wav": ("critic, from .wav", "{:.1%}"),
+    "judge_wav": ("judge, from .wav", "{:.1%}"),
+    "human": ("student's CER on human speech", "{:.1%}"),
+    "student": ("student's CER on espeak-ng", "{:.1%}"),
+    "own": ("student on its own kind", "{:.1%}"),
     "frechet": ("Frechet distance", "{:.2f}"),
     "lag1": ("autocorrelation, 20 ms", "{:.2f}"),
     "lag5": ("100 ms", "{:.2f}"),
@@ -64,54 +69,112 @@ COLUMNS = {  # name of a figure -> heading, format
 }
 
 
-class Speech(NamedTuple):
-    """Utterances of one kind, real or generated."""
+class Flow(NamedTuple):
+    """A checkpoint."""
 
-    sentences: list
-    x1: list[Tensor]  # (T, C) each
+    model: DiT
+    speed: float  # that it was trained at
+    readers: dict[str, FrozenWhisper]  # critic and, if there is one, judge
 
 
 # ---- real and generated utterances -----------------------------------------------------------
 
 
+def parts(items: Iterable, whisper: FrozenWhisper) -> Iterator[list]:
+    """Lists of so many items as its encoder hears at once in little memory."""
+    items = iter(items)
+    while part := list(islice(items, max(1, 6000 // whisper.max_frames))):
+        yield part
+
+
 @torch.no_grad()
+def encode(mels: Iterable[Tensor], whisper: FrozenWhisper) -> list[Tensor]:
+    """Log-mel, (n_mels, 2 n_audio_ctx) each -> the encoder's output where speech is, (T, C)."""
+    x1 = []
+    for part in parts(mels, whisper):
+        heard = whisper.encode_speech(torch.stack(part)).cpu()
+        x1 += [x[data.speech_span(mel)].clone() for x, mel in zip(heard, part)]
+    return x1
+
+
 def hear(sentences: list, clips: list, whisper: FrozenWhisper) -> Speech:
     """8-bit log-mel of clips -> what the frozen encoder makes of them."""
-    x1 = []
-    for start in range(0, len(clips), 50):
-        mel = data.stack_clips(clips[start : start + 50], whisper)
-        heard = whisper.encode_speech(mel).cpu()
-        x1 += [x[data.speech_span(m)].clone() for x, m in zip(heard, mel)]
-    return Speech(sentences, x1)
+    mels = (data.mel_from_bytes(clip, 2 * whisper.max_frames) for clip in clips)
+    return Speech(sentences, encode(mels, whisper))
 
 
-def speak(sentences: list, seed: int, whisper: FrozenWhisper, work: Path) -> Speech:
-    """espeak-ng says the sentences, in voices of the pocket decoder's training."""
-    seed += FIRST_SEED
-    clips = make_pocket.speak_all(sentences, make_pocket.VARIANTS, seed, work, "realism")
-    return hear(sentences, clips, whisper)
+def random_samples(sentence, variants, seed: int, seconds: float) -> np.ndarray:
+    """One utterance in a random voice, faster if it is too long -> 16 kHz samples (n,)."""
+    rng = random.Random(f"{seed} {sentence.language} {sentence.text}")
+    variant, speed, pitch = rng.choice(variants), rng.randint(150, 210), rng.randint(30, 70)
+    say = partial(make_pocket.speak, sentence, variant, pitch=pitch)
+    while len(samples := say(speed=speed)) > seconds * SAMPLE_RATE:
+        speed += 15
+    return samples
 
 
-def generate(model, sentences: list, whisper: FrozenWhisper, settings) -> Speech:
-    """The flow says the sentences, spectrograms in many voices; what Whisper's encoder hears."""
-    x1, rng = [], torch.Generator().manual_seed(settings.seed)
-    for start in range(0, len(sentences), 50):
-        some = sentences[start : start + 50]
-        lasting = [data.letter_lengths(s, 1.0, model.prior) for s in some]
+def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
+           work: Path) -> Iterator[Tensor]:
+    """espeak-ng says the sentences -> log-mel, (n_mels, 2 n_audio_ctx) each."""
+    if whisper.dims.n_mels == 80 and whisper.max_frames == make_pocket.DIMS.n_audio_ctx:
+        for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
+            yield data.mel_from_bytes(clip, 2 * whisper.max_frames)
+        return
+    say = partial(random_samples, variants=variants, seed=seed,
+                  seconds=whisper.max_frames / data.FRAMES_PER_SECOND)
+    with ThreadPoolExecutor(2) as pool:
+        for part in parts(tqdm(sentences, desc="speaking", leave=False), whisper):
+            yield from (whisper.log_mel(samples)[0].cpu() for samples in pool.map(say, part))
+
+
+def recordings(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
+    """Human clips of 1 to 12 seconds, chosen by a hash; no digits: who knows how they are read?"""
+    if data.soundfile is None or not folder.is_dir():
+        raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv"
+                       if data.soundfile else "to use --recordings, `pip install soundfile`")
+    entries, problems = data.read_manifest(folder, whisper)
+    sentences, mels = [], []
+    for path, s in sorted((e for e in entries if e[1]), key=lambda e: data.hash_share(e[1])):
+        is_usable = s.language in languages and not any(map(str.isdigit, s.text))
+        if not is_usable or letters(s) in known or len(mels) == N_TEST:
+            continue
+        try:
+            samples = data.read_audio(path, whisper)
+        except BadInput as error:
+            problems.append(f"{path}: {error}")
+            continue
+        if 1 <= len(samples) / SAMPLE_RATE <= 12:
+            sentences.append(s)
+            mels.append(whisper.log_mel(samples)[0].cpu())
+    if not mels:
+        raise BadInput(f"{folder} has no usable clip: 1 to 12 seconds, with a text in "
+                       f"{', '.join(sorted(languages))} that is not learned from"
+                       + "".join(f"; {problem}" for problem in problems[:1]))
+    return Speech(sentences, encode(mels, whisper))
+
+
+@torch.no_grad()
+def latents(flow: Flow, sentences: list, whisper: FrozenWhisper,
+            settings: sample.Settings) -> Iterator[tuple[Tensor, Tensor]]:
+    """The flow says some sentences at a time -> x1 (B, T, channels), lengths (B,)."""
+    model = flow.model
+    for some in parts(sentences, whisper):
+        speeds = [flow.speed * sample.pace(s, settings.seed, settings.rooms) for s in some]
+        lasting = [data.letter_lengths(s, v, model.prior) for s, v in zip(some, speeds)]
         batch = data.make_batch(some, whisper, lasting, prior=model.prior)
-        frames, made = batch.cond["frames"], sample.generate(model, whisper, batch, settings)[-1]
-        if isinstance(whisper, SpectralWhisper):
-            made = whisper.hear(made, frames, rng)
-        x1 += [x[:n].clone() for x, n in zip(made.cpu(), frames.tolist())]
-    return Speech(sentences, x1)
+        yield sample.generate(model, whisper, batch, settings)[-1], batch.cond["frames"]
 
 
-def resample(x1: Tensor, times) -> Tensor:
-    """Frames at other times, between two of them linearly, (T, C), (T',) -> (T', C)."""
-    times = torch.as_tensor(times, dtype=torch.float32).clamp(0, len(x1) - 1)
-    before = times.long().clamp(max=max(0, len(x1) - 2))
-    x1 = x1[before].lerp(x1[(before + 1).clamp(max=len(x1) - 1)], (times - before)[:, None])
-    return F.layer_norm(x1, x1.shape[-1:])
+@torch.no_grad()
+def generate(flow: Flow, sentences: list, whisper: FrozenWhisper,
+             settings: sample.Settings) -> Speech:
+    """The flow says the sentences; spectrograms as the encoder hears them."""
+    found = []
+    for x1, frames in latents(flow, sentences, whisper, settings):
+        if isinstance(whisper, Ear):
+            x1 = whisper.encode_speech(whisper.spectrogram(x1, frames, whisper.max_frames))
+        found += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
+    return Speech(sentences, found)
 
 
 def even(speech: Speech) -> Speech:
@@ -123,135 +186,6 @@ def even(speech: Speech) -> Speech:
         ends = np.cumsum([0, *n])
         x1.append(resample(x, np.interp(place, np.arange(len(n) + 1), ends) - 0.5))
     return Speech(speech.sentences, x1)
-
-
-# ---- the student -----------------------------------------------------------------------------
-
-
-def letters(sentence) -> str:
-    """What the student writes: words in lower case, no punctuation."""
-    parting = "" if sentence.language in UNSPACED else " "
-    return parting.join(data.words(sentence.text.lower(), sentence.language))
-
-
-class Block(nn.Module):
-    """One filter per channel, 9 frames of 40 ms wide, then a perceptron in each frame."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.filter = nn.Parameter(torch.randn(9, width) / 3)
-        self.mlp = mlp(width, 2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        frames = x.shape[1]
-        x = F.pad(x, (0, 0, 4, 4))  # shifted sums: faster than Conv1d here
-        x = sum(x[:, i : i + frames] * tap for i, tap in enumerate(self.filter))
-        return self.mlp(F.layer_norm(x, x.shape[-1:]))
-
-
-class Student(nn.Module):
-    """Six blocks, 2 s wide, over pairs of frames; each pair writes up to two letters."""
-
-    def __init__(self, channels: int, n_letters: int, width: int = 160):
-        super().__init__()
-        self.first = nn.Linear(2 * channels, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(6))
-        self.last = nn.Linear(width, 2 * (n_letters + 1))  # 0 is CTC's blank
-
-    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
-        """(B, T, C), (B,) -> log-probabilities (B, T or T + 1, letters + 1)."""
-        x = F.pad(x, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).flatten(2)
-        is_speech = (torch.arange(x.shape[1]) < (frames[:, None] + 1) // 2)[:, :, None]
-        x = self.first(x)
-        for block in self.blocks:
-            y = block(F.layer_norm(x, x.shape[-1:]) * is_speech)
-            x = x + F.dropout(y, 0.05, self.training)
-        x = self.last(F.layer_norm(x, x.shape[-1:])).unflatten(2, (2, -1)).flatten(1, 2)
-        return x.log_softmax(-1)
-
-
-def student_loss(student: Student, x1: list[Tensor], texts: list[Tensor]) -> Tensor:
-    """CTC in nats per letter, mean over the items."""
-    frames, n_letters = (torch.tensor([len(x) for x in items]) for items in (x1, texts))
-    log_probs = student(nn.utils.rnn.pad_sequence(x1, batch_first=True), frames)
-    return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(texts), frames, n_letters,
-                      zero_infinity=True)
-
-
-def vary(x: Tensor, rng: random.Random) -> Tensor:
-    """(T, C) at another pace, with an offset and noise: for voices that were not heard."""
-    x = resample(x, np.linspace(0, len(x) - 1, round(len(x) * rng.uniform(0.8, 1.2))))
-    offset, noise = 0.3 * rng.random(), 0.3 * rng.random()
-    return x + offset * torch.randn(x.shape[1]) + noise * torch.randn(x.shape)
-
-
-def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Student:
-    """A student of these utterances, when it has learned enough (`learn`)."""
-    torch.manual_seed(seed)
-    texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
-
-    def loss(student: Student, picks: list[int], rng: random.Random | None) -> Tensor:
-        x1 = [vary(speech.x1[i], rng) if rng else speech.x1[i] for i in picks]
-        return student_loss(student, x1, [texts[i] for i in picks])
-
-    student = Student(speech.x1[0].shape[1], len(alphabet))
-    return learn(student, loss, [len(x) for x in speech.x1], seed, steps, RATE)
-
-
-def learn(student: nn.Module, loss: Callable, frames: list[int], seed: int, steps: int,
-          rate: float) -> nn.Module:
-    """Averaged weights, when their loss on items set aside falls no more: the same for all.
-
-    That is when PATIENCE checks in a row were hardly BETTER than one before; or after `steps`.
-    loss(student, items, rng) varies its items if there is a rng; frames: of all items.
-    """
-    average, rng = copy.deepcopy(student).eval(), random.Random(seed)
-    order = torch.randperm(len(frames)).tolist()
-    n_validation = max(1, min(200, round(VALIDATION * len(order))))
-    validation, training = order[:n_validation], order[n_validation:]
-    optimizer = torch.optim.AdamW(student.parameters(), rate, (0.9, 0.98), weight_decay=0.01)
-    best, lowest, good, since = None, math.inf, math.inf, 0
-    for step in (bar := tqdm(range(1, steps + 1), desc="student", leave=False)):
-        pool = sorted(rng.choices(training, k=48), key=lambda i: frames[i])
-        first = rng.randrange(0, 48, 12)  # 12 of like length, so that little is padded
-        now = loss(student, pool[first : first + 12], rng)
-        optimizer.zero_grad(set_to_none=True)
-        now.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate * min(1, step / 50)
-        optimizer.step()
-        with torch.no_grad():
-            for averaged, new in zip(average.parameters(), student.parameters()):
-                averaged.lerp_(new, max(0.01, 1 / step))
-            if step % CHECK and step < steps:
-                continue
-            held_out = loss(average, validation, None).item()
-        bar.set_postfix(validation=f"{held_out:.3f}")
-        if best is None or held_out < lowest:
-            best, lowest = copy.deepcopy(average), held_out
-        if held_out < BETTER * good:
-            good, since = held_out, step
-        if step - since >= PATIENCE * CHECK:
-            break
-    else:
-        print(f"note: after {steps} steps a student was still learning; give it more --steps")
-    return best
-
-
-@torch.no_grad()
-def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
-    """Character error rate of the best path: repeats joined, blanks dropped."""
-    letter_of, read = {i: letter for letter, i in alphabet.items()}, []
-    for x in speech.x1:
-        best = student(x[None], torch.tensor([len(x)]))[0].argmax(-1).unique_consecutive()
-        read.append("".join(letter_of[i] for i in best.tolist() if i))
-    return letter_errors(speech.sentences, read)
-
-
-def letter_errors(sentences: list, read: list[str]) -> float:
-    """Edits per letter that the sentences have, where a student reads these letters."""
-    said = [letters(s) for s in sentences]
-    return sum(map(edit_distance, said, read)) / sum(map(len, said))
 
 
 # ---- the other measures ----------------------------------------------------------------------
@@ -304,125 +238,204 @@ def diversity(versions: list[list[Tensor]]) -> float:
 # ---- the table -------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def read(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
+    """Greedy character error rate in features of some at a time, (B, n_audio_ctx, C)."""
+    found = []
+    for some in features:
+        codes = [s.language for s in sentences[len(found) : len(found) + len(some)]]
+        found += whisper.transcribe(some, codes)
+    return sample.rates(sentences, found).cer
+
+
+def listen(mels: Iterable[Tensor], whisper: FrozenWhisper) -> Iterator[Tensor]:
+    """Log-mel, (n_mels, 2 n_audio_ctx) each -> features of some at a time."""
+    return (whisper.features_of_speech(torch.stack(part)) for part in parts(mels, whisper))
+
+
+def through_wav(mels: Iterable[Tensor], whisper: FrozenWhisper, name: Path) -> Iterator[Tensor]:
+    """Log-mel (n_mels, 2T) -> NAME_00.wav ..., read as Whisper does (n_mels, 2 n_audio_ctx)."""
+    for i, mel in enumerate(islice(mels, N_WAV)):
+        sample.write_wav(path := Path(f"{name}_{i:02d}.wav"), mel)
+        yield whisper.log_mel(load_audio(str(path))[: whisper.max_frames * SAMPLES_PER_FRAME])[0]
+
+
 class Study:
-    """What all rows share: real speech, test sentences, alphabet."""
+    """What all rows share: critic, sentences, alphabet, tests of the students."""
 
     def __init__(self, args):
-        self.args, self.whisper = args, FrozenWhisper("pocket")
-        training, _ = data.split(data.builtin())
+        config = sample.load_checkpoint(args.checkpoints[0])["config"]
+        self.args, self.device = args, choose_device(args.device)
+        is_pocket = config["whisper"] == "pocket"
+        self.whisper = FrozenWhisper(config["whisper"], self.device)
+        self.judge = args.judge or (str(ROOT / "pocket" / "judge.pt") if is_pocket else "")
+        sources = args.data or config["data"]
+        training, held_out = data.split(list(data.load(sources, self.whisper).weights))
+        if len(training) < 50:
+            raise BadInput(f"--data {' '.join(sources)} has {len(training)} sentences to learn "
+                           "from; give at least 50")
         random.Random(0).shuffle(training)
-        self.sentences = train.balanced(training, args.sentences)
-        self.test = hear(*self.tests(), self.whisper)
-        seen = sorted({c for s in [*training, *self.test.sentences] for c in letters(s)})
+        self.sentences = balanced(training, args.sentences)
+        self.some = balanced(training[::-1], 25)  # said again and again, for the diversity
+        seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
-        self.some = train.balanced(training[::-1], 50)  # said again and again, for the diversity
-        self.said = partial(speak, whisper=self.whisper, work=args.work_dir)
-        self.real = self.said(self.sentences, 0)
-        self.few = Speech(*(items[::10] for items in self.real))
+        languages = {s.language for s in training}
+        if voiceless := languages - set(make_pocket.VOICES):
+            print("note: no row of real speech, as make_pocket.py has no voice for "
+                  + ", ".join(sorted(voiceless)))
+        else:
+            make_pocket.need_espeak()
+        self.has_voices = not voiceless
+        held_out.sort(key=data.hash_share)
+        self.held_out = sorted(balanced(held_out, args.read), key=data.hash_share)
+        self.flows = {path: self.load(path) for path in args.checkpoints}
+        self.tests = {}
+        if args.recordings:
+            known = {letters(s) for s in training}
+            self.tests["human"] = recordings(args.recordings, languages, known, self.whisper)
+        if is_pocket:
+            shipped = [(s, clip) for s, clip in zip(*data.spoken_sentences(self.whisper))
+                       if s.language in languages]
+            self.tests["student"] = hear(*map(list, zip(*shipped)), self.whisper)
+        elif self.has_voices:
+            self.tests["student"] = self.say(balanced(held_out, N_TEST), 2,
+                                             make_pocket.HELD_OUT_VARIANTS)
 
-    # What some tables do not need is spoken when it is asked for.
+    def load(self, path: Path) -> Flow:
+        checkpoint = sample.load_checkpoint(path)
+        readers = dict(critic=sample.load_critic(checkpoint, self.device))
+        try:
+            if self.judge:
+                readers["judge"] = sample.load_critic(checkpoint, self.device, self.judge)
+        except BadInput as error:
+            if isinstance(readers["critic"], Ear) or "channels" not in str(error):
+                raise
+            print(f"note: no judge of {path}: {error}")
+        for whisper in readers.values():
+            if not self.readable(whisper):
+                raise BadInput(f"{whisper.name} knows no language of the text; give another judge")
+        model = sample.load_model(checkpoint, self.device)
+        return Flow(model, checkpoint["config"]["speed"], readers)
+
+    def readable(self, whisper: FrozenWhisper) -> list:
+        """Held-out sentences in languages that a Whisper knows."""
+        return [s for s in self.held_out if s.language in whisper.languages]
+
+    def spectrograms(self, sentences: list, seed: int, whisper: FrozenWhisper,
+                     variants=make_pocket.VARIANTS) -> Iterator[Tensor]:
+        return espeak(sentences, variants, FIRST_SEED + seed, whisper, self.args.work_dir)
+
+    def say(self, sentences: list, seed: int, variants=make_pocket.VARIANTS) -> Speech:
+        """espeak-ng says the sentences; what the critic's encoder hears."""
+        mels = self.spectrograms(sentences, seed, self.whisper, variants)
+        return Speech(sentences, encode(mels, self.whisper))
 
     @cached_property
-    def reference(self) -> Speech:
-        return self.said(self.sentences, 1)
-
-    @cached_property
-    def own(self) -> Speech:
-        return self.said(self.test.sentences, 2)
-
-    @cached_property
-    def even(self) -> list[Speech]:
-        return [even(self.real), even(self.own)]
-
-    @cached_property
-    def versions(self) -> list[list[Tensor]]:
-        return [self.said(self.some, seed).x1 for seed in range(3, 11)]
-
-    def tests(self) -> tuple[list, list]:
-        """The sentences that pocket/ ships spoken; or as many others, in the same four voices."""
-        sentences, clips = data.spoken_sentences(self.whisper)
-        if self.args.fresh_test:
-            _, held_out = data.split(data.builtin())
-            shipped = set(sentences)
-            others = [s for s in held_out if s not in shipped]
-            random.Random(3).shuffle(others)
-            sentences = train.balanced(others, len(sentences))
-            clips = make_pocket.speak_all(sentences, make_pocket.HELD_OUT_VARIANTS, FRESH_SEED,
-                                          self.args.work_dir, "test")
-        return sentences, clips
-
-    def student(self, speech: Speech, own: Speech, seed: int) -> dict:
-        student = train_student(speech, self.alphabet, seed, self.args.steps)
-        return dict(student=student_cer(student, self.test, self.alphabet),
-                    own=student_cer(student, own, self.alphabet))
-
-    def measures(self, speech: Speech, versions: list, seed: int) -> dict:
-        """Everything but the student, against other real speech."""
-        x1, reference = speech.x1, self.reference.x1
-        return dict(
-            frechet=frechet(torch.cat(x1), torch.cat(reference)),
-            lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
-            classifier=classifier_accuracy(x1, reference, seed),
-            diversity=diversity(versions),
-            seconds=statistics.mean(map(len, x1)) / data.FRAMES_PER_SECOND,
-        )
-
-    def read(self, speech: Speech) -> float:
-        """Character error rate of the frozen decoder's greedy reading."""
-        frames = torch.tensor([len(x) for x in speech.x1])
-        x1 = nn.utils.rnn.pad_sequence(speech.x1, batch_first=True)
-        read = []
-        for i in range(0, len(frames), 50):
-            features = self.whisper.features(x1[i : i + 50], frames[i : i + 50])
-            codes = [s.language for s in speech.sentences[i : i + 50]]
-            read += self.whisper.transcribe(features, codes)
-        return train.rates(speech.sentences, read).cer
-
-    def real_rows(self, seed: int) -> dict:
-        """Students of real speech, of the same without its rhythm, and of a few minutes of it."""
-        minutes = sum(map(len, self.few.x1)) / data.FRAMES_PER_SECOND / 60
-        return {
-            "real speech": self.student(self.real, self.own, seed)
-            | dict(round_trip=self.read(self.test))
-            | self.measures(self.real, self.versions, seed),
-            "real speech, letters equally long": self.student(*self.even, seed),
-            f"{minutes:.0f} minutes of real speech": self.student(self.few, self.own, seed),
-        }
+    def reference(self) -> list[Tensor]:
+        """Other real speech of the same sentences."""
+        return self.say(self.sentences, 1).x1
 
     def speaker(self, path: Path) -> Callable[..., Speech]:
         """A checkpoint -> `generate` of its flow, which takes sentences and settings."""
-        checkpoint = sample.load_checkpoint(path)
-        is_spectrogram = not checkpoint["model_config"]["sphere"]
-        whisper = SpectralWhisper() if is_spectrogram else self.whisper
-        return partial(generate, sample.load_model(checkpoint, whisper.device), whisper=whisper)
+        flow = self.flows[path]
+        return partial(generate, flow, whisper=flow.readers["critic"])
 
-    def generated_rows(self, path: Path, seed: int, shuffle: bool) -> dict:
-        """Students of a checkpoint's features, and of the same with other texts."""
-        say = self.speaker(path)
-        settings = sample.Settings(seed=seed)
-        made = say(self.sentences, settings=settings)
-        own = say(self.test.sentences, settings=settings)
-        versions = [say(self.some, settings=settings._replace(seed=8 * seed + v)).x1
-                    for v in range(8)]
-        rows = {str(path): self.student(made, own, seed) | dict(round_trip=self.read(own))
-                | self.measures(made, versions, seed)}
-        if shuffle:
-            languages = dict.fromkeys(s.language for s in self.sentences)
-            same = [[s for s in self.sentences if s.language == code] for code in languages]
-            others = [s for group in same for s in group[1:] + group[:1]]
-            shuffled = self.student(Speech(others, made.x1), own, seed)
-            rows[f"{path}, with other texts"] = dict(student=shuffled["student"])
-        return rows
+    def student(self, speech: Speech, own: Speech, seed: int) -> dict:
+        student = train_student(speech, self.alphabet, seed, self.args.steps)
+        return {name: student_cer(student, test, self.alphabet)
+                for name, test in [*self.tests.items(), ("own", own)]}
+
+    def measures(self, x1: list[Tensor], versions: list, seed: int) -> dict:
+        """All that needs no reader; some of it against other real speech."""
+        found = dict(lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
+                     diversity=diversity(versions),
+                     seconds=statistics.mean(map(len, x1)) / data.FRAMES_PER_SECOND)
+        if self.has_voices:
+            found |= dict(frechet=frechet(torch.cat(x1), torch.cat(self.reference)),
+                          classifier=classifier_accuracy(x1, self.reference, seed))
+        return found
+
+    def readings(self, path: Path, speak: Callable, name: str) -> dict:
+        """What critic and judge of a checkpoint read, from .wav files too if it has spectrograms.
+
+        speak(sentences, whisper) -> features of some at a time, log-mel (n_mels, 2T) each.
+        """
+        found = {}
+        for who, whisper in self.flows[path].readers.items():
+            sentences = self.readable(whisper)
+            features, mels = speak(sentences, whisper)
+            found[who] = read(whisper, sentences, features)
+            if isinstance(whisper, Ear):
+                heard = through_wav(mels, whisper, self.args.work_dir / name)
+                found[f"{who}_wav"] = read(whisper, sentences[:N_WAV], listen(heard, whisper))
+        return found
+
+    def real_readings(self, sentences: list, whisper: FrozenWhisper) -> tuple:
+        """Real speech, for `readings`."""
+        mels = list(self.spectrograms(sentences, 2, whisper))
+        return listen(mels, whisper), (mel[:, : 2 * data.speech_span(mel).stop] for mel in mels)
+
+    def made_readings(self, sentences: list, whisper: FrozenWhisper, path: Path,
+                      settings: sample.Settings) -> tuple:
+        """What a flow makes, for `readings`."""
+        flow = self.flows[path]
+        made = list(latents(flow, sentences, flow.readers["critic"], settings))
+        return (whisper.features(*x) for x in made), (
+            whisper.spectrogram(x[None, :n], n[None], int(n))[0]
+            for x1, frames in made for x, n in zip(x1, frames))
+
+    def real_rows(self) -> Iterator[tuple[str, dict]]:
+        """Students of as much real speech, and of the same without its rhythm, for each seed."""
+        takes = [self.say(self.sentences, seed) for seed in ((0, 20) if self.args.rooms else (0,))]
+        real, own = Speech(*(sum(items, []) for items in zip(*takes))), self.say(self.held_out, 2)
+        versions = [self.say(self.some, 3 + v).x1 for v in range(N_VERSIONS)]
+        figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")
+        for seed in self.args.seeds:
+            yield "real speech", figures | self.student(real, own, seed) | self.measures(
+                real.x1, versions, seed)
+        real, own = even(real), even(own)
+        for seed in self.args.seeds:
+            yield "real speech, letters equally long", self.student(real, own, seed)
+
+    def generated_rows(self, path: Path, shuffle: bool) -> Iterator[tuple[str, dict]]:
+        """Students of what a checkpoint makes, and of the same with other texts, for each seed."""
+        say, rooms = self.speaker(path), self.args.rooms
+        for seed in self.args.seeds:
+            plain = sample.Settings(steps=self.args.solver_steps, seed=seed)
+            varied = plain._replace(rooms=rooms, seed=1000 + seed)
+            takes = [say(self.sentences, settings=s) for s in ([plain, varied][: 1 + (rooms > 0)])]
+            made = Speech(*(sum(items, []) for items in zip(*takes)))
+            own = say(self.held_out, settings=plain)
+            versions = [say(self.some, settings=varied._replace(seed=N_VERSIONS * seed + v)).x1
+                        for v in range(N_VERSIONS)]
+            speak = partial(self.made_readings, path=path, settings=plain)
+            yield str(path), (self.readings(path, speak, f"{path.parent.name}_{seed}")
+                              | self.student(made, own, seed)
+                              | self.measures(made.x1, versions, seed))
+            if shuffle:
+                figures = self.student(made._replace(sentences=others(made.sentences)), own, seed)
+                yield f"{path}, with other texts", {k: v for k, v in figures.items() if k != "own"}
+
+
+def others(sentences: list) -> list:
+    """In place of each sentence the next one of its language."""
+    after, first = list(sentences), {}
+    for i in reversed(range(len(sentences))):
+        code = sentences[i].language
+        after[i], first[code] = first.get(code), sentences[i]
+    return [s or first[old.language] for s, old in zip(after, sentences)]
 
 
 def markdown(rows: dict) -> str:
     """{row: [figures of each seed]} -> a table of mean ± standard deviation over the seeds."""
-    lines = ["| features | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |",
-             "| --- " * (len(COLUMNS) + 1) + "|"]
+    known = {name for results in rows.values() for r in results for name in r}
+    shown = [name for name in COLUMNS if name in known]
+    lines = ["| speech | " + " | ".join(COLUMNS[name][0] for name in shown) + " |",
+             "| --- " * (len(shown) + 1) + "|"]
     for name, results in rows.items():
         cells = [name]
-        for figure, (_, form) in COLUMNS.items():
-            values = [r[figure] for r in results if figure in r]
+        for figure in shown:
+            form, values = COLUMNS[figure][1], [r[figure] for r in results if figure in r]
             varies = len(set(values)) > 1
             spread = " ± " + form.format(statistics.stdev(values)) if varies else ""
             cells.append(form.format(statistics.mean(values)) + spread if values else "")
@@ -431,63 +444,80 @@ def markdown(rows: dict) -> str:
 
 
 def picture(rows: dict, path: Path) -> None:
-    """Bars: what each student makes of real speech, and the round trip."""
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.6 * len(rows)), layout="constrained")
-    for shift, name, label in ((-0.2, "student", "student on real speech"),
-                               (0.2, "round_trip", "round trip")):
-        values = [[r.get(name, np.nan) for r in results] for results in rows.values()]
-        axes.barh(np.arange(len(rows)) + shift, 100 * np.mean(values, 1), 0.36,
-                  xerr=100 * np.std(values, 1, ddof=min(1, len(values[0]) - 1)), label=label)
+    """Bars: the character error rates of critic, judge and students."""
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.8 * len(rows)), layout="constrained")
+    for i, name in enumerate(("critic", "judge", "human", "student")):
+        values = [[100 * r.get(name, np.nan) for r in results] for results in rows.values()]
+        axes.barh(np.arange(len(rows)) + 0.2 * i - 0.3, np.mean(values, 1), 0.19,
+                  xerr=np.std(values, 1, ddof=min(1, len(values[0]) - 1)), label=COLUMNS[name][0])
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
     axes.set_xlabel("character error rate, %")
     axes.legend()
-    figure.savefig(path)
+    with data.writing(path) as part:
+        figure.savefig(part, format="png")
     pyplot.close(figure)
 
 
 def check(args) -> None:
-    """BadInput for checkpoints that cannot be compared with speech, and for too little to learn."""
-    for path in args.checkpoints:
-        config = sample.load_checkpoint(path)["config"]
-        if (config["whisper"], config["speed"]) != ("pocket", 1.0):
-            raise BadInput(f"{path} was trained with --whisper {config['whisper']} --speed "
-                           f"{config['speed']}; there is real speech for pocket at speed 1 only")
-    if args.sentences < 50 or args.steps < 1:
-        raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; give at "
-                       "least 50 sentences and 1 step")
+    """BadInput for checkpoints that do not belong in one table, and for too little to learn."""
+    configs = {path: sample.load_checkpoint(path)["config"] for path in args.checkpoints}
+    first, latents = configs[args.checkpoints[0]], {c["latent"] for c in configs.values()}
+    for path, config in configs.items():
+        for name in ["whisper"] if args.data else ["whisper", "data"]:
+            if config[name] != first[name]:
+                raise BadInput(f"{path} was trained with --{name} {config[name]} and "
+                               f"{args.checkpoints[0]} with {first[name]}; give them in two calls")
+    if args.sentences < 50 or min(args.steps, args.read, args.solver_steps) < 1:
+        raise BadInput(f"--sentences {args.sentences} --steps {args.steps} --read {args.read} "
+                       f"--solver_steps {args.solver_steps} are too few; give at least 50, 1, 1, 1")
+    if not 0 <= args.rooms <= 1 or args.rooms and "features" in latents:
+        raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1, and 0 with "
+                       "features, which have no sound")
+    if "mel" in latents and not shutil.which("ffmpeg"):
+        raise BadInput("ffmpeg is missing, and Whisper reads .wav files with it; install it, e.g. "
+                       "`apt-get install ffmpeg` or `brew install ffmpeg`")
+    for folder in (args.work_dir, args.out.parent):  # better now than after an hour
+        with data.writing(folder / "probe") as part:
+            part.touch()
+        (folder / "probe").unlink()
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", type=Path, help="of train.py, all with one critic")
+    add("--judge", help="another Whisper (default with pocket: pocket/judge.pt)")
+    add("--recordings", type=Path, help="human speech, a folder with manifest.tsv (path, language, "
+        "text): another test of the students")
+    add("--data", nargs="+", help="text, as for train.py (default: that of the checkpoints)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students and the flow")
+    add("--sentences", type=int, default=2000, help="a student learns from")
+    add("--read", type=int, default=100, help="held-out sentences that critic and judge read")
+    add("--steps", type=int, default=3000, help="of a student, at most")
+    add("--solver_steps", type=int, default=4, help="of the ODE")
+    add("--rooms", type=float, default=0.0, help="say all once more, in voices so different")
+    add("--real", action=argparse.BooleanOptionalAction, default=True,
+        help="rows of real speech and of other texts")
+    add("--device", default="auto", help="of Whisper and the flow: auto, cpu, cuda, mps")
+    add("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech, .wav files")
+    add("--out", type=Path, default=ROOT / "out" / "realism", help="writes OUT.md and OUT.png")
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="of train.py, with pocket")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students")
-    parser.add_argument("--sentences", type=int, default=2000, help="a student learns from")
-    parser.add_argument("--steps", type=int, default=3000, help="of a student, at most")
-    parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True,
-                        help="rows of real speech and of other texts")
-    parser.add_argument("--fresh_test", action="store_true",
-                        help="test on speech on which no setting was chosen")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "realism",
-                        help="writes OUT.md and OUT.png")
-    args = parser.parse_args(argv)
+    args, rows = parse_args(argv), {}
     check(args)
-    make_pocket.need_espeak()
-    for folder in (args.work_dir, args.out.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    study, rows = Study(args), {}
-    for seed in args.seeds:
-        found = study.real_rows(seed) if args.real else {}
-        for i, path in enumerate(args.checkpoints):
-            found |= study.generated_rows(path, seed, shuffle=args.real and i == 0)
-        for name, figures in found.items():
-            rows.setdefault(name, []).append(figures)
-        print(f"seed {seed}: " + ", ".join(f"{n} {f['student']:.1%}" for n, f in found.items()))
-        table = markdown(rows)
-        Path(f"{args.out}.tmp").write_text(table, "utf-8")
-        os.replace(f"{args.out}.tmp", f"{args.out}.md")
-    print(table)
+    study = Study(args)
+    sources = [study.real_rows()] if args.real and study.has_voices else []
+    for i, path in enumerate(args.checkpoints):
+        sources.append(study.generated_rows(path, shuffle=args.real and i == 0))
+    for name, figures in (row for source in sources for row in source):
+        rows.setdefault(name, []).append(figures)
+        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
+        with data.writing(Path(f"{args.out}.md")) as part:
+            part.write_text(markdown(rows), "utf-8")
+    print(markdown(rows))
     picture(rows, Path(f"{args.out}.png"))
     return rows
 

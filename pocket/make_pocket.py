@@ -1,6 +1,7 @@
 """Make pocket/pocket.pt: a small but real Whisper, trained on speech that espeak-ng speaks.
 
     python pocket/make_pocket.py    # speaks, trains, checks, saves; after Ctrl-C run it again
+    python pocket/make_pocket.py --seed 1 --out pocket/judge.pt     # another one, as a judge
 
 Everything unfinished is kept in --work_dir. Needs espeak-ng (Debian: `apt-get install espeak-ng`).
 """
@@ -46,7 +47,8 @@ VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph
 HELD_OUT_VARIANTS = ("m8", "f5", "Andrea", "edward")  # heard in no training clip
 # Cosines with warm restarts: steps, peak of the learning rate, share of corrupted decoder inputs,
 # weight of the CTC loss.
-CYCLES = ((9000, 1.0, 0.2, 0.0), (4500, 0.67, 0.1, 0.3), (3000, 0.5, 0.1, 0.0))
+CYCLES = ((2500, 1.0, 0.2, 0.3), (2000, 0.5, 0.1, 0.0))
+RAMP = 1000  # steps until the rooms are those of whisper_decoder.ROOM
 MAX_TAKES = 8  # of one sentence
 N_SENTENCES = 6000  # per language
 SHARD = 1000  # clips per file, so that an interrupted run goes on where it stopped
@@ -173,6 +175,7 @@ class Vocabulary:
         self.used = sorted(used)
         self.small = {token: i for i, token in enumerate(self.used)}
         self.no_speech = [any_one.sot, any_one.no_speech]
+        self.unused = min(set(range(len(self.used) + 1)) - set(self.used))  # one of them
         self.log_unused = math.log(DIMS.n_vocab - len(self.used))
 
     def tokens(self, language, text):
@@ -193,6 +196,11 @@ class Vocabulary:
         full[self.used] = small[:-1]
         return {**state, "decoder.token_embedding.weight": full}
 
+    def shrink(self, state):
+        """The way back, from the weights of an earlier pocket."""
+        full = state["decoder.token_embedding.weight"]
+        return {**state, "decoder.token_embedding.weight": full[[*self.used, self.unused]]}
+
 
 def warp(mel, window, rng):
     """Vocal tract and tempo up to a tenth longer or shorter, (n_mels, n): more voices."""
@@ -204,14 +212,11 @@ def warp(mel, window, rng):
     return F.pad(mel, (0, 0, 0, top), mode="replicate")[0, 0, : DIMS.n_mels].numpy()
 
 
-def augment(mel, rng):
-    """Light noise, other loudness, a masked band of frequencies."""
+def augment(mel, amount, rng):
+    """Some noise, more or less blurred as an ear's spectrograms are, in random rooms."""
     mel = mel + 0.05 * torch.randn(mel.shape, generator=rng)
-    mel = mel + 0.1 * torch.randn((len(mel), 1, 1), generator=rng)
-    for clip in mel:
-        low, width = torch.randint(0, 72, (), generator=rng), torch.randint(0, 9, (), generator=rng)
-        clip[low : low + width] = 0
-    return mel
+    mel = mel.lerp(whisper_decoder.smooth(mel), torch.rand((len(mel), 1, 1), generator=rng))
+    return whisper_decoder.random_room(mel, whisper_decoder.Room(amount, rng))
 
 
 def silent_clip(rng):
@@ -282,14 +287,20 @@ def loss_of(model, ctc_head, vocabulary, mel, targets, corrupt, ctc_weight, rng)
 def train(sentences, clips, vocabulary, args):
     """Plain training; the state is saved every 500 steps and picked up again."""
     torch.manual_seed(args.seed)
-    model, key = new_model(vocabulary), fingerprint(sentences, args.seed, args.batch, CYCLES)
+    model, first = new_model(vocabulary), 0
+    if args.start:  # an earlier pocket has the last cycle before it
+        state = torch.load(args.start, weights_only=True)["model_state_dict"]
+        model.load_state_dict(vocabulary.shrink(state))
+        first = sum(cycle[0] for cycle in CYCLES[:-1])
+    key = fingerprint(sentences, args.seed, args.batch, CYCLES, args.start and str(args.start))
     state_path = args.work_dir / f"state_{key}.pt"
     ctc_head = torch.nn.Linear(DIMS.n_audio_state, len(vocabulary.used) + 1)
     parameters = [*model.parameters(), *ctc_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cycle_at(step)[0])
     parts = dict(model=model, ctc_head=ctc_head, optimizer=optimizer, schedule=schedule)
-    first = 0
+    for _ in range(first):
+        schedule.step()
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         for name, part in parts.items():
@@ -301,7 +312,8 @@ def train(sentences, clips, vocabulary, args):
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         picks, window = draw(clips, args.batch, rng)
         mel = [data.mel_from_bytes(warp(clips[i], window, rng), window) for i in picks]
-        mel = augment(torch.stack(mel), rng)
+        amount = min(1, step / RAMP) * torch.rand((), generator=rng).item()
+        mel = augment(torch.stack(mel), amount, rng)
         rows = [vocabulary.tokens(*sentences[i]) for i in picks]
         for i in range(args.batch):
             if torch.rand((), generator=rng) < SILENT_SHARE:
@@ -376,7 +388,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, default=HERE / "build", help="shards and state")
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the network, not of the speech")
+    parser.add_argument("--out", type=Path, default=whisper_decoder.POCKET)
+    parser.add_argument("--start", type=Path, help="a pocket.pt that learns the last cycle only")
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
     parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
@@ -390,17 +404,17 @@ def main():
     spoken, clips = [], []
     for take in range(MAX_TAKES):
         part = [s for s in training if takes(s) > take]
-        clips += speak_all(part, VARIANTS, args.seed + take, args.work_dir, f"train{take}")
+        clips += speak_all(part, VARIANTS, take, args.work_dir, f"train{take}")
         spoken += part
     model = train(spoken, clips, vocabulary, args)
     state = {name: x.half() for name, x in vocabulary.expand(model).items()}
-    save_deflated({"dims": asdict(DIMS), "model_state_dict": state}, whisper_decoder.POCKET)
-    print(f"{whisper_decoder.POCKET}: {whisper_decoder.POCKET.stat().st_size / 1e6:.2f} MB")
+    save_deflated({"dims": asdict(DIMS), "model_state_dict": state}, args.out)
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
     tests = [s for c in LANGUAGES for s in [s for s in held_out if s.language == c][: args.test]]
-    whisper = whisper_decoder.FrozenWhisper("pocket")
+    whisper = whisper_decoder.FrozenWhisper(str(args.out))
     for name, variants in (("heard", VARIANTS), ("unheard", HELD_OUT_VARIANTS)):
-        clips = speak_all(tests, variants, args.seed, args.work_dir, f"test_{name}")
+        clips = speak_all(tests, variants, 0, args.work_dir, f"test_{name}")
         print(f"sentences that are not in the training text, in voices {name} in training:")
         check(whisper, tests, clips)
     where = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}

@@ -1,0 +1,105 @@
+"""Which transformation of a room matters? Spectrograms by gradient alone, read by another Whisper.
+
+    python experiments/rooms.py                                  # pocket, judged by pocket/judge.pt
+    python experiments/rooms.py --whisper tiny.en --judge base --data en=FILE.txt --sentences 8
+
+No network: x1 of some held-out sentences is a parameter, and Adam lowers the cross-entropy of the
+first Whisper, in rooms of which one transformation is left out, or is the only one. Then both
+Whispers read the spectrograms greedily, without rooms. The second has no part in what they are.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import model  # noqa: E402
+from sample import rates  # noqa: E402
+from train import balanced as per_language  # noqa: E402
+from whisper_decoder import ROOM, BadInput, Ear, Room, choose_device  # noqa: E402
+
+RATE = 0.1  # of Adam, on x1
+JUDGE = ROOT / "pocket" / "judge.pt"
+
+
+def rows(names: list[str]) -> dict[str, dict[str, float]]:
+    """Name of a row -> the strengths of its transformations."""
+    none = dict.fromkeys(ROOM, 0.0)
+    found = {"no room": none, "all": ROOM}
+    found |= {f"without {name}": ROOM | {name: 0.0} for name in ROOM}
+    found |= {f"{name} alone": none | {name: ROOM[name]} for name in ROOM}
+    if unknown := [name for name in names if name not in found]:
+        raise BadInput(f"no row {', '.join(unknown)}; there are {', '.join(found)}")
+    return {name: found[name] for name in names or found}
+
+
+def bounded(x: torch.Tensor) -> torch.Tensor:
+    """As the DiT bounds its endpoint."""
+    return model.REACH * torch.tanh(x / model.REACH)
+
+
+def optimise(ear: Ear, batch: data.Batch, strength: dict, steps: int, seed: int) -> torch.Tensor:
+    """x1 (B, T, C) that the ear reads in such rooms; they grow in the second third of the steps."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = *batch.cond["token"].shape, ear.channels
+    x = torch.randn(shape, generator=generator).to(ear.device).requires_grad_()
+    optimizer = torch.optim.Adam([x], RATE)
+    for step in tqdm(range(steps), leave=False):
+        rng = torch.Generator(ear.device).manual_seed(seed * 2**32 + step)
+        critic = ear.enter(Room(min(1.0, max(0.01, 3 * step / steps - 1)), rng, strength))
+        loss = critic.reading_loss(bounded(x), batch.cond, batch.targets).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return bounded(x).detach()
+
+
+def read(ear: Ear, x1: torch.Tensor, batch: data.Batch) -> float:
+    """Greedy character error rate, without rooms, in the official window."""
+    features = ear.features(x1.to(ear.device), batch.cond["frames"].to(ear.device))
+    found = ear.transcribe(features, [s.language for s in batch.sentences])
+    return rates(batch.sentences, found).cer
+
+
+def main(argv=None) -> dict[str, tuple[float, float]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("rows", nargs="*", help="such as: 'no room' all 'without noise'")
+    parser.add_argument("--whisper", default="pocket", help="the critic")
+    parser.add_argument("--judge", default=str(JUDGE), help="another Whisper")
+    parser.add_argument("--data", nargs="+", default=["builtin"], help="as for train.py")
+    parser.add_argument("--sentences", type=int, default=25, help="of held-out text")
+    parser.add_argument("--longest", type=float, default=4.0, help="seconds of a sentence")
+    parser.add_argument("--steps", type=int, default=300, help="of Adam")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    strengths = rows(args.rows)
+    device = choose_device("auto")
+    ear, judge = Ear(args.whisper, device), Ear(args.judge, device)
+    if ear.channels != judge.channels:
+        raise BadInput(f"{args.whisper} hears {ear.channels} bins and {args.judge} {judge.channels}"
+                       "; give a judge that hears as many")
+    held_out = data.split(list(data.load(args.data, ear).weights))[1]
+    short = [s for s in held_out if data.natural_frames(s) <= 50 * args.longest]
+    if not short or args.sentences < 1 or args.steps < 1:
+        raise BadInput(f"--longest {args.longest} --sentences {args.sentences} --steps {args.steps}"
+                       " leave nothing to do; give more")
+    batch = data.make_batch(per_language(short, args.sentences), ear)
+    found = {}
+    print(f"| {len(batch.sentences)} held-out sentences | {args.whisper} | {args.judge} |\n"
+          "| --- | --- | --- |")
+    for name, strength in strengths.items():
+        x1 = optimise(ear, batch, strength, args.steps, args.seed)
+        found[name] = read(ear, x1, batch), read(judge, x1, batch)
+        print(f"| {name} | {found[name][0]:.1%} | {found[name][1]:.1%} |", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"rooms.py: {error}")

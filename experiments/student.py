@@ -1,0 +1,170 @@
+"""A student: a small convolutional network that learns letters (CTC) from features of utterances.
+
+It has no language model, and learns until it reads utterances set aside no better.
+
+B batch, T frames, C channels.
+"""
+import copy
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+from model import mlp  # noqa: E402
+from whisper_decoder import UNSPACED, edit_distance  # noqa: E402
+
+VALIDATION = 0.1  # share of a student's utterances that say when it has learned enough
+CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better
+RATE = 6e-3  # of learning
+
+
+class Speech(NamedTuple):
+    """Utterances of one kind, real or generated."""
+
+    sentences: list
+    x1: list[Tensor]  # (T, C) each
+
+
+def resample(x1: Tensor, times) -> Tensor:
+    """Frames at other times, between two of them linearly, (T, C), (T',) -> (T', C)."""
+    times = torch.as_tensor(times, dtype=torch.float32).clamp(0, len(x1) - 1)
+    before = times.long().clamp(max=max(0, len(x1) - 2))
+    x1 = x1[before].lerp(x1[(before + 1).clamp(max=len(x1) - 1)], (times - before)[:, None])
+    return F.layer_norm(x1, x1.shape[-1:])
+
+
+def letters(sentence) -> str:
+    """What the student writes: words in lower case, no punctuation."""
+    parting = "" if sentence.language in UNSPACED else " "
+    return parting.join(data.words(sentence.text.lower(), sentence.language))
+
+
+class Block(nn.Module):
+    """One filter per channel, 9 frames of 40 ms wide, then a perceptron in each frame."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(9, width) / 3)
+        self.mlp = mlp(width, 2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.shape[1]
+        x = F.pad(x, (0, 0, 4, 4))  # shifted sums: faster than Conv1d here
+        x = sum(x[:, i : i + frames] * tap for i, tap in enumerate(self.filter))
+        return self.mlp(F.layer_norm(x, x.shape[-1:]))
+
+
+class Student(nn.Module):
+    """Six blocks, 2 s wide, over pairs of frames; each pair writes up to two letters."""
+
+    def __init__(self, channels: int, n_letters: int, width: int = 160):
+        super().__init__()
+        self.first = nn.Linear(2 * channels, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(6))
+        self.last = nn.Linear(width, 2 * (n_letters + 1))  # 0 is CTC's blank
+
+    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
+        """(B, T, C), (B,) -> log-probabilities (B, T or T + 1, letters + 1)."""
+        x = F.pad(x, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).flatten(2)
+        is_speech = (torch.arange(x.shape[1]) < (frames[:, None] + 1) // 2)[:, :, None]
+        x = self.first(x)
+        for block in self.blocks:
+            y = block(F.layer_norm(x, x.shape[-1:]) * is_speech)
+            x = x + F.dropout(y, 0.05, self.training)
+        x = self.last(F.layer_norm(x, x.shape[-1:])).unflatten(2, (2, -1)).flatten(1, 2)
+        return x.log_softmax(-1)
+
+
+def student_loss(student: Student, x1: list[Tensor], texts: list[Tensor]) -> Tensor:
+    """CTC in nats per letter, mean over the items."""
+    frames, n_letters = (torch.tensor([len(x) for x in items]) for items in (x1, texts))
+    log_probs = student(nn.utils.rnn.pad_sequence(x1, batch_first=True), frames)
+    return F.ctc_loss(log_probs.transpose(0, 1), torch.cat(texts), frames, n_letters,
+                      zero_infinity=True)
+
+
+def vary(x: Tensor, rng: random.Random) -> Tensor:
+    """(T, C) at another pace, with an offset and noise: for voices that were not heard."""
+    x = resample(x, np.linspace(0, len(x) - 1, round(len(x) * rng.uniform(0.8, 1.2))))
+    offset, noise = 0.3 * rng.random(), 0.3 * rng.random()
+    return x + offset * torch.randn(x.shape[1]) + noise * torch.randn(x.shape)
+
+
+def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Student:
+    """A student of these utterances, when it has learned enough (`learn`)."""
+    torch.manual_seed(seed)
+    texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
+
+    def loss(student: Student, picks: list[int], rng: random.Random | None) -> Tensor:
+        x1 = [vary(speech.x1[i], rng) if rng else speech.x1[i] for i in picks]
+        return student_loss(student, x1, [texts[i] for i in picks])
+
+    student = Student(speech.x1[0].shape[1], len(alphabet))
+    return learn(student, loss, [len(x) for x in speech.x1], seed, steps, RATE)
+
+
+def learn(student: nn.Module, loss: Callable, frames: list[int], seed: int, steps: int,
+          rate: float) -> nn.Module:
+    """Averaged weights, when their loss on items set aside falls no more: the same for all.
+
+    That is when PATIENCE checks in a row were hardly BETTER than one before; or after `steps`.
+    loss(student, items, rng) varies its items if there is a rng; frames: of all items.
+    """
+    average, rng = copy.deepcopy(student).eval(), random.Random(seed)
+    order = torch.randperm(len(frames)).tolist()
+    n_validation = max(1, min(200, round(VALIDATION * len(order))))
+    validation, training = order[:n_validation], order[n_validation:]
+    optimizer = torch.optim.AdamW(student.parameters(), rate, (0.9, 0.98), weight_decay=0.01)
+    best, lowest, good, since = None, math.inf, math.inf, 0
+    for step in (bar := tqdm(range(1, steps + 1), desc="student", leave=False)):
+        pool = sorted(rng.choices(training, k=48), key=lambda i: frames[i])
+        first = rng.randrange(0, 48, 12)  # 12 of like length, so that little is padded
+        now = loss(student, pool[first : first + 12], rng)
+        optimizer.zero_grad(set_to_none=True)
+        now.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate * min(1, step / 50)
+        optimizer.step()
+        with torch.no_grad():
+            for averaged, new in zip(average.parameters(), student.parameters()):
+                averaged.lerp_(new, max(0.01, 1 / step))
+            if step % CHECK and step < steps:
+                continue
+            held_out = loss(average, validation, None).item()
+        bar.set_postfix(validation=f"{held_out:.3f}")
+        if best is None or held_out < lowest:
+            best, lowest = copy.deepcopy(average), held_out
+        if held_out < BETTER * good:
+            good, since = held_out, step
+        if step - since >= PATIENCE * CHECK:
+            break
+    else:
+        print(f"note: after {steps} steps a student was still learning; give it more --steps")
+    return best
+
+
+@torch.no_grad()
+def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
+    """Character error rate of the best path: repeats joined, blanks dropped."""
+    letter_of, read = {i: letter for letter, i in alphabet.items()}, []
+    for x in speech.x1:
+        best = student(x[None], torch.tensor([len(x)]))[0].argmax(-1).unique_consecutive()
+        read.append("".join(letter_of[i] for i in best.tolist() if i))
+    return letter_errors(speech.sentences, read)
+
+
+def letter_errors(sentences: list, read: list[str]) -> float:
+    """Edits per letter that the sentences have, where a student reads these letters."""
+    said = [letters(s) for s in sentences]
+    return sum(map(edit_distance, said, read)) / sum(map(len, said))
