@@ -38,6 +38,7 @@ from whisper_decoder import BadInput, FrozenWhisper, Room, choose_device
 
 COND_VARIANCE = 0.1  # of recordings given their text: about the flow loss at t < 0.25
 SOLVER_STEPS = 4  # of the round trip beside recordings, as many as `sample.py` takes
+SPEED_RANGE = dict(features=1.7, mel=1.25)  # what one can still hear in rooms
 RAMP = (0.08, 0.38)  # of the run, while an ear's rooms grow: first it learns to be read at all
 
 
@@ -59,7 +60,8 @@ class Config:
                                   0, 1.01)
     text_weight: float = setting(0.2, "with --speech: weight of the round trip, which joins it", 0)
     speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = setting(1.7, "sentences are up to so many times slower or faster", 1, 10)
+    speed_range: float = setting(0.0, "sentences are up to so many times slower or faster; 0: 1.7, "
+                                 "or 1.25 for spectrograms, as people do", 0, 10)
     depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
     steps: int = setting(1200, "training steps", 1)
     batch_size: int = setting(24, "sentences per step, on all GPUs together", 4)
@@ -84,6 +86,8 @@ class Config:
     def __post_init__(self):
         if self.latent not in LATENTS:
             raise BadInput(f"--latent {self.latent!r} is none of {', '.join(LATENTS)}")
+        if 0 < self.speed_range < 1:
+            raise BadInput(f"--speed_range {self.speed_range} cannot be used; at least 1, or 0")
         for f in dataclasses.fields(self):
             low, below, value = f.metadata["low"], f.metadata["below"], getattr(self, f.name)
             if low is not None and not low <= value < below:
@@ -128,7 +132,8 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     first = n * int(torch.randint(4, (), generator=rng))
     picks = picks[first : first + n]
     x1 = corpus.x1 and [corpus.x1[i] for i in picks]
-    pace = config.speed * config.speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
+    speed_range = config.speed_range or SPEED_RANGE[config.latent]
+    pace = config.speed * speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
     lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]  # or as recorded
     sentences = [corpus.sentences[i] for i in picks]
     batch = data.make_batch(sentences, whisper, lasting, x1, corpus.prior)

@@ -47,7 +47,7 @@ from experiments.student import (  # noqa: E402
 from model import DiT  # noqa: E402
 from train import balanced  # noqa: E402
 from whisper_decoder import (  # noqa: E402
-    SAMPLES_PER_FRAME, BadInput, Ear, FrozenWhisper, choose_device,
+    SAMPLES_PER_FRAME, SILENT_FRAMES, BadInput, Ear, FrozenWhisper, choose_device,
 )
 
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
@@ -83,17 +83,22 @@ class Flow(NamedTuple):
 def parts(items: Iterable, whisper: FrozenWhisper) -> Iterator[list]:
     """Lists of so many items as its encoder hears at once in little memory."""
     items = iter(items)
-    while part := list(islice(items, max(1, 6000 // whisper.max_frames))):
+    while part := list(islice(items, max(1, 24000 // whisper.max_frames))):
         yield part
 
 
 @torch.no_grad()
 def encode(mels: Iterable[Tensor], whisper: FrozenWhisper) -> list[Tensor]:
-    """Log-mel, (n_mels, 2 n_audio_ctx) each -> the encoder's output where speech is, (T, C)."""
+    """Log-mel, (n_mels, 2 n_audio_ctx) each -> the encoder's output where speech is, (T, C).
+
+    In windows hardly longer than the speech, as in training: ten times as fast.
+    """
     x1 = []
     for part in parts(mels, whisper):
-        heard = whisper.encode_speech(torch.stack(part)).cpu()
-        x1 += [x[data.speech_span(mel)].clone() for x, mel in zip(heard, part)]
+        spans = [data.speech_span(mel) for mel in part]
+        window = max(span.stop for span in spans) + SILENT_FRAMES
+        heard = whisper.encode_speech(torch.stack(part)[:, :, : 2 * window]).cpu()
+        x1 += [x[span].clone() for x, span in zip(heard, spans)]
     return x1
 
 
@@ -172,7 +177,8 @@ def generate(flow: Flow, sentences: list, whisper: FrozenWhisper,
     found = []
     for x1, frames in latents(flow, sentences, whisper, settings):
         if isinstance(whisper, Ear):
-            x1 = whisper.encode_speech(whisper.spectrogram(x1, frames, whisper.max_frames))
+            window = min(x1.shape[1] + SILENT_FRAMES, whisper.max_frames)
+            x1 = whisper.encode_speech(whisper.spectrogram(x1, frames, window))
         found += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
     return Speech(sentences, found)
 
@@ -345,8 +351,11 @@ class Study:
         return {name: student_cer(student, test, self.alphabet)
                 for name, test in [*self.tests.items(), ("own", own)]}
 
-    def measures(self, x1: list[Tensor], versions: list, seed: int) -> dict:
-        """All that needs no reader; some of it against other real speech."""
+    def measures(self, x1: list[Tensor], say: Callable, seed: int) -> dict:
+        """All that needs no reader; some of it against other real speech. say: version -> x1."""
+        if not self.args.measures:
+            return {}
+        versions = [say(v) for v in range(N_VERSIONS)]
         found = dict(lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
                      diversity=diversity(versions),
                      seconds=statistics.mean(map(len, x1)) / data.FRAMES_PER_SECOND)
@@ -388,11 +397,11 @@ class Study:
         """Students of as much real speech, and of the same without its rhythm, for each seed."""
         takes = [self.say(self.sentences, seed) for seed in ((0, 20) if self.args.rooms else (0,))]
         real, own = Speech(*(sum(items, []) for items in zip(*takes))), self.say(self.held_out, 2)
-        versions = [self.say(self.some, 3 + v).x1 for v in range(N_VERSIONS)]
+        again = lambda v: self.say(self.some, 3 + v).x1  # noqa: E731
         figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")
         for seed in self.args.seeds:
             yield "real speech", figures | self.student(real, own, seed) | self.measures(
-                real.x1, versions, seed)
+                real.x1, again, seed)
         real, own = even(real), even(own)
         for seed in self.args.seeds:
             yield "real speech, letters equally long", self.student(real, own, seed)
@@ -406,12 +415,12 @@ class Study:
             takes = [say(self.sentences, settings=s) for s in ([plain, varied][: 1 + (rooms > 0)])]
             made = Speech(*(sum(items, []) for items in zip(*takes)))
             own = say(self.held_out, settings=plain)
-            versions = [say(self.some, settings=varied._replace(seed=N_VERSIONS * seed + v)).x1
-                        for v in range(N_VERSIONS)]
+            again = lambda v: say(  # noqa: E731
+                self.some, settings=varied._replace(seed=N_VERSIONS * seed + v)).x1
             speak = partial(self.made_readings, path=path, settings=plain)
             yield str(path), (self.readings(path, speak, f"{path.parent.name}_{seed}")
                               | self.student(made, own, seed)
-                              | self.measures(made.x1, versions, seed))
+                              | self.measures(made.x1, again, seed))
             if shuffle:
                 figures = self.student(made._replace(sentences=others(made.sentences)), own, seed)
                 yield f"{path}, with other texts", {k: v for k, v in figures.items() if k != "own"}
@@ -499,6 +508,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--rooms", type=float, default=0.0, help="say all once more, in voices so different")
     add("--real", action=argparse.BooleanOptionalAction, default=True,
         help="rows of real speech and of other texts")
+    add("--measures", action=argparse.BooleanOptionalAction, default=True,
+        help="Frechet distance, autocorrelation, classifier and variance too")
     add("--device", default="auto", help="of Whisper and the flow: auto, cpu, cuda, mps")
     add("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech, .wav files")
     add("--out", type=Path, default=ROOT / "out" / "realism", help="writes OUT.md and OUT.png")

@@ -46,9 +46,11 @@ VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph
             "pablo Andy").split()
 HELD_OUT_VARIANTS = ("m8", "f5", "Andrea", "edward")  # heard in no training clip
 # Cosines with warm restarts: steps, peak of the learning rate, share of corrupted decoder inputs,
-# weight of the CTC loss.
-CYCLES = ((2500, 1.0, 0.2, 0.3), (2000, 0.5, 0.1, 0.0))
-RAMP = 1000  # steps until the rooms are those of whisper_decoder.ROOM
+# weight of the CTC loss, strength of the rooms at most. An earlier pocket (--start) goes on with
+# the first cycle in rooms.
+CYCLES = ((9000, 1.0, 0.2, 0.0, 0.3), (4500, 0.67, 0.1, 0.3, 0.3), (3000, 0.5, 0.1, 0.0, 0.3),
+          (2000, 0.5, 0.1, 0.0, 1.0), (2000, 0.5, 0.1, 0.0, 1.0))
+BEFORE_ROOMS = sum(cycle[0] for cycle in CYCLES if cycle[4] < 1)
 MAX_TAKES = 8  # of one sentence
 N_SENTENCES = 6000  # per language
 SHARD = 1000  # clips per file, so that an interrupted run goes on where it stopped
@@ -229,14 +231,14 @@ def silent_clip(rng):
 
 
 def cycle_at(step):
-    """Step -> factor of the learning rate, share of corrupted inputs, weight of the CTC loss."""
-    for i, (steps, peak, corrupt, ctc) in enumerate(CYCLES):
+    """Step -> factor of the learning rate, share of corrupted inputs, weight of CTC, rooms."""
+    for i, (steps, peak, *rest) in enumerate(CYCLES):
         if step < steps or i + 1 == len(CYCLES):
             break
         step -= steps
     warm_up = min((step + 1) / 300, 1) if i == 0 else 1
     cosine = max(0.5 * (1 + math.cos(math.pi * min(step / steps, 1))), 0.01)
-    return peak * warm_up * cosine, corrupt, ctc
+    return peak * warm_up * cosine, *rest
 
 
 def new_model(vocabulary):
@@ -288,10 +290,10 @@ def train(sentences, clips, vocabulary, args):
     """Plain training; the state is saved every 500 steps and picked up again."""
     torch.manual_seed(args.seed)
     model, first = new_model(vocabulary), 0
-    if args.start:  # an earlier pocket has the last cycle before it
+    if args.start:
         state = torch.load(args.start, weights_only=True)["model_state_dict"]
         model.load_state_dict(vocabulary.shrink(state))
-        first = sum(cycle[0] for cycle in CYCLES[:-1])
+        first = BEFORE_ROOMS
     key = fingerprint(sentences, args.seed, args.batch, CYCLES, args.start and str(args.start))
     state_path = args.work_dir / f"state_{key}.pt"
     ctc_head = torch.nn.Linear(DIMS.n_audio_state, len(vocabulary.used) + 1)
@@ -312,14 +314,14 @@ def train(sentences, clips, vocabulary, args):
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         picks, window = draw(clips, args.batch, rng)
         mel = [data.mel_from_bytes(warp(clips[i], window, rng), window) for i in picks]
-        amount = min(1, step / RAMP) * torch.rand((), generator=rng).item()
+        _, corrupt, ctc, most = cycle_at(step)
+        amount = most * torch.rand((), generator=rng).item()
         mel = augment(torch.stack(mel), amount, rng)
         rows = [vocabulary.tokens(*sentences[i]) for i in picks]
         for i in range(args.batch):
             if torch.rand((), generator=rng) < SILENT_SHARE:
                 mel[i], rows[i] = silent_clip(rng)[:, :window], vocabulary.no_speech
         targets = vocabulary.batch(rows)
-        _, corrupt, ctc = cycle_at(step)
         loss = loss_of(model, ctc_head, vocabulary, mel, targets, corrupt, ctc, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -390,7 +392,7 @@ def main():
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the network, not of the speech")
     parser.add_argument("--out", type=Path, default=whisper_decoder.POCKET)
-    parser.add_argument("--start", type=Path, help="a pocket.pt that learns the last cycle only")
+    parser.add_argument("--start", type=Path, help="an earlier pocket.pt, which learns the rooms only")
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
     parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
