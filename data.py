@@ -791,15 +791,20 @@ def first_state(white: Tensor, batch: Batch) -> Tensor:
     return x0
 
 
-def generator(sentence: Sentence, seed: int, device: str | torch.device = "cpu"):
+def generator(seed: int, number: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """Random numbers of a seed and a number; torch looks at 32 bits of what it is given only."""
+    return torch.Generator(device).manual_seed((2654435761 * seed + number) % 2**32)
+
+
+def sentence_generator(sentence: Sentence, seed: int,
+                       device: str | torch.device = "cpu") -> torch.Generator:
     """Random numbers of a sentence, the same alone or in a batch."""
-    share = int(hash_share(sentence) * 2**31)
-    return torch.Generator(device).manual_seed(seed * 2**31 + share)
+    return generator(seed, int(hash_share(sentence) * 2**31), device)
 
 
 def noise(batch: Batch, channels: int, seed: int) -> Tensor:
     """x0 from the seed and each item's own sentence: the same alone or in a batch (B, T, C)."""
-    items = [torch.randn(n, channels, generator=generator(sentence, seed))
+    items = [torch.randn(n, channels, generator=sentence_generator(sentence, seed))
              for sentence, n in zip(batch.sentences, batch.cond["frames"].tolist())]
     return first_state(pad_sequence(items, True), batch).to(batch.targets.device)
 

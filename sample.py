@@ -21,8 +21,8 @@ from whisper.decoding import DecodingResult
 
 import flow
 from data import (
-    FRAMES_PER_SECOND, Batch, Sentence, generator, kind, letter_lengths, make_batch, noise,
-    read_file, read_line, split_long, to_text, unheard_words, writing,
+    FRAMES_PER_SECOND, Batch, Sentence, kind, letter_lengths, make_batch, noise, read_file,
+    read_line, sentence_generator, split_long, to_text, unheard_words, writing,
 )
 from model import DiT, DiTConfig
 from whisper_decoder import (
@@ -79,7 +79,7 @@ def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> Froze
 
 def pace(sentence: Sentence, seed: int, rooms: float) -> float:
     """How much faster a seed says a sentence in rooms: up to a quarter, or as much slower."""
-    share = torch.rand((), generator=generator(sentence, seed)).item()
+    share = torch.rand((), generator=sentence_generator(sentence, seed)).item()
     return 1.25 ** (rooms * (2 * share - 1))
 
 
@@ -90,7 +90,7 @@ def generate(model: DiT, whisper: FrozenWhisper, batch: Batch, settings: Setting
     x0 = noise(batch, whisper.channels, settings.seed)
     states = flow.sample(velocity, x0, settings.steps, settings.method, settings.sway, True)
     if settings.rooms:
-        rooms = [Room(settings.rooms, generator(s, settings.seed, whisper.device), VOICE)
+        rooms = [Room(settings.rooms, sentence_generator(s, settings.seed, whisper.device), VOICE)
                  for s in batch.sentences]
         states[-1] = whisper.move(states[-1], batch.cond["frames"], rooms)
     return states

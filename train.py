@@ -124,7 +124,7 @@ class Draws(NamedTuple):
 def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
          config: Config) -> tuple[data.Batch, Draws]:
     """Everything random in one step: from seed and step alone."""
-    rng = torch.Generator().manual_seed(config.seed * 2**32 + step)
+    rng = data.generator(config.seed, step)
     n, is_first = config.batch_size, step < config.speech_share * config.steps
     corpus = speech if speech and (is_first or step % 2) else text
     picks = torch.multinomial(corpus.weights, 4 * n, replacement=True, generator=rng)
@@ -186,8 +186,7 @@ def room_of(run, device: torch.device) -> Room:
     step, config = run.step, run.config
     first, last = RAMP
     amount = (step / config.steps - first) / (last - first)
-    seed = (config.seed * 2**24 + step) * run.n_ranks + run.rank
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = data.generator(config.seed, step * run.n_ranks + run.rank, device)
     return Room(min(max(amount, 0.0), 1.0), rng)
 
 

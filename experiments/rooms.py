@@ -49,7 +49,7 @@ def optimise(ear: Ear, batch: data.Batch, strength: dict, steps: int, seed: int)
     x = torch.randn(shape, generator=generator).to(ear.device).requires_grad_()
     optimizer = torch.optim.Adam([x], RATE)
     for step in tqdm(range(steps), leave=False):
-        rng = torch.Generator(ear.device).manual_seed(seed * 2**32 + step)
+        rng = data.generator(seed, step, ear.device)
         critic = ear.enter(Room(min(1.0, max(0.01, 3 * step / steps - 1)), rng, strength))
         loss = critic.reading_loss(bounded(x), batch.cond, batch.targets).sum()
         optimizer.zero_grad()
