@@ -1,4 +1,4 @@
-"""Train the checkpoints that the README's table of realism compares, each with its speech.
+"""Train the checkpoints that the table of experiments/README.md compares, each with its speech.
 
     python experiments/arms.py text pairs-7         # writes out/arms/NAME/ckpt.pt
     python experiments/arms.py pairs-7 --steps 500         # other flags go to train.py
