@@ -75,6 +75,11 @@ def skip(x_t: Tensor, t: Tensor, cond_variance: float) -> Tensor:
     return cond_variance * t / (cond_variance * t.square() + (1 - t).square()) * x_t
 
 
+def bounded(x: Tensor) -> Tensor:
+    """Within +-REACH, smoothly."""
+    return REACH * torch.tanh(x / REACH)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: layer norm, then scale and shift by the condition, (B, N, D), (B, 1, D) twice."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
@@ -186,5 +191,5 @@ class DiT(nn.Module):
             x = x + x_t[:, :n_frames]
         if self.config.cond_variance:
             x = x + skip(x_t[:, :n_frames], t, self.config.cond_variance)
-        x = F.layer_norm(x, x.shape[-1:]) if self.config.sphere else REACH * torch.tanh(x / REACH)
+        x = F.layer_norm(x, x.shape[-1:]) if self.config.sphere else bounded(x)
         return x * is_speech[:, :n_frames, None]

@@ -232,9 +232,8 @@ def save_sound(args, whisper: Ear, trip: RoundTrip, text_of: np.ndarray) -> None
     """--wav: a file, or where there are several texts a folder with a file of each."""
     for i in range(text_of.max() + 1):
         pieces = [trip.x1[j] for j in np.flatnonzero(text_of == i)]
-        mel = [whisper.spectrogram(x[None], torch.tensor([len(x)]), len(x))[0] for x in pieces]
         path = args.wav if args.wav.suffix == ".wav" else args.wav / f"{i:04d}.wav"
-        write_wav(path, torch.cat(mel, 1))
+        write_wav(path, torch.cat([whisper.mel(x) for x in pieces], 1))
     print(f"wrote {args.wav}: {text_of.max() + 1} texts")
 
 

@@ -238,11 +238,15 @@ class Ear(FrozenWhisper):
         """What the decoder sees, in the official window, (B, T, n_mels) -> (B, n_audio_ctx, E)."""
         return self.features_of_speech(self.spectrogram(x1, frames, self.max_frames))
 
+    def mel(self, x1: Tensor) -> Tensor:
+        """One utterance without silence, x1 (T, n_mels) -> log-mel (n_mels, 2T)."""
+        return self.spectrogram(x1[None], torch.tensor([len(x1)], device=x1.device), len(x1))[0]
+
     def move(self, x1: Tensor, frames: Tensor, rooms: Sequence["Room"]) -> Tensor:
         """x1 (B, T, n_mels) as it sounds in a room for each item: the same words, other voices."""
         moved = torch.zeros_like(x1)
         for i, (n, room) in enumerate(zip(frames.tolist(), rooms, strict=True)):
-            mel = self.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)
+            mel = self.mel(x1[i, :n])[None]
             moved[i, :n] = self.latents(random_room(mel, room))[0]
         return moved
 
@@ -288,7 +292,7 @@ class Room(NamedTuple):
 def random_room(mel: Tensor, room: Room) -> Tensor:
     """Each item of a log-mel in another voice and room, (B, n_mels, n) -> (B, n_mels, n).
 
-    What a Whisper still reads there depends on nothing that only this one network would notice:
+    What a Whisper still reads there depends less on what only this one network would notice:
     expectation over transformations, Athalye et al. 2018 (arXiv 1707.07397).
     """
     (n_items, n_mels, n), device = mel.shape, mel.device

@@ -108,16 +108,6 @@ def hear(sentences: list, clips: list, whisper: FrozenWhisper) -> Speech:
     return Speech(sentences, encode(mels, whisper))
 
 
-def random_samples(sentence, variants, seed: int, seconds: float) -> np.ndarray:
-    """One utterance in a random voice, faster if it is too long -> 16 kHz samples (n,)."""
-    rng = random.Random(f"{seed} {sentence.language} {sentence.text}")
-    variant, speed, pitch = rng.choice(variants), rng.randint(150, 210), rng.randint(30, 70)
-    say = partial(make_pocket.speak, sentence, variant, pitch=pitch)
-    while len(samples := say(speed=speed)) > seconds * SAMPLE_RATE:
-        speed += 15
-    return samples
-
-
 def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
            work: Path) -> Iterator[Tensor]:
     """espeak-ng says the sentences -> log-mel, (n_mels, 2 n_audio_ctx) each."""
@@ -125,8 +115,8 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
         for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
             yield data.mel_from_bytes(clip, 2 * whisper.max_frames)
         return
-    say = partial(random_samples, variants=variants, seed=seed,
-                  seconds=whisper.max_frames / data.FRAMES_PER_SECOND)
+    say = partial(make_pocket.random_samples, variants=variants, seed=seed,
+                  longest=whisper.max_frames * SAMPLES_PER_FRAME)
     with ThreadPoolExecutor(2) as pool:
         for part in parts(tqdm(sentences, desc="speaking", leave=False), whisper):
             yield from (whisper.log_mel(samples)[0].cpu() for samples in pool.map(say, part))
@@ -390,8 +380,7 @@ class Study:
         flow = self.flows[path]
         made = list(latents(flow, sentences, flow.readers["critic"], settings))
         return (whisper.features(*x) for x in made), (
-            whisper.spectrogram(x[None, :n], n[None], int(n))[0]
-            for x1, frames in made for x, n in zip(x1, frames))
+            whisper.mel(x[:n]) for x1, frames in made for x, n in zip(x1, frames.tolist()))
 
     def real_rows(self) -> Iterator[tuple[str, dict]]:
         """Students of as much real speech, and of the same without its rhythm, for each seed."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import model  # noqa: E402
+from model import bounded  # noqa: E402
 from sample import rates  # noqa: E402
 from train import balanced as per_language  # noqa: E402
 from whisper_decoder import ROOM, BadInput, Ear, Room, choose_device  # noqa: E402
@@ -35,11 +35,6 @@ def rows(names: list[str]) -> dict[str, dict[str, float]]:
     if unknown := [name for name in names if name not in found]:
         raise BadInput(f"no row {', '.join(unknown)}; there are {', '.join(found)}")
     return {name: found[name] for name in names or found}
-
-
-def bounded(x: torch.Tensor) -> torch.Tensor:
-    """As the DiT bounds its endpoint."""
-    return model.REACH * torch.tanh(x / model.REACH)
 
 
 def optimise(ear: Ear, batch: data.Batch, strength: dict, steps: int, seed: int) -> torch.Tensor:

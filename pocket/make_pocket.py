@@ -111,16 +111,23 @@ def need_espeak():
                  "install espeak-ng` (Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
 
 
-def random_clip(sentence, variants, seed):
-    """One utterance in a random voice, as 8-bit log-mel (n_mels, frames); faster if too long."""
+def random_samples(sentence, variants, seed, longest, lead=0.0):
+    """One utterance in a random voice, after up to `lead` seconds of silence -> 16 kHz samples;
+    faster if there would be more than `longest`."""
     rng = random.Random(f"{seed} {sentence.language} {sentence.text}")
     variant, speed, pitch = rng.choice(variants), rng.randint(150, 210), rng.randint(30, 70)
-    lead = np.zeros(int(rng.uniform(0, 0.1) * SAMPLE_RATE), np.float32)
+    silence = np.zeros(int(rng.uniform(0, lead) * SAMPLE_RATE), np.float32)
     while True:
-        samples = np.concatenate([lead, speak(sentence, variant, speed, pitch)])
-        if len(samples) <= MEL_FRAMES * 160:
-            return quantize(log_mel_spectrogram(samples, DIMS.n_mels))
+        samples = np.concatenate([silence, speak(sentence, variant, speed, pitch)])
+        if len(samples) <= longest:
+            return samples
         speed += 15
+
+
+def random_clip(sentence, variants, seed):
+    """The same for pocket's window, as 8-bit log-mel (n_mels, frames)."""
+    samples = random_samples(sentence, variants, seed, MEL_FRAMES * 160, lead=0.1)
+    return quantize(log_mel_spectrogram(samples, DIMS.n_mels))
 
 
 def quantize(mel):
@@ -289,20 +296,18 @@ def loss_of(model, ctc_head, vocabulary, mel, targets, corrupt, ctc_weight, rng)
 def train(sentences, clips, vocabulary, args):
     """Plain training; the state is saved every 500 steps and picked up again."""
     torch.manual_seed(args.seed)
-    model, first = new_model(vocabulary), 0
+    model, start = new_model(vocabulary), BEFORE_ROOMS if args.start else 0
     if args.start:
         state = torch.load(args.start, weights_only=True)["model_state_dict"]
         model.load_state_dict(vocabulary.shrink(state))
-        first = BEFORE_ROOMS
     key = fingerprint(sentences, args.seed, args.batch, CYCLES, args.start and str(args.start))
     state_path = args.work_dir / f"state_{key}.pt"
     ctc_head = torch.nn.Linear(DIMS.n_audio_state, len(vocabulary.used) + 1)
     parameters = [*model.parameters(), *ctc_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cycle_at(step)[0])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cycle_at(start + step)[0])
     parts = dict(model=model, ctc_head=ctc_head, optimizer=optimizer, schedule=schedule)
-    for _ in range(first):
-        schedule.step()
+    first = start
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         for name, part in parts.items():
@@ -392,7 +397,7 @@ def main():
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the network, not of the speech")
     parser.add_argument("--out", type=Path, default=whisper_decoder.POCKET)
-    parser.add_argument("--start", type=Path, help="an earlier pocket.pt, which learns the rooms only")
+    parser.add_argument("--start", type=Path, help="an earlier pocket.pt, to learn the rooms only")
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
     parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
