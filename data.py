@@ -736,7 +736,22 @@ def count_frames(lasting: np.ndarray) -> int:
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                lasting: Sequence[np.ndarray] | None = None,
                x1: Sequence[Tensor] | None = None, prior: dict | None = None) -> Batch:
-    """Sentences -> condition of the flow and targets of the decoder, padded, on the device.
+    """Sentences -> condition of the flow and targets of the decoder, padded, on the device."""
+    return to_device(collate(sentences, whisper, lasting, x1, prior), whisper)
+
+
+def to_device(batch: Batch, whisper: FrozenWhisper) -> Batch:
+    """What `collate` made, where the decoder is; tokens become their embeddings."""
+    cond = {name: x.to(whisper.device, non_blocking=True) for name, x in batch.cond.items()}
+    cond |= {name: whisper.embed(cond[name]) for name in ("text", "language")}
+    x1 = None if batch.x1 is None else batch.x1.float().to(whisper.device)
+    return batch._replace(cond=cond, targets=batch.targets.to(whisper.device), x1=x1)
+
+
+def collate(sentences: Sequence[Sentence], whisper: FrozenWhisper,
+            lasting: Sequence[np.ndarray] | None = None,
+            x1: Sequence[Tensor] | None = None, prior: dict | None = None) -> Batch:
+    """The same on the CPU, with tokens in place of their embeddings: other processes can do it.
 
     lasting: frames that each letter lasts, else those of the length rule; a sentence has a frame
     a token in any case, and no more than the decoder hears. x1: latents of recordings (T, C) each.
@@ -754,15 +769,14 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     languages = [s.language for s in sentences]
     likely = [likely_speech(s, each, n, prior) for s, each, n in zip(sentences, lasting, frames)]
     cond = dict(
-        text=whisper.embed(pad_sequence([torch.tensor(row) for row in tokens], True)),  # (B, S, E)
+        text=pad_sequence([torch.tensor(row) for row in tokens], True),  # (B, S)
         token=pad_sequence(spread, True),  # (B, T)
         byte=pad_sequence(spelled, True),  # (B, T)
         frames=torch.tensor(frames),  # (B,)
-        language=whisper.embed(torch.tensor([*map(whisper.language_token, languages)])),  # (B, E)
+        language=torch.tensor([*map(whisper.language_token, languages)]),  # (B,)
         drop=torch.zeros(len(sentences), dtype=torch.bool),
     )
-    cond = {name: x.to(whisper.device) for name, x in cond.items()}
-    x1 = x1 and pad_sequence(x1, True).float().to(whisper.device)
+    x1 = x1 and pad_sequence(x1, True)
     return Batch(list(sentences), cond, whisper.target_tokens(tokens, languages), x1, likely)
 
 

@@ -123,7 +123,7 @@ class Draws(NamedTuple):
 
 def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
          config: Config) -> tuple[data.Batch, Draws]:
-    """Everything random in one step: from seed and step alone."""
+    """Everything random in one step, from seed and step alone; on the CPU."""
     rng = data.generator(config.seed, step)
     n, is_first = config.batch_size, step < config.speech_share * config.steps
     corpus = speech if speech and (is_first or step % 2) else text
@@ -136,12 +136,29 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
     pace = config.speed * speed_range ** (2 * torch.rand(n, generator=rng).numpy() - 1)
     lasting = [corpus.lasting[i] / (1 if x1 else p) for i, p in zip(picks, pace)]  # or as recorded
     sentences = [corpus.sentences[i] for i in picks]
-    batch = data.make_batch(sentences, whisper, lasting, x1, corpus.prior)
+    batch = data.collate(sentences, whisper, lasting, x1, corpus.prior)
     white = torch.randn(*batch.cond["token"].shape, whisper.channels, generator=rng)
-    x0 = data.first_state(white.to(whisper.device), batch)
     t = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n  # spread over [0, 1]
     drop = torch.rand(n, generator=rng) < config.drop_text
-    return batch, Draws(*(x.to(whisper.device) for x in (x0, t, drop)))
+    return batch, Draws(white, t, drop)
+
+
+def to_device(batch: data.Batch, draws: Draws, whisper) -> tuple[data.Batch, Draws]:
+    """What `draw` made, where the decoder is; the flow begins where a prior says."""
+    draws = Draws(*(x.to(whisper.device, non_blocking=True) for x in draws))
+    return data.to_device(batch, whisper), draws._replace(x0=data.first_state(draws.x0, batch))
+
+
+class Steps(torch.utils.data.Dataset):
+    """steps[step] is what `draw` makes, so that a DataLoader can have it ready in time."""
+
+    def __init__(self, corpus_of: Callable[[int], data.Corpus], *rest):
+        self.corpus_of, self.rest = corpus_of, rest
+
+    def __getitem__(self, step: int) -> tuple[data.Batch, Draws]:
+        config = self.rest[-1]
+        corpus = self.corpus_of(step * config.batch_size // data.SHARD)
+        return draw(step, corpus, *self.rest)
 
 
 class Losses(NamedTuple):
@@ -374,11 +391,14 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
     weights = ((config.text_weight, 1, 0) if speech else
                (1, config.flow_weight, config.transport_weight))
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=not tell)
+    steps = torch.utils.data.DataLoader(
+        Steps(corpus_of, speech, whisper, config), None, sampler=range(run.step, config.steps),
+        num_workers=min(8, (os.cpu_count() or 1) // 2) if device.type == "cuda" else 0)
     with bar, open_log(run) as log, stop_on_ctrl_c() as stop:
-        while run.step < config.steps and not stopped:
-            corpus = corpus_of(run.step * config.batch_size // data.SHARD)
-            batch, draws = draw(run.step, corpus, speech, whisper, config)
-            batch, draws = part_of_rank(batch, draws, run.rank, run.n_ranks)
+        for batch, draws in steps:
+            if stopped:
+                break
+            batch, draws = to_device(*part_of_rank(batch, draws, run.rank, run.n_ranks), whisper)
             critic = whisper.enter(room_of(run, device))
             with autocast:
                 parts = losses(model, critic, batch, draws, bool(speech))

@@ -155,7 +155,7 @@ class FrozenWhisper:
         """Texts as tokens -> prompt + text + <|endoftext|>, padded with -1 (B, L)."""
         end = self.tokenizer("en").eot
         rows = [torch.tensor([*self.prompt(c), *row, end]) for row, c in zip(tokens, languages)]
-        return pad_sequence(rows, True, padding_value=-1).to(self.device)
+        return pad_sequence(rows, True, padding_value=-1)
 
     def cross_entropy(self, features: Tensor, tokens: Tensor, so_far: Tensor | None = None):
         """Teacher-forced, in nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
@@ -275,10 +275,10 @@ def smooth(mel: Tensor) -> Tensor:
 
 
 # The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
-ROOM = dict(vocal_tract=0.12, rhythm=0.3, echo=1.0, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15,
-            noise=0.3, mask=0.2)
+ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
+            mask=0.2)
 # What makes another voice of a spectrogram, and leaves it clean: `sample.py --rooms`.
-VOICE = ROOM | dict(echo=0.0, cover=0.0, mask=0.0)
+VOICE = ROOM | dict(cover=0.0, mask=0.0)
 
 
 class Room(NamedTuple):
@@ -302,7 +302,6 @@ def random_room(mel: Tensor, room: Room) -> Tensor:
         normal(n_items, 1, nodes), size, mode="linear", align_corners=True)
     s = {name: room.amount * value for name, value in room.strength.items()}
     bins = torch.arange(n_mels, device=device)[:, None]
-    hops = torch.arange(n, device=device)
 
     # A longer vocal tract has all its resonances lower; nobody holds an even pace.
     y = bins / (n_mels - 1) * (1 + s["vocal_tract"] * (2 * uniform(n_items, 1, 1) - 1))
@@ -310,10 +309,6 @@ def random_room(mel: Tensor, room: Room) -> Tensor:
     x = (x - x[:, :, :1]) / (x[:, :, -1:] - x[:, :, :1])
     grid = 2 * torch.stack([x.expand_as(mel), y.expand_as(mel)], -1) - 1
     mel = F.grid_sample(mel[:, None], grid, padding_mode="border", align_corners=True)[:, 0]
-    # Walls: every sound dies away slowly, 60 dB (1.5) in up to half a second, and fainter.
-    fall = hops * 1.5 / (100 * 0.5 * (0.1 + 0.9 * uniform(n_items, 1, 1)))
-    tail = (mel + fall).cummax(2).values - fall
-    mel = mel.maximum(tail - 3 + 2.5 * s["echo"] * uniform(n_items, 1, 1))
     # Steady noise covers what is quieter.
     floor = mel.amin((1, 2), keepdim=True).detach()
     mel = mel.maximum(floor + s["cover"] * uniform(n_items, 1, 1))

@@ -50,7 +50,8 @@ class Reader:
 
     def tokens_of(self, sentences: list) -> Tensor:
         tokens = [self.whisper.encode(s.text, s.language) for s in sentences]
-        return self.whisper.target_tokens(tokens, [s.language for s in sentences])
+        return self.whisper.target_tokens(tokens, [s.language for s in sentences]).to(
+            self.whisper.device)
 
     def features(self, x1: list[Tensor]) -> Tensor:
         """(T, C) each -> what a decoder sees of them, up to some silence (B, T + 16, C)."""
