@@ -460,6 +460,27 @@ def test_a_cover_hides_what_is_quiet():
     torch.testing.assert_close(covered, mel.maximum(floor), atol=1e-4, rtol=0)
 
 
+def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
+    sentences, mel = spoken(ear, every=25)
+    tokens = ear.target_tokens([ear.encode(s.text, s.language) for s in sentences],
+                               [s.language for s in sentences])
+    size = torch.linspace(0, 0.08, len(mel))[:, None, None]
+
+    def loss(mel):
+        return ear.cross_entropy(ear.features_of_speech(mel), tokens).sum()
+
+    moved = realism.make_pocket.adversary(loss, mel, size, torch.Generator().manual_seed(0))
+    change = moved - mel
+    torch.testing.assert_close(change.square().mean((1, 2)).sqrt(), size[:, 0, 0], atol=1e-4,
+                               rtol=1e-3)
+    assert change.diff(dim=2).square().mean() < 0.3 * change.square().mean()  # of white noise: 2
+    shuffled = change[:, torch.randperm(80, generator=torch.Generator().manual_seed(0))]
+    helped = realism.make_pocket.adversary(lambda mel: -loss(mel), mel, size,
+                                           torch.Generator().manual_seed(0))
+    worse, *others = (loss(x) for x in (moved, helped, mel + shuffled))
+    assert all(worse > 2 * other for other in others)
+
+
 def test_a_vocal_tract_stretches_the_bins_and_a_rhythm_the_time():
     bins, hops = torch.arange(80.0)[:, None], torch.linspace(0, 1, 200)
     longer = heard(bins.expand(40, 80, 200), vocal_tract=0.12)

@@ -199,12 +199,15 @@ def losses(model, whisper: FrozenWhisper, batch: data.Batch, draws: Draws,
 
 
 def room_of(run, device: torch.device) -> Room:
-    """Where an ear hears the spectrograms of this step; each GPU's elsewhere."""
+    """Where an ear hears the spectrograms of this step; each GPU's elsewhere.
+
+    Rooms are weak as often as strong: what is only ever heard in strong ones is read worse in none.
+    """
     step, config = run.step, run.config
     first, last = RAMP
-    amount = (step / config.steps - first) / (last - first)
+    most = min(max((step / config.steps - first) / (last - first), 0.0), 1.0)
     rng = data.generator(config.seed, step * run.n_ranks + run.rank, device)
-    return Room(min(max(amount, 0.0), 1.0), rng)
+    return Room(most * torch.rand((), generator=rng, device=device).item(), rng)
 
 
 def part_of_rank(batch: data.Batch, draws: Draws, rank: int,
