@@ -1155,6 +1155,7 @@ def test_flow_begins_at_likely_speech(pocket):
     torch.testing.assert_close(guided, x0, atol=1e-3, rtol=1e-3)
     corpus = data.text_corpus(sentences[:3], None, prior)
     drawn, draws = train.draw(0, corpus, None, pocket, train.Config(batch_size=4))
+    drawn, draws = train.to_device(drawn, draws, pocket)
     for x, n in zip(draws.x0, drawn.cond["frames"]):
         torch.testing.assert_close(x[:n].var(-1, correction=0), torch.ones(n), atol=1e-3, rtol=0)
     draws = train.Draws(x0, torch.tensor([0.1, 0.4, 0.6, 0.9]), torch.zeros(4, dtype=torch.bool))

@@ -100,7 +100,7 @@ def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
             start = clock(device)
-        batch, draws = train.draw(step, corpus, None, whisper, config)
+        batch, draws = train.to_device(*train.draw(step, corpus, None, whisper, config), whisper)
         with autocast:
             parts = train.losses(model, whisper, batch, draws)
         sum(part.mean() for part in parts).backward()
