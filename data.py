@@ -722,7 +722,7 @@ class Gaussian(NamedTuple):
 
 class Batch(NamedTuple):
     sentences: list[Sentence]
-    cond: dict[str, Tensor]  # what model.DiT takes; cond["frames"] (B,) are the lengths
+    cond: dict[str, Tensor]  # what model.DiT takes, after `to_device`; cond["frames"] (B,) are the lengths
     targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
     x1: Tensor | None  # (B, T, C) of recordings
     likely: list[Gaussian | None]  # around which the flow begins; None: at white noise
@@ -742,7 +742,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
 
 def to_device(batch: Batch, whisper: FrozenWhisper) -> Batch:
     """What `collate` made, where the decoder is; tokens become their embeddings."""
-    cond = {name: x.to(whisper.device, non_blocking=True) for name, x in batch.cond.items()}
+    cond = {name: x.to(whisper.device) for name, x in batch.cond.items()}
     cond |= {name: whisper.embed(cond[name]) for name in ("text", "language")}
     x1 = None if batch.x1 is None else batch.x1.float().to(whisper.device)
     return batch._replace(cond=cond, targets=batch.targets.to(whisper.device), x1=x1)

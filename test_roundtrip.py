@@ -1510,6 +1510,29 @@ def test_resumed_run_equals_straight_run(tmp_path, monkeypatch, latent):
         train.main([*flags, "--batch_size", "8", "--out_dir", str(tmp_path / "b"), "--resume"])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked")
+def test_batches_made_ahead_in_other_processes_are_the_same(pocket, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 4)  # a shard a step
+    corpus, config = data.text_corpus(SENTENCES), train.Config(batch_size=4, steps=6)
+
+    def corpus_of(shard):
+        if shard == 5:
+            raise BadInput("it is gone")
+        return corpus
+
+    steps, made = train.Steps(corpus_of, None, pocket, config), []
+    for n_workers in (0, 2):
+        made.append([])
+        with pytest.raises(BadInput, match="^it is gone$"):
+            made[-1].extend(itertools.islice(train.batches(steps, 2, config, n_workers), 3))
+            list(train.batches(steps, 2, config, n_workers))
+    assert [len(some) for some in made] == [3, 3]
+    for (batch, draws), (ahead, drawn) in zip(*made):
+        assert batch.sentences == ahead.sentences and batch.cond.keys() == ahead.cond.keys()
+        pairs = [*zip(draws, drawn), *((batch.cond[k], ahead.cond[k]) for k in batch.cond)]
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_two_processes_learn_what_one_does(tmp_path):
     one = train.main([*FLAGS, "--out_dir", str(tmp_path / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]

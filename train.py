@@ -116,7 +116,7 @@ def parse_config(argv=None) -> Config:
 class Draws(NamedTuple):
     """What is random in a step, beside its sentences."""
 
-    x0: Tensor  # (B, T, C)
+    x0: Tensor  # (B, T, C); white noise before `to_device`
     t: Tensor  # (B,)
     drop: Tensor  # (B,) bool, items without their condition
 
@@ -145,7 +145,7 @@ def draw(step: int, text: data.Corpus, speech: data.Corpus | None, whisper,
 
 def to_device(batch: data.Batch, draws: Draws, whisper) -> tuple[data.Batch, Draws]:
     """What `draw` made, where the decoder is; the flow begins where a prior says."""
-    draws = Draws(*(x.to(whisper.device, non_blocking=True) for x in draws))
+    draws = Draws(*(x.to(whisper.device) for x in draws))
     return data.to_device(batch, whisper), draws._replace(x0=data.first_state(draws.x0, batch))
 
 
@@ -157,8 +157,23 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> tuple[data.Batch, Draws]:
         config = self.rest[-1]
-        corpus = self.corpus_of(step * config.batch_size // data.SHARD)
-        return draw(step, corpus, *self.rest)
+        try:
+            corpus = self.corpus_of(step * config.batch_size // data.SHARD)
+            return draw(step, corpus, *self.rest)
+        except BadInput as error:  # a loader would raise it with all of its traceback
+            return error, None
+
+
+def batches(steps: Steps, first: int, config: Config, n_workers: int):
+    """What `draw` makes of one step after another, some of it ahead, in so many processes."""
+    steps.corpus_of(first * config.batch_size // data.SHARD)  # read once, before they fork
+    loader = torch.utils.data.DataLoader(
+        steps, None, sampler=range(first, config.steps), num_workers=n_workers,
+        multiprocessing_context="fork" if n_workers else None)
+    for batch, draws in loader:
+        if isinstance(batch, BadInput):
+            raise batch
+        yield batch, draws
 
 
 class Losses(NamedTuple):
@@ -394,9 +409,9 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
     weights = ((config.text_weight, 1, 0) if speech else
                (1, config.flow_weight, config.transport_weight))
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=not tell)
-    steps = torch.utils.data.DataLoader(
-        Steps(corpus_of, speech, whisper, config), None, sampler=range(run.step, config.steps),
-        num_workers=min(8, (os.cpu_count() or 1) // 2) if device.type == "cuda" else 0)
+    can_fork = device.type == "cuda" and hasattr(os, "fork")
+    n_workers = min(4, (os.cpu_count() or 1) // (2 * run.n_ranks)) if can_fork else 0
+    steps = batches(Steps(corpus_of, speech, whisper, config), run.step, config, n_workers)
     with bar, open_log(run) as log, stop_on_ctrl_c() as stop:
         for batch, draws in steps:
             if stopped:

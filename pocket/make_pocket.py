@@ -298,8 +298,8 @@ def loss_of(model, ctc_head, vocabulary, mel, targets, corrupt, ctc_weight, rng)
 def adversary(loss, mel, size, rng):
     """Log-mel (B, n_mels, n) -> what raises the loss most, added to it; as smooth as an ear's x1.
 
-    One step from a random start (Wong et al. 2020, arXiv 2001.03994) on the sphere of root mean
-    square `size` (B, 1, 1). The gradients of a network that hears the same in spite of it lead to
+    One step from a random start (Wong et al. 2020, arXiv 2001.03994); n is even, and the change has
+    a root mean square of `size` (B, 1, 1) at most. The gradients of a network that hears the same in spite of it lead to
     what others hear too, instead of to what only it would notice (arXiv 1910.08640).
     """
     rms = lambda x: x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-9)  # noqa: E731
