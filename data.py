@@ -722,7 +722,7 @@ class Gaussian(NamedTuple):
 
 class Batch(NamedTuple):
     sentences: list[Sentence]
-    cond: dict[str, Tensor]  # what model.DiT takes, after `to_device`; cond["frames"] (B,) are the lengths
+    cond: dict[str, Tensor]  # what model.DiT takes after `to_device`; "frames" (B,) are the lengths
     targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
     x1: Tensor | None  # (B, T, C) of recordings
     likely: list[Gaussian | None]  # around which the flow begins; None: at white noise

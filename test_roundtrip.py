@@ -462,8 +462,7 @@ def test_a_cover_hides_what_is_quiet():
 
 def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
     sentences, mel = spoken(ear, every=25)
-    tokens = ear.target_tokens([ear.encode(s.text, s.language) for s in sentences],
-                               [s.language for s in sentences])
+    tokens = data.make_batch(sentences, ear).targets
     size = torch.linspace(0, 0.08, len(mel))[:, None, None]
 
     def loss(mel):
@@ -541,8 +540,7 @@ def test_speech_in_a_room_is_read_in_a_short_window(ear, monkeypatch):
     spans = [data.speech_span(m) for m in mel]
     x1 = torch.nn.utils.rnn.pad_sequence([x[s] for x, s in zip(ear.latents(mel), spans)], True)
     cond = dict(frames=torch.tensor([s.stop - s.start for s in spans]))
-    targets = ear.target_tokens([ear.encode(s.text, s.language) for s in sentences],
-                                [s.language for s in sentences])
+    targets = data.make_batch(sentences, ear).targets
     windows, encode = [], whisper_decoder.run_encoder
     monkeypatch.setattr(whisper_decoder, "run_encoder", lambda encoder, mel: (
         windows.append(mel.shape[2]), encode(encoder, mel))[1])
@@ -1524,8 +1522,8 @@ def test_batches_made_ahead_in_other_processes_are_the_same(pocket, monkeypatch)
     for n_workers in (0, 2):
         made.append([])
         with pytest.raises(BadInput, match="^it is gone$"):
-            made[-1].extend(itertools.islice(train.batches(steps, 2, config, n_workers), 3))
-            list(train.batches(steps, 2, config, n_workers))
+            made[-1].extend(itertools.islice(train.batches(steps, 2, n_workers), 3))
+            list(train.batches(steps, 2, n_workers))
     assert [len(some) for some in made] == [3, 3]
     for (batch, draws), (ahead, drawn) in zip(*made):
         assert batch.sentences == ahead.sentences and batch.cond.keys() == ahead.cond.keys()

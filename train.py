@@ -152,23 +152,25 @@ def to_device(batch: data.Batch, draws: Draws, whisper) -> tuple[data.Batch, Dra
 class Steps(torch.utils.data.Dataset):
     """steps[step] is what `draw` makes, so that a DataLoader can have it ready in time."""
 
-    def __init__(self, corpus_of: Callable[[int], data.Corpus], *rest):
-        self.corpus_of, self.rest = corpus_of, rest
+    def __init__(self, corpus_of: Callable[[int], data.Corpus], speech: data.Corpus | None,
+                 whisper: FrozenWhisper, config: Config):
+        self.corpus_of, self.speech, self.whisper, self.config = corpus_of, speech, whisper, config
+
+    def corpus(self, step: int) -> data.Corpus:
+        return self.corpus_of(step * self.config.batch_size // data.SHARD)
 
     def __getitem__(self, step: int) -> tuple[data.Batch, Draws]:
-        config = self.rest[-1]
         try:
-            corpus = self.corpus_of(step * config.batch_size // data.SHARD)
-            return draw(step, corpus, *self.rest)
+            return draw(step, self.corpus(step), self.speech, self.whisper, self.config)
         except BadInput as error:  # a loader would raise it with all of its traceback
             return error, None
 
 
-def batches(steps: Steps, first: int, config: Config, n_workers: int):
+def batches(steps: Steps, first: int, n_workers: int):
     """What `draw` makes of one step after another, some of it ahead, in so many processes."""
-    steps.corpus_of(first * config.batch_size // data.SHARD)  # read once, before they fork
+    steps.corpus(first)  # read once, before they fork
     loader = torch.utils.data.DataLoader(
-        steps, None, sampler=range(first, config.steps), num_workers=n_workers,
+        steps, None, sampler=range(first, steps.config.steps), num_workers=n_workers,
         multiprocessing_context="fork" if n_workers else None)
     for batch, draws in loader:
         if isinstance(batch, BadInput):
@@ -411,11 +413,9 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=not tell)
     can_fork = device.type == "cuda" and hasattr(os, "fork")
     n_workers = min(4, (os.cpu_count() or 1) // (2 * run.n_ranks)) if can_fork else 0
-    steps = batches(Steps(corpus_of, speech, whisper, config), run.step, config, n_workers)
+    steps = batches(Steps(corpus_of, speech, whisper, config), run.step, n_workers)
     with bar, open_log(run) as log, stop_on_ctrl_c() as stop:
         for batch, draws in steps:
-            if stopped:
-                break
             batch, draws = to_device(*part_of_rank(batch, draws, run.rank, run.n_ranks), whisper)
             critic = whisper.enter(room_of(run, device))
             with autocast:
@@ -439,6 +439,8 @@ def train(run: Run, whisper: FrozenWhisper, corpus_of: Callable[[int], data.Corp
             if run.step % config.eval_every == 0 and tell:
                 run.save()
                 show_samples(run, whisper, held_out)
+            if stopped:
+                break
     if tell:
         run.save()
     if stopped:

@@ -227,8 +227,8 @@ class Ear(FrozenWhisper):
         """
         last = torch.arange(x1.shape[1] + 1, device=x1.device).minimum(frames[:, None] - 1)
         mel = x1.float().gather(1, last[:, :, None].expand(-1, -1, self.channels)).transpose(1, 2)
-        mel = F.interpolate(MEL_MEAN + MEL_STD * mel, scale_factor=2, mode="linear")
-        mel = F.pad(smooth(mel), (0, 2 * window - mel.shape[2]))  # or cut the frame too many
+        mel = upsample(MEL_MEAN + MEL_STD * mel)
+        mel = F.pad(mel, (0, 2 * window - mel.shape[2]))  # or cut the frame too many
         is_speech = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
         loudest = mel.detach().masked_fill(~is_speech, -9).amax((1, 2), keepdim=True)
         floor = (loudest - 2).clamp(min=-1.5)
@@ -272,6 +272,11 @@ class Ear(FrozenWhisper):
 def smooth(mel: Tensor) -> Tensor:
     """Mean over three bins and 50 ms, (B, n_mels, n) -> (B, n_mels, n): voices do not flicker."""
     return F.avg_pool2d(mel[:, None], (3, 5), 1, (1, 2), count_include_pad=False)[:, 0]
+
+
+def upsample(mel: Tensor) -> Tensor:
+    """From 50 to 100 frames a second, smoothly, (B, n_mels, n) -> (B, n_mels, 2n)."""
+    return smooth(F.interpolate(mel, scale_factor=2, mode="linear"))
 
 
 # The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.

@@ -299,16 +299,16 @@ def adversary(loss, mel, size, rng):
     """Log-mel (B, n_mels, n) -> what raises the loss most, added to it; as smooth as an ear's x1.
 
     One step from a random start (Wong et al. 2020, arXiv 2001.03994); n is even, and the change has
-    a root mean square of `size` (B, 1, 1) at most. The gradients of a network that hears the same in spite of it lead to
-    what others hear too, instead of to what only it would notice (arXiv 1910.08640).
+    a root mean square of `size` (B, 1, 1) at most. The gradients of a network that hears the same
+    in spite of it lead to what others hear too, instead of to what only it would notice (arXiv
+    1910.08640).
     """
     rms = lambda x: x.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-9)  # noqa: E731
-    smooth = lambda x: whisper_decoder.smooth(  # noqa: E731  50 -> 100 frames a second
-        F.interpolate(x, scale_factor=2, mode="linear"))
+    upsample = whisper_decoder.upsample
     change = torch.randn(mel.shape[0], mel.shape[1], mel.shape[2] // 2, generator=rng)
-    change = (0.5 * size / rms(smooth(change)) * change).requires_grad_()
-    gradient, = torch.autograd.grad(loss(mel + smooth(change)), change)
-    change = smooth(change.detach() + size / rms(smooth(gradient)) * gradient)
+    change = (0.5 * size / rms(upsample(change)) * change).requires_grad_()
+    gradient, = torch.autograd.grad(loss(mel + upsample(change)), change)
+    change = upsample(change.detach() + size / rms(upsample(gradient)) * gradient)
     return mel + (size / rms(change)).clamp(max=1) * change
 
 
@@ -346,12 +346,12 @@ def train(sentences, clips, vocabulary, args):
             if torch.rand((), generator=rng) < SILENT_SHARE:
                 mel[i], rows[i] = silent_clip(rng)[:, :window], vocabulary.no_speech
         targets = vocabulary.batch(rows)
-        hear = lambda mel, ctc=ctc: loss_of(  # noqa: E731
-            model, ctc_head, vocabulary, mel, targets, corrupt, ctc, rng)
+        hear = partial(loss_of, model, ctc_head, vocabulary, targets=targets, corrupt=corrupt,
+                       rng=rng)
         if size:  # mostly small: real speech must still be read
             size = size * torch.rand((len(mel), 1, 1), generator=rng).square()
-            mel = adversary(partial(hear, ctc=0), mel, size, rng)
-        loss = hear(mel)
+            mel = adversary(partial(hear, ctc_weight=0.0), mel, size, rng)
+        loss = hear(mel, ctc_weight=ctc)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
