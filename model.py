@@ -1,20 +1,10 @@
-"""The DiT: a small diffusion transformer that predicts the endpoint x1_hat of the flow.
+"""The DiT: a transformer from noise, text and time to the endpoint of the flow.
 
-    x_t (B, T, C) --patches--> (B, N, D) --+--> blocks, modulated by time and language --> x1_hat
-    text (B, S, E) --MLP, spread over the frames, patches--^
-    spelling (B, T) --embedding, convolution, patches------^
+Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions; text by average upsampling, as in
+ZipVoice (arXiv 2506.13053): every frame knows which character sounds in it.
 
-It predicts the endpoint and not the velocity. Whisper's encoder ends in a LayerNorm, so what the
-frozen decoder reads lies on a sphere: every frame has mean 0 and variance 1. A network that points
-at the sphere need not carry the noise through its narrow layers only to subtract it at the end.
-What x_t has of the endpoint already goes around them: all of it if x0 is likely speech, some when
-the flow learns from recordings (`skip`).
-
-Text comes in twice: as the decoder's tokens, which say what is meant, and letter by letter, which
-says how words that were never heard may sound: a token is a name without a spelling.
-
-B batch, S text tokens, T latent frames, N patches, C latent channels, E embedding width of the
-frozen decoder, D model width, H heads. Peebles and Xie 2023 (arXiv 2212.09748) for the DiT.
+B batch, S characters, T latent frames (50 per second), C latent channels, N = T / patch patches,
+D model width, H heads, E width of the frozen token embeddings.
 """
 import math
 from dataclasses import dataclass
@@ -24,28 +14,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 3.0  # bound of an endpoint that is no encoder output (sphere=False)
+REACH = 3.0  # of an endpoint that tanh bounds
+BYTES = 4  # of a character in UTF-8, at most
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Everything that decides the shape of the network."""
-
-    channels: int  # C, of the frozen encoder
-    embedding: int  # E, of the frozen decoder's token embeddings
-    depth: int = 4  # the dial: layers, and heads; the width follows
+    channels: int  # C
+    embedding: int  # E
+    depth: int = 4  # layers and heads; the width follows
     patch: int = 4  # frames per patch, 20 ms each
-    cond_variance: float = 0.0  # of x1, given its text: see `skip`; 0: no skip
-    has_prior: bool = False  # x0 is likely speech, and the network corrects it
-    sphere: bool = True  # normalise every frame of the endpoint; else keep it within +-REACH
+    bound: str = "sphere"  # endpoint: sphere: mean 0, variance 1 in every frame; tanh: +-REACH
 
     @property
     def width(self) -> int:
         return 32 * self.depth
-
-    @property
-    def heads(self) -> int:
-        return self.depth  # 32 channels each
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
@@ -65,19 +48,9 @@ def rotate(x: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def skip(x_t: Tensor, t: Tensor, cond_variance: float) -> Tensor:
-    """What x_t itself adds to the best linear guess of x1, (B, T, C), (B,) -> (B, T, C).
-
-    If x1 varies so much around what the text says: 0 at t = 0, all of x_t at t = 1. That is c_skip
-    of Karras et al. 2022 (arXiv 2206.00364, table 1) for x_t / t, whose noise is (1 - t) / t.
-    """
-    t = t[:, None, None]
-    return cond_variance * t / (cond_variance * t.square() + (1 - t).square()) * x_t
-
-
-def bounded(x: Tensor) -> Tensor:
-    """Within +-REACH, smoothly."""
-    return REACH * torch.tanh(x / REACH)
+def bounded(x: Tensor, bound: str) -> Tensor:
+    """Where an endpoint may lie, (B, T, C) -> (B, T, C): see DiTConfig.bound."""
+    return F.layer_norm(x, x.shape[-1:]) if bound == "sphere" else REACH * torch.tanh(x / REACH)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -116,80 +89,68 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """endpoint(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
+    """model(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
 
-    cond["text"]      (B, S, E)  token embeddings, mean 0 and variance 1 each
-    cond["token"]     (B, T)     which token sounds in each frame
-    cond["byte"]      (B, T)     which byte of the UTF-8 text sounds in each frame
-    cond["frames"]    (B,)       length of each item; what is behind it changes nothing
-    cond["language"]  (B, E)     embedding of the language token
-    cond["drop"]      (B,)       True: ignore text and language (for guidance)
-
-    prior: what data.py needs to make the condition and x0, kept here: see data.fit_prior.
+    cond["chars"]     (B, S, BYTES + 1)  numbers of `data.characters`, whose embeddings are added
+    cond["tokens"]    (B, S, E)          Whisper's own embedding of the token of each character
+    cond["alignment"] (B, T)             which character sounds in each frame
+    cond["frames"]    (B,)               length of each item; what is behind it changes nothing
+    cond["language"]  (B, E)             Whisper's own embedding of the language token
+    cond["drop"]      (B,)               True: ignore text and language (for guidance)
     """
 
-    def __init__(self, config: DiTConfig, prior: dict | None = None):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.config, self.prior = config, prior or {}
-        width, patch_size = config.width, config.patch * config.channels
-        self.latent_in = nn.Linear(patch_size, width)
-        self.text_in = mlp(config.embedding, 2 * width, width)
+        self.config = config
+        width, patch = config.width, config.patch
+        self.latent_in = nn.Linear(patch * config.channels, width)
+        self.token_in = nn.Linear(config.embedding, width)
+        self.char_in = nn.Embedding(256 * BYTES + 3, width, padding_idx=0)
+        self.char_conv = nn.Conv1d(width, width, 9, padding=4)  # a character and its neighbours
+        self.parity = nn.Parameter(torch.zeros(width))
+        self.order_in = nn.Linear(patch * width, width, bias=False)
         self.time_in = mlp(width, width, width)
         self.language_in = nn.Linear(config.embedding, width)
-        self.byte_in = nn.Embedding(256, width)
-        self.spell = nn.Conv1d(width, width, 9, padding=4)  # a letter and its neighbours
-        self.odd = nn.Parameter(torch.zeros(width))
         self.no_text = nn.Parameter(torch.zeros(width))
         self.no_language = nn.Parameter(torch.zeros(width))
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(width, config.depth) for _ in range(config.depth))
         self.condition_out = nn.Linear(width, 2 * width)
-        self.latent_out = nn.Linear(width, patch_size)
-        if config.has_prior:  # at the start the endpoint is x_t
-            nn.init.zeros_(self.latent_out.weight)
-            nn.init.zeros_(self.latent_out.bias)
+        self.latent_out = nn.Linear(width, patch * config.channels)
+        nn.init.zeros_(self.order_in.weight)
 
-    def spread_text(self, cond: dict, is_speech: Tensor) -> Tensor:
-        """Average upsampling: each frame takes its token and letters, (B, S, E) -> (B, T, D)."""
-        text = self.text_in(cond["text"])  # (B, S, D)
-        # Every other token is marked: a token twice in a row is not one token of double length.
-        text = text + self.odd * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]
-        padding = is_speech.shape[1] - cond["token"].shape[1]
-        token, byte = (F.pad(cond[name], (0, padding)) for name in ("token", "byte"))
-        text = text.gather(1, token[:, :, None].expand(-1, -1, text.shape[-1]))
-        letters = self.byte_in(byte) * is_speech[:, :, None]
-        text = text + letters + F.silu(self.spell(letters.transpose(1, 2))).transpose(1, 2)
+    def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
+        """Average upsampling: each frame takes its character, (B, S, 5), (B, T) -> (B, T, D)."""
+        text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, S, D)
+        text = text + F.silu(self.char_conv(text.transpose(1, 2))).transpose(1, 2)
+        # Every other one is marked: a character twice in a row is not one of double length.
+        text = text + self.parity * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]
+        alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
+        text = text.gather(1, alignment[:, :, None].expand(-1, -1, text.shape[-1]))
         text = torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)
-        return text * is_speech[:, :, None]
+        return text * mask[:, :, None]
 
-    def condition(self, t: Tensor, cond: dict) -> Tensor:
+    def embed_condition(self, t: Tensor, cond: dict) -> Tensor:
         """Time and language in one vector, (B,), (B, E) -> (B, 1, D)."""
         language = self.language_in(cond["language"])
-        no_language = self.no_language.to(language.dtype)
-        language = torch.where(cond["drop"][:, None], no_language, language)
+        language = torch.where(cond["drop"][:, None], self.no_language.to(language.dtype), language)
         return (self.time_in(sinusoids(t, self.config.width)) + language)[:, None]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
         """(B, T, C), (B,) -> x1_hat (B, T, C), bounded in every frame, 0 behind each item's end."""
         n_frames, patch = x_t.shape[1], self.config.patch
         padding = -n_frames % patch
-        position = torch.arange(n_frames + padding, device=x_t.device)
-        is_speech = position < cond["frames"][:, None]  # (B, T + padding)
-        x_t = F.pad(x_t, (0, 0, 0, padding)) * is_speech[:, :, None]
-
-        text = self.spread_text(cond, is_speech)
-        x = self.latent_in(x_t.unflatten(1, (-1, patch)).flatten(2))  # (B, N, D)
-        x = x + text.unflatten(1, (-1, patch)).mean(2)
-        mask = is_speech[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame
-
-        condition = self.condition(t, cond)
+        mask = torch.arange(n_frames + padding, device=x_t.device) < cond["frames"][:, None]
+        x_t = F.pad(x_t, (0, 0, 0, padding)) * mask[:, :, None]  # (B, T + padding, C)
+        patches = lambda x: x.unflatten(1, (-1, patch)).flatten(2)  # noqa: E731
+        text = patches(self.embed_text(cond, mask))  # (B, N, patch * D)
+        # The mean of a patch is learned fast; its order keeps apart what shares a patch.
+        x = text.unflatten(2, (patch, -1)).mean(2) + self.order_in(text)
+        x = x + self.latent_in(patches(x_t))
+        attention_mask = mask[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame
+        condition = self.embed_condition(t, cond)
         for block in self.blocks:
-            x = block(x, condition, mask)
+            x = block(x, condition, attention_mask)  # (B, N, D)
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
-        if self.config.has_prior:
-            x = x + x_t[:, :n_frames]
-        if self.config.cond_variance:
-            x = x + skip(x_t[:, :n_frames], t, self.config.cond_variance)
-        x = F.layer_norm(x, x.shape[-1:]) if self.config.sphere else bounded(x)
-        return x * is_speech[:, :n_frames, None]
+        return bounded(x, self.config.bound) * mask[:, :n_frames, None]

@@ -1,18 +1,17 @@
 """The frozen Whisper: tokens, latents and features, cross-entropy, greedy decoding, error rates.
 
-    x1        latent: the encoder's output before the gain and bias of its last LayerNorm, so every
-              frame has mean 0 and variance 1 over the channels: the scale of N(0, I) noise
-    features  what the decoder sees: frozen `ln_post` of x1 with silence after the speech, always
-              (B, n_audio_ctx, C), as `whisper.decode` takes them
-    frames    how many of those positions are speech, 50 per second
+Two critics share one contract (`channels`, `bound`, `latents`, `features`, `text_loss`):
 
-B batch, L prompt + text + end tokens, T latent frames, C latent channels (n_audio_state),
-E embedding width (n_text_state), V vocabulary.
+    FrozenWhisper  x1 is the encoder's output before the gain and bias of its last LayerNorm, so
+                   every frame has mean 0 and variance 1, as N(0, I) has. The decoder reads it.
+    Ear            x1 is a log-mel spectrogram at 50 frames a second. The encoder hears it, in
+                   training in random rooms, then the decoder reads.
+
+B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
+P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V vocabulary.
 """
-import copy
 import os
 import re
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -23,9 +22,9 @@ import torch.nn.functional as F
 import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
-from whisper.model import AudioEncoder
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
@@ -34,10 +33,10 @@ SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # 20 ms at 16 kHz
 # Signs that `whisper.decode` never writes (suppress_tokens): inside words, and between words.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
 PARTING_SIGNS = r"[#+/:;=@\\]"
-CHUNK = 512  # targets whose logits are in memory at once
-MEL_MEAN, MEL_STD = 0.0, 0.5  # of Whisper's log-mel where speech is, about
-SILENT_FRAMES = 40  # behind the speech while an ear trains; in use it is the official window
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
+CHUNK = 512  # targets whose logits are in memory at once
+MEL_STD = 0.5  # of Whisper's log-mel where speech is, about
+SILENT_FRAMES = 40  # behind the speech while an ear trains; in use it is the official window
 
 
 class BadInput(ValueError):
@@ -51,25 +50,26 @@ class FrozenWhisper:
     Raises BadInput if it cannot be loaded.
     """
 
+    bound = "sphere"  # of the endpoint, see model.DiTConfig
+
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         self.name, self.device = name, torch.device(device)
-        # requires_grad_, not no_grad: the loss's gradient has to reach the features.
+        # requires_grad_, not no_grad: the gradient of the loss has to reach the features.
         self.model = load_whisper(name, self.device).eval().requires_grad_(False)
         self.dims = self.model.dims
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
-        self.sphere = True  # every frame of x1 has mean 0 and variance 1 (not in an Ear)
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         # One matrix embeds the tokens and makes the logits. All tokens that pocket never uses share
         # one row, and so one logit; official checkpoints have no equal rows, and nothing changes.
-        rows = self.model.decoder.token_embedding.weight.cpu()
-        unique = rows.unique(dim=0, return_inverse=True, return_counts=True)
+        unique = self.model.decoder.token_embedding.weight.cpu().unique(
+            dim=0, return_inverse=True, return_counts=True)
         self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
         # A language whose token has no embedding of its own was never trained.
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
-        own = self.row_count[self.row_of] == 1  # (V,)
-        self.languages = [code for code in codes if own[self.language_token(code)]]
+        is_own = self.row_count[self.row_of] == 1  # (V,)
+        self.languages = [code for code in codes if is_own[self.language_token(code)]]
         self.n_prompt = len(self.prompt(self.languages[0]))
-        self.silence = self.features_of_speech(self.log_mel(np.zeros(0, np.float32)))[0]
+        self.silence = self.features_of_mel(self.log_mel(np.zeros(0, np.float32)))[0]
 
     # ---- text and tokens ---------------------------------------------------------------------
 
@@ -77,8 +77,8 @@ class FrozenWhisper:
         """A code or English name -> the code; BadInput if this checkpoint does not know it."""
         code = TO_LANGUAGE_CODE.get(language.strip().lower(), language.strip().lower())
         if code not in self.languages:
-            known = ", ".join(self.languages)
-            raise BadInput(f"{self.name} does not know the language {language!r}; it knows {known}")
+            raise BadInput(f"{self.name} does not know the language {language!r}; it knows "
+                           + ", ".join(self.languages))
         return code
 
     def tokenizer(self, language: str) -> Tokenizer:
@@ -89,201 +89,182 @@ class FrozenWhisper:
         """<|startoftranscript|><|language|><|transcribe|><|notimestamps|>, as far as they exist."""
         return list(self.tokenizer(language).sot_sequence_including_notimestamps)
 
-    def encode(self, text: str, language: str) -> list[int]:
-        """Text -> tokens as Whisper writes them; BadInput if there are too many for one window."""
-        tokens = text_tokens(text, self.tokenizer(language))
-        if len(tokens) > self.max_tokens:
-            raise BadInput(f"the text has {len(tokens)} tokens and {self.name} reads at most "
-                           f"{self.max_tokens} at once; split it: {text[:60]!r}...")
-        return tokens
+    def language_token(self, language: str) -> int:
+        """The language's token; <|startoftranscript|> in an English-only checkpoint."""
+        return self.prompt(language)[1 if self.model.is_multilingual else 0]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The decoder's own token embeddings on N(0, I)'s scale, (...) -> (..., E)."""
         x = self.model.decoder.token_embedding(tokens.to(self.device))
         return F.layer_norm(x, x.shape[-1:])
 
-    def language_token(self, language: str) -> int:
-        """The language's token; <|startoftranscript|> in an English-only checkpoint."""
-        return self.prompt(language)[1 if self.model.is_multilingual else 0]
+    def encode(self, text: str, language: str) -> list[int]:
+        """Text -> the tokens that `whisper.decode` can write for it.
 
-    # ---- speech and latents ------------------------------------------------------------------
+        Whisper begins with a blank where that is part of the first word's token. Before Chinese
+        characters it would be a token of its own, which is never written first (suppress_blank).
+        """
+        tokenizer = self.tokenizer(language)
+        tokens = tokenizer.encode(" " + strip_unspoken(text), disallowed_special=())
+        return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
 
-    def check_seconds(self, seconds: float) -> None:
-        window = self.max_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
-        if seconds > window:
-            raise BadInput(f"the clip lasts {seconds:.2f} s and {self.name} hears at most "
-                           f"{window:.2f} s; cut it")
+    def target_tokens(self, texts: Sequence[str], languages: Sequence[str]) -> Tensor:
+        """Texts -> prompt + text + <|endoftext|>, padded with -1 (B, L), on the CPU."""
+        end = self.tokenizer("en").eot
+        rows = [[*self.prompt(code), *self.encode(text, code), end]
+                for text, code in zip(texts, languages, strict=True)]
+        return pad_sequence([torch.tensor(row) for row in rows], True, padding_value=-1)
+
+    # ---- speech, latents and features --------------------------------------------------------
 
     def log_mel(self, samples: np.ndarray) -> Tensor:
-        """16 kHz samples (n,) in [-1, 1] -> log-mel, then silence (1, n_mels, 2 * n_audio_ctx).
+        """16 kHz samples (n,) in [-1, 1] -> log-mel, then silence (1, M, 2P). Raises BadInput.
 
         One clip at a time: Whisper clamps at 8 decades below the maximum of what it is given.
         """
-        self.check_seconds(len(samples) / SAMPLE_RATE)
-        padding = self.max_frames * SAMPLES_PER_FRAME - len(samples)
-        mel = log_mel_spectrogram(np.asarray(samples, np.float32), self.dims.n_mels, padding)
+        window = self.max_frames * SAMPLES_PER_FRAME
+        if len(samples) > window:
+            raise BadInput(f"the clip lasts {len(samples) / SAMPLE_RATE:.2f} s and {self.name} "
+                           f"hears at most {window / SAMPLE_RATE:.2f} s; cut it")
+        mel = log_mel_spectrogram(np.asarray(samples, np.float32), self.dims.n_mels,
+                                  window - len(samples))
         return mel[None].to(self.device)
 
-    def encode_speech(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, n_mels, 2T) -> encoder output, normalised before ln_post (B, T, C)."""
-        x = run_encoder(self.model.encoder, mel.to(self.device))
+    def encode_mel(self, mel: Tensor) -> Tensor:
+        """AudioEncoder.forward without its last gain and bias, in shorter windows too.
+
+        Log-mel (B, M, 2T) -> (B, T, E).
+        """
+        encoder = self.model.encoder
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel.to(self.device))))).transpose(1, 2)
+        x = x + encoder.positional_embedding[: x.shape[1]]
+        for block in encoder.blocks:
+            x = block(x)
         return F.layer_norm(x, x.shape[-1:])
 
-    def features_of_speech(self, mel: Tensor) -> Tensor:
-        """What the decoder sees of speech, (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, C)."""
-        return self.model.encoder.ln_post(self.encode_speech(mel))
+    def features_of_mel(self, mel: Tensor) -> Tensor:
+        """What the decoder sees of real speech, (B, M, 2T) -> (B, T, E)."""
+        return self.model.encoder.ln_post(self.encode_mel(mel))
 
     def latents(self, mel: Tensor) -> Tensor:
-        """x1 of real speech, (B, n_mels, 2T) -> (B, T, C)."""
-        return self.encode_speech(mel)
+        """x1 of real speech, (B, M, 2T) -> (B, T, C)."""
+        return self.encode_mel(mel)
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
-        """x1 (B, T, C), lengths (B,) -> features, silence after each (B, n_audio_ctx, C).
+        """x1 (B, T, C), lengths (B,) -> what the decoder sees, silence after each (B, P, E).
 
         Cross-attention has no mask, so what stands after the speech is seen: in training as in use
         it is what the encoder makes of silence.
         """
         speech = self.model.encoder.ln_post(x1.float())
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
-        position = torch.arange(self.max_frames, device=x1.device)
-        is_speech = (position < frames[:, None]).unsqueeze(-1)  # (B, n_audio_ctx, 1)
-        return torch.where(is_speech, speech, self.silence)
+        mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
+        return torch.where(mask[:, :, None], speech, self.silence)
 
     # ---- the critic and the judge ------------------------------------------------------------
 
-    def target_tokens(self, tokens: Sequence[list[int]], languages: Sequence[str]) -> Tensor:
-        """Texts as tokens -> prompt + text + <|endoftext|>, padded with -1 (B, L)."""
-        end = self.tokenizer("en").eot
-        rows = [torch.tensor([*self.prompt(c), *row, end]) for row, c in zip(tokens, languages)]
-        return pad_sequence(rows, True, padding_value=-1)
+    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
+                  room: "Room | None" = None) -> Tensor:
+        """How hard the text is to read in x1, in nats per token, (B, T, C), (B, L) -> (B,).
 
-    def cross_entropy(self, features: Tensor, tokens: Tensor, so_far: Tensor | None = None):
-        """Teacher-forced, in nats per token, (B, n_audio_ctx, C), (B, L) -> (B,).
-
-        tokens: of `target_tokens`; so_far (B, L): what the decoder is told that it read, else them.
+        Features are the same in every room.
         """
-        decoder, targets = self.model.decoder, tokens[:, self.n_prompt :]
-        inputs = (tokens if so_far is None else so_far)[:, :-1].clamp(min=0)
+        return self.nll(self.features(x1, frames), targets)
+
+    def nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Teacher-forced cross-entropy, nats per token, (B, any, E), (B, L) -> (B,)."""
+        decoder, inputs = self.model.decoder, targets[:, :-1].clamp(min=0)
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
         for block in decoder.blocks:
             x = block(x, features, mask=decoder.mask)
-        said = targets >= 0
+        mask = targets[:, self.n_prompt :] >= 0
         # Position i predicts token i + 1, so the first text token is predicted at n_prompt - 1.
-        x = decoder.ln(x[:, self.n_prompt - 1 :][said]).float()  # (all targets, E)
-        row = self.row_of[targets[said]]
-        nats = ChunkedNats.apply(x, self.rows, row, self.row_count.log())
-        each = torch.zeros_like(said, dtype=nats.dtype).masked_scatter(said, nats)
-        return each.sum(1) / said.sum(1)
+        x = decoder.ln(x[:, self.n_prompt - 1 :][mask]).float()  # (all targets, E)
+        rows = self.row_of[targets[:, self.n_prompt :][mask]]
+        # All logits at once would be the largest tensor of a step: 51,866 for each target.
+        parts = [checkpoint(self.token_nll, *part, use_reentrant=False)
+                 for part in zip(x.split(CHUNK), rows.split(CHUNK))]
+        each = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, torch.cat(parts))
+        return each.sum(1) / mask.sum(1)
 
-    def enter(self, room: "Room") -> "FrozenWhisper":
-        """The critic of a training step; features are the same in every room."""
-        return self
-
-    def reading_loss(self, x1: Tensor, cond: dict[str, Tensor], targets: Tensor) -> Tensor:
-        """How hard the text is to read in x1, for training, (B, T, C), (B, L) -> (B,).
-
-        cond: of data.Batch. A study may ask for more (experiments/critics.py).
-        """
-        return self.cross_entropy(self.features(x1, cond["frames"]), targets)
+    def token_nll(self, x: Tensor, rows: Tensor) -> Tensor:
+        """-log softmax over V tokens, (N, E), (N,) -> (N,). k equal rows weigh k times as much."""
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
+            log_count = self.row_count.log()
+            logits = x @ self.rows.T + log_count
+            return F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
-        """Greedy `whisper.decode`, no teacher forcing, (B, n_audio_ctx, C) -> what is read.
+        """Greedy `whisper.decode`, no teacher forcing, (B, P, E) -> hypotheses.
 
         A language of None is detected. avg_logprob is a mean over tokens, in nats; no_speech_prob
         that of <|nospeech|> as the first token; a compression_ratio above 2.4 Whisper calls a loop.
         """
         result = {}
         for language in dict.fromkeys(languages):  # whisper.decode takes one language a call
-            where = [i for i, code in enumerate(languages) if code == language]
+            items = [i for i, code in enumerate(languages) if code == language]
             language = language or (None if self.model.is_multilingual else "en")
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
-            result.update(zip(where, whisper.decode(self.model, features[where].float(), options)))
-        return [replace(result[i], audio_features=None) for i in range(len(languages))]
+            result.update(zip(items, whisper.decode(self.model, features[items].float(), options)))
+        return [result[i] for i in range(len(languages))]
+
 
 # ---- the ear ---------------------------------------------------------------------------------
 
 
 class Ear(FrozenWhisper):
-    """A frozen Whisper that hears: x1 is a log-mel spectrogram, and its encoder reads it first.
+    """A frozen Whisper that hears: x1 (B, T, M) is Whisper's own log-mel / MEL_STD."""
 
-    x1 (B, T, n_mels): 50 frames a second, (log-mel - MEL_MEAN) / MEL_STD, Whisper's own log-mel.
-    """
+    bound = "tanh"
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         super().__init__(name, device)
-        self.channels, self.sphere = self.dims.n_mels, False
-        self.room = None  # see `enter`
+        self.channels = self.dims.n_mels
 
     def latents(self, mel: Tensor) -> Tensor:
-        """x1 of real speech, (B, n_mels, 2T) -> (B, T, n_mels)."""
-        x1 = F.avg_pool1d(mel.to(self.device), 2).transpose(1, 2)
-        return (x1 - MEL_MEAN) / MEL_STD
+        """x1 of real speech, (B, M, 2T) -> (B, T, M)."""
+        return F.avg_pool1d(mel.to(self.device), 2).transpose(1, 2) / MEL_STD
 
     def spectrogram(self, x1: Tensor, frames: Tensor, window: int) -> Tensor:
-        """x1 (B, T, n_mels), lengths (B,) -> log-mel with silence behind, (B, n_mels, 2 * window).
+        """x1 (B, T, M), lengths (B,) -> log-mel with silence behind, (B, M, 2 * window).
 
         Like Whisper's own it ends 80 dB (2.0) below its loudest place, or at 1e-10 of full power
         (-1.5), and that is its silence.
         """
         last = torch.arange(x1.shape[1] + 1, device=x1.device).minimum(frames[:, None] - 1)
         mel = x1.float().gather(1, last[:, :, None].expand(-1, -1, self.channels)).transpose(1, 2)
-        mel = upsample(MEL_MEAN + MEL_STD * mel)
+        mel = smooth(F.interpolate(MEL_STD * mel, scale_factor=2, mode="linear"))
         mel = F.pad(mel, (0, 2 * window - mel.shape[2]))  # or cut the frame too many
-        is_speech = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
-        loudest = mel.detach().masked_fill(~is_speech, -9).amax((1, 2), keepdim=True)
+        mask = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
+        loudest = mel.detach().masked_fill(~mask, -9).amax((1, 2), keepdim=True)
         floor = (loudest - 2).clamp(min=-1.5)
-        return torch.where(is_speech, mel, floor).maximum(floor)
+        return torch.where(mask, mel, floor).maximum(floor)
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
-        """What the decoder sees, in the official window, (B, T, n_mels) -> (B, n_audio_ctx, E)."""
-        return self.features_of_speech(self.spectrogram(x1, frames, self.max_frames))
+        """What the decoder sees in the official window, (B, T, M), (B,) -> (B, P, E)."""
+        return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))
 
-    def mel(self, x1: Tensor) -> Tensor:
-        """One utterance without silence, x1 (T, n_mels) -> log-mel (n_mels, 2T)."""
-        return self.spectrogram(x1[None], torch.tensor([len(x1)], device=x1.device), len(x1))[0]
-
-    def move(self, x1: Tensor, frames: Tensor, rooms: Sequence["Room"]) -> Tensor:
-        """x1 (B, T, n_mels) as it sounds in a room for each item: the same words, other voices."""
-        moved = torch.zeros_like(x1)
-        for i, (n, room) in enumerate(zip(frames.tolist(), rooms, strict=True)):
-            mel = self.mel(x1[i, :n])[None]
-            moved[i, :n] = self.latents(random_room(mel, room))[0]
-        return moved
-
-    def enter(self, room: "Room") -> "Ear":
-        """The same ear in a room: `reading_loss` hears everything there."""
-        ear = copy.copy(self)
-        ear.room = room
-        return ear
-
-    def reading_loss(self, x1: Tensor, cond: dict[str, Tensor], targets: Tensor) -> Tensor:
-        """Cross-entropy in a random room, in a window that is hardly longer than the speech."""
+    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
+                  room: "Room | None" = None) -> Tensor:
+        """The same in a random room, in a window that is hardly longer than the speech."""
         window = min(x1.shape[1] + SILENT_FRAMES, self.max_frames)
-        mel = self.spectrogram(x1, cond["frames"], window)
-        if self.room and self.room.amount:
+        mel = self.spectrogram(x1, frames, window)
+        if room and room.amount:
             spare = min(2 * (window - x1.shape[1]), 24)  # hops of silence that may stand in front
-            mel = mel.roll(int(torch.randint(spare + 1, (), generator=self.room.rng,
-                                             device=mel.device)), 2)
-            mel = random_room(mel, self.room)
-        features = self.model.encoder.ln_post(run_encoder(self.model.encoder, mel))
-        return self.cross_entropy(features, targets)
+            shift = torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device)
+            mel = random_room(mel.roll(int(shift), 2), room)
+        return self.nll(self.features_of_mel(mel), targets)
 
 
 def smooth(mel: Tensor) -> Tensor:
-    """Mean over three bins and 50 ms, (B, n_mels, n) -> (B, n_mels, n): voices do not flicker."""
+    """Mean over three bins and 50 ms, (B, M, n) -> (B, M, n): voices do not flicker."""
     return F.avg_pool2d(mel[:, None], (3, 5), 1, (1, 2), count_include_pad=False)[:, 0]
-
-
-def upsample(mel: Tensor) -> Tensor:
-    """From 50 to 100 frames a second, smoothly, (B, n_mels, n) -> (B, n_mels, 2n)."""
-    return smooth(F.interpolate(mel, scale_factor=2, mode="linear"))
 
 
 # The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
 ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
-# What makes another voice of a spectrogram, and leaves it clean: `sample.py --rooms`.
-VOICE = ROOM | dict(cover=0.0, mask=0.0)
+VOICE = ROOM | dict(cover=0.0, mask=0.0)  # another voice, and clean: `sample.py --rooms`
 
 
 class Room(NamedTuple):
@@ -295,7 +276,7 @@ class Room(NamedTuple):
 
 
 def random_room(mel: Tensor, room: Room) -> Tensor:
-    """Each item of a log-mel in another voice and room, (B, n_mels, n) -> (B, n_mels, n).
+    """Each item of a log-mel in another voice and room, (B, M, n) -> (B, M, n).
 
     What a Whisper still reads there depends less on what only this one network would notice:
     expectation over transformations, Athalye et al. 2018 (arXiv 1707.07397).
@@ -330,73 +311,7 @@ def random_room(mel: Tensor, room: Room) -> Tensor:
     return torch.where(is_masked, mel.mean((1, 2), keepdim=True).detach(), mel)
 
 
-class ChunkedNats(torch.autograd.Function):
-    """-log softmax(x @ rows.T)[targets] for frozen rows, CHUNK targets at a time, (N, E) -> (N,).
-
-    All logits at once would be the largest tensor of a step: 51,866 for each target. The rows are
-    frozen, so the gradient of x is known with the loss, and no logit has to be kept. Equal rows
-    have equal logits: k of them weigh as much in the softmax as one plus log k, which is exact, and
-    50 times less work for the pocket decoder.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, targets: Tensor, log_count: Tensor) -> Tensor:
-        nats, gradients = [], []
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
-            for part, target in zip(x.split(CHUNK), targets[:, None].split(CHUNK)):
-                logits = part @ rows.T + log_count
-                log_p = logits.log_softmax(1)
-                nats.append(log_count[target] - log_p.gather(1, target))
-                gradient = log_p.exp_().scatter_add_(1, target, -torch.ones_like(nats[-1]))
-                gradients.append(gradient @ rows)
-        ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(nats)[:, 0]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient[:, None] * ctx.saved_tensors[0], None, None, None
-
-
-def run_encoder(encoder: AudioEncoder, mel: Tensor) -> Tensor:
-    """AudioEncoder.forward up to ln_post, for shorter windows too (B, n_mels, 2T) -> (B, T, C)."""
-    x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
-    x = x + encoder.positional_embedding[: x.shape[1]]
-    for block in encoder.blocks:
-        x = block(x)
-    return x
-
-
-def writable(text: str) -> str:
-    """A text without the signs that `whisper.decode` never writes."""
-    return " ".join(re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text)).split())
-
-
-def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Text -> the tokens that `whisper.decode` can write for it.
-
-    Whisper begins with a blank where that is part of the first word's token. Before Chinese
-    characters it would be a token of its own, which is never written first (suppress_blank).
-    """
-    tokens = tokenizer.encode(" " + writable(text), disallowed_special=())
-    return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, short enough for one sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
-def choose_device(name: str) -> torch.device:
-    """auto: mps if there is one, else the cuda of this process, else cpu."""
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "mps" if torch.backends.mps.is_available() else name
-    try:
-        return torch.zeros(0, device=cuda if name == "cuda" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
-                       ) from error
+# ---- loading, text, error rates --------------------------------------------------------------
 
 
 def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
@@ -415,7 +330,27 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     return model.to(device)
 
 
-# ---- error rates -----------------------------------------------------------------------------
+def choose_device(name: str) -> torch.device:
+    """auto: mps if there is one, else the cuda of this process, else cpu."""
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else name
+    try:
+        return torch.zeros(0, device=cuda if name == "cuda" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
+                       ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, short enough for one sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def strip_unspoken(text: str) -> str:
+    """A text without the signs that `whisper.decode` never writes."""
+    return " ".join(re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text)).split())
 
 
 @cache
@@ -431,8 +366,8 @@ def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:
     row = list(range(len(hypothesis) + 1))
     for i, expected in enumerate(reference, 1):
         diagonal, row[0] = row[0], i
-        for j, found in enumerate(hypothesis, 1):
-            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (expected != found))
+        for j, token in enumerate(hypothesis, 1):
+            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (expected != token))
             diagonal, row[j] = row[j], best
     return row[-1]
 
@@ -449,10 +384,10 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str],
     edits, total, exact = np.zeros(2), np.zeros(2), 0
     for reference, hypothesis, language in zip(references, hypotheses, languages, strict=True):
         exact += reference == hypothesis
-        said, read = (normalizer(language)(text).split() for text in (reference, hypothesis))
-        parting = "" if language in UNSPACED else " "
-        letters = parting.join(said)
-        edits += edit_distance(letters, parting.join(read)), edit_distance(said, read)
-        total += len(letters), len(said)
+        words, found = (normalizer(language)(text).split() for text in (reference, hypothesis))
+        space = "" if language in UNSPACED else " "
+        letters = space.join(words)
+        edits += edit_distance(letters, space.join(found)), edit_distance(words, found)
+        total += len(letters), len(words)
     cer, wer = edits / np.maximum(total, 1)
     return ErrorRates(float(cer), float(wer), exact / max(len(references), 1))

@@ -1,0 +1,64 @@
+"""What a spectrogram sounds like: another voice and room, Griffin-Lim, .wav files.
+
+B batch, T latent frames (20 ms), M mel bins, n frames of 10 ms.
+"""
+import math
+import wave
+from pathlib import Path
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_filters
+
+from data import Sentence, atomic_write, sentence_generator
+from whisper_decoder import VOICE, Ear, Room, random_room
+
+
+def another_voice(ear: Ear, x1: Tensor, frames: Tensor, sentences: Sequence[Sentence], seed: int,
+                  amount: float) -> Tensor:
+    """x1 (B, T, M) as another speaker would say it: vocal tract, pace, loudness, tilt, hiss."""
+    moved = torch.zeros_like(x1)
+    for i, (n, sentence) in enumerate(zip(frames.tolist(), sentences)):
+        room = Room(amount, sentence_generator(sentence, seed, ear.device), VOICE)
+        mel = ear.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)
+        moved[i, :n] = ear.latents(random_room(mel, room))[0]
+    return moved
+
+
+def griffin_lim(mel: Tensor, rounds: int = 60) -> Tensor:
+    """Log-mel (M, n) -> 16 kHz samples (160 n,) that sound like it.
+
+    First the power of every frequency, by non-negative multiplicative steps (Lee and Seung 1999),
+    then phases that fit each other (Griffin and Lim 1984; with the momentum of Perraudin et al.
+    2013). The phases begin at random, always the same.
+    """
+    filters = mel_filters(mel.device, len(mel))  # (M, N_FFT / 2 + 1)
+    target = 10 ** (4 * F.pad(mel.float(), (0, 1), mode="replicate") - 4)  # undoes Whisper's scale
+    power = torch.ones(filters.shape[1], target.shape[1], device=mel.device)
+    for _ in range(rounds):
+        ratio = target / (filters @ power).clamp(min=1e-10)
+        power = power * (filters.T @ ratio) / filters.sum(0)[:, None].clamp(min=1e-10)
+    magnitude, window = power.sqrt(), torch.hann_window(N_FFT, device=mel.device)
+    start = torch.rand(power.shape, generator=torch.Generator().manual_seed(0)).to(mel.device)
+    spectrum, before = torch.polar(torch.ones_like(start), 2 * math.pi * start), 0
+    for _ in range(rounds):
+        unit = spectrum / spectrum.abs().clamp(min=1e-10)
+        samples = torch.istft(magnitude * unit, N_FFT, HOP_LENGTH, window=window)
+        fitting = torch.stft(samples, N_FFT, HOP_LENGTH, window=window, return_complex=True)
+        spectrum, before = fitting + 0.99 * (fitting - before), fitting
+    return samples
+
+
+def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:
+    """x1 (T, M) of the pieces of a text -> 16 kHz, 16 bit, one channel; whole or not at all."""
+    mels = [ear.spectrogram(x[None], torch.tensor([len(x)], device=x.device), len(x))[0]
+            for x in latents]
+    samples = griffin_lim(torch.cat(mels, 1))
+    samples = 32767 * samples / samples.abs().max().clamp(min=1)  # nothing is cut off
+    with atomic_write(path) as part, wave.open(str(part), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(samples.round().short().cpu().numpy().tobytes())
