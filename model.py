@@ -121,6 +121,7 @@ class DiT(nn.Module):
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
         """Average upsampling: each frame takes its character, (B, S, 5), (B, T) -> (B, T, D)."""
         text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, S, D)
+        text = text * cond["chars"].any(2, keepdim=True)  # neighbours of the last are not padding
         text = text + F.silu(self.char_conv(text.transpose(1, 2))).transpose(1, 2)
         # Every other one is marked: a character twice in a row is not one of double length.
         text = text + self.parity * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]

@@ -17,8 +17,9 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -288,7 +289,7 @@ class Run:
         checkpoint = load_checkpoint(self.path)
         free = {"out_dir", "device", "compile", "resume", "eval_every", "eval_sentences"}
         for name, now in asdict(self.config).items():
-            if name not in free and (before := checkpoint["config"][name]) != now:
+            if name not in free and (before := checkpoint["config"].get(name)) != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
                                "the same, or another --out_dir")
         self.step = checkpoint["step"]
@@ -344,7 +345,8 @@ def start_rank(device: torch.device) -> tuple[int, int]:
     if n_ranks > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(days=1)  # while the first downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return (dist.get_rank(), n_ranks) if n_ranks > 1 else (0, 1)
 
 
@@ -379,9 +381,8 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     workers = dict(num_workers=4, multiprocessing_context="fork") if device.type == "cuda" else {}
     loader = DataLoader(steps, None, sampler=range(run.step, config.steps), **workers)
-    stops, start = [], time.time()  # Ctrl-C lets the step end and be saved
-    before = signal.signal(signal.SIGINT, lambda *_: stops.append(True))
-    with open_log(run, rank) as log:
+    start = time.time()
+    with open_log(run, rank) as log, catch_interrupts() as stops:
         for batch in tqdm(loader, "training", config.steps, initial=run.step, disable=not is_main):
             batch = shard_batch(batch, rank, n_ranks).to(whisper)
             rng = data.generator(config.seed, run.step * n_ranks + rank, device)
@@ -400,8 +401,9 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
             run.optimizer.param_groups[0]["lr"] = rate
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config.ema)
-            values = [time.time() - start, loss, nll.mean(), cfm.mean(), norm, rate]
-            log.write(",".join([str(run.step), *(f"{float(x):.6g}" for x in values)]) + "\n")
+            losses = [x.mean().item() for x in (loss, nll, cfm)]
+            values = [time.time() - start, *losses, norm.item(), rate]
+            log.write(",".join([str(run.step), *(f"{x:.6g}" for x in values)]) + "\n")
             run.step += 1
             is_due = run.step % config.eval_every == 0
             if is_main and (is_due or stopped or run.step == config.steps):
@@ -409,7 +411,17 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
                 show_samples(run, held_out)
             if stopped:
                 raise BadInput(f"stopped and saved at step {run.step}; --resume goes on from there")
-    signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def catch_interrupts():
+    """A list that Ctrl-C makes longer, so that the step can end and be saved."""
+    stops = []
+    before = signal.signal(signal.SIGINT, lambda *_: stops.append(True))
+    try:
+        yield stops
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def open_log(run: Run, rank: int):

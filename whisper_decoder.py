@@ -23,13 +23,12 @@ import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
+from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
-SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # 20 ms at 16 kHz
 # Signs that `whisper.decode` never writes (suppress_tokens): inside words, and between words.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
 PARTING_SIGNS = r"[#+/:;=@\\]"
@@ -69,7 +68,9 @@ class FrozenWhisper:
         is_own = self.row_count[self.row_of] == 1  # (V,)
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         self.n_prompt = len(self.prompt(self.languages[0]))
-        self.silence = self.features_of_mel(self.log_mel(np.zeros(0, np.float32)))[0]
+        silence = log_mel_spectrogram(np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32),
+                                      self.dims.n_mels)
+        self.silence = self.features_of_mel(silence[None])[0]  # (P, E)
 
     # ---- text and tokens ---------------------------------------------------------------------
 
@@ -116,19 +117,6 @@ class FrozenWhisper:
         return pad_sequence([torch.tensor(row) for row in rows], True, padding_value=-1)
 
     # ---- speech, latents and features --------------------------------------------------------
-
-    def log_mel(self, samples: np.ndarray) -> Tensor:
-        """16 kHz samples (n,) in [-1, 1] -> log-mel, then silence (1, M, 2P). Raises BadInput.
-
-        One clip at a time: Whisper clamps at 8 decades below the maximum of what it is given.
-        """
-        window = self.max_frames * SAMPLES_PER_FRAME
-        if len(samples) > window:
-            raise BadInput(f"the clip lasts {len(samples) / SAMPLE_RATE:.2f} s and {self.name} "
-                           f"hears at most {window / SAMPLE_RATE:.2f} s; cut it")
-        mel = log_mel_spectrogram(np.asarray(samples, np.float32), self.dims.n_mels,
-                                  window - len(samples))
-        return mel[None].to(self.device)
 
     def encode_mel(self, mel: Tensor) -> Tensor:
         """AudioEncoder.forward without its last gain and bias, in shorter windows too.
@@ -233,7 +221,7 @@ class Ear(FrozenWhisper):
         """
         last = torch.arange(x1.shape[1] + 1, device=x1.device).minimum(frames[:, None] - 1)
         mel = x1.float().gather(1, last[:, :, None].expand(-1, -1, self.channels)).transpose(1, 2)
-        mel = smooth(F.interpolate(MEL_STD * mel, scale_factor=2, mode="linear"))
+        mel = upsample(MEL_STD * mel)
         mel = F.pad(mel, (0, 2 * window - mel.shape[2]))  # or cut the frame too many
         mask = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
         loudest = mel.detach().masked_fill(~mask, -9).amax((1, 2), keepdim=True)
@@ -259,6 +247,11 @@ class Ear(FrozenWhisper):
 def smooth(mel: Tensor) -> Tensor:
     """Mean over three bins and 50 ms, (B, M, n) -> (B, M, n): voices do not flicker."""
     return F.avg_pool2d(mel[:, None], (3, 5), 1, (1, 2), count_include_pad=False)[:, 0]
+
+
+def upsample(mel: Tensor) -> Tensor:
+    """From 50 to 100 frames a second, smoothly, (B, M, n) -> (B, M, 2n)."""
+    return smooth(F.interpolate(mel, scale_factor=2, mode="linear"))
 
 
 # The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
@@ -331,13 +324,13 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: mps if there is one, else the cuda of this process, else cpu."""
-    cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun numbers the processes
+    """auto: cuda, else mps, else cpu; cuda is the one of this process of torchrun."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "mps" if torch.backends.mps.is_available() else name
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        return torch.zeros(0, device=cuda if name == "cuda" else name).device
+        return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
                        ) from error

@@ -1,78 +1,76 @@
-"""Train the checkpoints that the table of experiments/README.md compares, each with its speech.
+"""What so many minutes of recordings teach the flow: alone, before text, without their text.
 
-    python experiments/arms.py text pairs-7         # writes out/arms/NAME/ckpt.pt
-    python experiments/arms.py pairs-7 --steps 500         # other flags go to train.py
+    python experiments/arms.py flow-7 both-7        # trains out/arms/NAME/ckpt.pt
+    python experiments/arms.py flow-7 --steps 500           # other flags go to train.py
 
-espeak-ng speaks, in voices of the pocket decoder's training, sentences that are not in the test.
+espeak-ng speaks sentences of the training set, in voices of the pocket decoder's training.
 """
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import soundfile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
 import train  # noqa: E402
-from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
+from speech import recordings  # noqa: E402
+from whisper_decoder import BadInput  # noqa: E402
 
 MEAN_SECONDS = 2.25  # of a spoken sentence
 FIRST_SEED = 2000  # of speech; realism.py's voices have others
-# minutes of speech, is its text given, flags of train.py
-ARMS = {
-    "text": (0, True, "--prior none"),
-    "prior": (0, True, "--transport_weight 0.3 --steps 2000"),
-}
-for minutes in (1, 7, 30, 110):
-    ARMS |= {
-        f"pairs-{minutes}": (minutes, True, "--speech_share 1 --steps 2000"),
-        f"unlabelled-{minutes}": (minutes, False, "--steps 4800"),
-        f"both-{minutes}": (minutes, True, "--steps 4800"),
-    }
+LONGEST = 160 * make_pocket.MEL_FRAMES  # samples that pocket hears at once
+# minutes of speech, is its text given, share of the steps for speech alone, steps
+ARMS = {f"{kind}-{minutes}": (minutes, *arm) for minutes in (1, 7, 30, 110) for kind, arm in dict(
+    flow=(True, 1.0, 2000), both=(True, 0.75, 4800), unlabelled=(False, 0.75, 4800)).items()}
 
 
-def speak(minutes: float, has_text: bool, sentences: list,
-          whisper: FrozenWhisper) -> data.Corpus | None:
-    """So many minutes of sentences that are spoken once, in equal parts of every language."""
-    if not minutes:
-        return None
-    make_pocket.need_espeak()
-    work = ROOT / "out" / "arms"
-    work.mkdir(parents=True, exist_ok=True)
+def choose(minutes: float) -> list[data.Sentence]:
+    """So many minutes of sentences, in equal parts of every language; few are among the many."""
+    sentences = data.split(data.builtin())[0]
     random.Random(2).shuffle(sentences)
-    most = train.balanced(sentences, round(110 * 60 / MEAN_SECONDS))
-    said = most[:: max(1, round(110 / minutes))]
-    clips = make_pocket.speak_all(said, make_pocket.VARIANTS, FIRST_SEED, work, "speech")
-    heard = data.hear_all(list(zip(clips, [s if has_text else None for s in said])),
-                          lambda clip: data.stack_clips([clip], whisper), whisper)
-    if n_failed := len(heard["problems"]):  # what Whisper does not understand is left out
-        print(f"{n_failed} of {len(said)} utterances were not understood: left out")
-    if n_failed == len(said):
-        raise BadInput(f"{whisper.name} understood none of {n_failed} utterances; give their text")
-    return data.speech_corpus(heard)
+    most = train.per_language(sentences, round(110 * 60 / MEAN_SECONDS))
+    return most[:: max(1, round(110 / minutes))]
 
 
-def names_and_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """A command line, cut before its first flag."""
-    n_names = next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))
-    return argv[:n_names], argv[n_names:]
+def write_speech(folder: Path, sentences: Sequence[data.Sentence], has_text: bool) -> None:
+    """Speak sentences once each, into .wav files and perhaps a manifest.tsv."""
+    def write(i: int, sentence: data.Sentence) -> str:
+        path = folder / f"{i:05}.wav"
+        if not path.exists():
+            samples = make_pocket.random_samples(
+                sentence, make_pocket.VARIANTS, FIRST_SEED, LONGEST, lead=0.1)
+            with data.atomic_write(path) as part:
+                soundfile.write(part, np.clip(samples, -1, 1), 16000, format="WAV")
+        return f"{path.name}\t{sentence.language}\t{sentence.text}\n"
+
+    with ThreadPoolExecutor(2) as pool:
+        lines = list(pool.map(write, range(len(sentences)), sentences))
+    if has_text:
+        with data.atomic_write(folder / "manifest.tsv") as part:
+            part.write_text("".join(lines), "utf-8")
 
 
-def main(argv):
-    names, given = names_and_flags(argv)
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    n_names = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    names, flags = argv[:n_names], argv[n_names:]
     if not names or set(names) - set(ARMS):
-        raise BadInput(f"give arms, some of {', '.join(ARMS)}")
+        raise BadInput(f"{' '.join(names) or 'nothing'} cannot be used; give some of "
+                       f"{', '.join(ARMS)}")
+    make_pocket.need_espeak()
     for name in names:
-        minutes, has_text, flags = ARMS[name]
-        whisper = FrozenWhisper("pocket")
-        training, _ = data.split(data.builtin())
-        flags = ["--out_dir", f"out/arms/{name}", *flags.split(), *given]
-        speech = speak(minutes, has_text, training, whisper)
-        train.main([*flags, "--device", "cpu"], speech, whisper)
+        minutes, has_text, recordings.SPEECH_ALONE, steps = ARMS[name]
+        folder = Path("out/arms") / name
+        write_speech(folder / "speech", choose(minutes), has_text)
+        train.main(["--speech", str(folder / "speech"), "--out_dir", str(folder), "--device", "cpu",
+                    "--steps", str(steps), *flags])
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (BadInput, ValueError) as error:
-        sys.exit(f"arms.py: {error}")
+    train.guard(main)

@@ -41,10 +41,10 @@ def seconds(text: str, voice: str) -> float | None:
     return (loud[-1] + 1 - loud[0]) * 100 / rate
 
 
-def main():
+def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     make_pocket.need_espeak()
-    for code, iso, _, text in data.LANGUAGE_TABLE:
+    for code, iso, _, text in data.LANGUAGES:
         said = text
         for sign, letters in RESPELLED.get(code, {}).items():
             said = said.replace(sign, letters)

@@ -3,6 +3,7 @@
     python experiments/realism.py out/ckpt.pt                          # a table and a picture
     python experiments/realism.py a.pt b.pt --no-real --out out/more   # more rows of the table
     python experiments/realism.py out/ckpt.pt --judge base --recordings FOLDER
+    python experiments/realism.py out/ckpt.pt --no-real --rooms 1 --voice vocal_tract pace
 
 The Whisper that trained the flow, its critic, cannot judge it: it has been pleased already. The
 judge is another Whisper that reads the same x1; both also read .wav files. A student is a small
@@ -12,18 +13,17 @@ output of the critic's encoder before ln_post, between the silences of an uttera
 
 The upper bound is espeak-ng's speech of the same texts, also with equally long letters (is it the
 pace?). The lower bound is speech of the first checkpoint, with the texts of other sentences.
-Needs matplotlib, espeak-ng for the languages that it speaks here, and ffmpeg for .wav files.
+Needs matplotlib, soundfile, ffmpeg, and espeak-ng for the languages that it speaks here.
 """
 import argparse
 import random
 import shutil
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator
 
 import matplotlib
 import numpy as np
@@ -32,26 +32,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from matplotlib import pyplot
-from tqdm import tqdm
-from whisper.audio import SAMPLE_RATE, load_audio
+from whisper.audio import load_audio
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
-import sample  # noqa: E402
+import train  # noqa: E402
 from experiments.student import (  # noqa: E402
-    Speech, letters, resample, student_cer, train_student,
+    Speech, greedy_cer, letters, student_cer, train_student,
 )
-from model import DiT  # noqa: E402
-from train import balanced  # noqa: E402
-from whisper_decoder import (  # noqa: E402
-    SAMPLES_PER_FRAME, SILENT_FRAMES, BadInput, Ear, FrozenWhisper, choose_device,
+from experiments.utterances import (  # noqa: E402
+    Flow, Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
 )
+from speech import sound  # noqa: E402
+from speech.recordings import log_mel, speech_span  # noqa: E402
+from train import Settings, per_language  # noqa: E402
+from whisper_decoder import VOICE, BadInput, Ear, FrozenWhisper, choose_device  # noqa: E402
 
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
 N_WAV, N_TEST, N_VERSIONS = 24, 250, 8  # files; clips of a test, at most; versions of a text
+VOICES = [*(name for name, strength in VOICE.items() if strength), "pace"]
 COLUMNS = {  # name of a figure -> heading, format
     "critic": ("critic's CER", "{:.1%}"),
     "judge": ("judge's CER", "{:.1%}"),
@@ -69,122 +71,7 @@ COLUMNS = {  # name of a figure -> heading, format
 }
 
 
-class Flow(NamedTuple):
-    """A checkpoint."""
-
-    model: DiT
-    speed: float  # that it was trained at
-    readers: dict[str, FrozenWhisper]  # critic and, if there is one, judge
-
-
-# ---- real and generated utterances -----------------------------------------------------------
-
-
-def parts(items: Iterable, whisper: FrozenWhisper) -> Iterator[list]:
-    """Lists of so many items as its encoder hears at once in little memory."""
-    items = iter(items)
-    while part := list(islice(items, max(1, 24000 // whisper.max_frames))):
-        yield part
-
-
-@torch.no_grad()
-def encode(mels: Iterable[Tensor], whisper: FrozenWhisper) -> list[Tensor]:
-    """Log-mel, (n_mels, 2 n_audio_ctx) each -> the encoder's output where speech is, (T, C).
-
-    In windows hardly longer than the speech, as in training: ten times as fast.
-    """
-    x1 = []
-    for part in parts(mels, whisper):
-        spans = [data.speech_span(mel) for mel in part]
-        window = max(span.stop for span in spans) + SILENT_FRAMES
-        heard = whisper.encode_speech(torch.stack(part)[:, :, : 2 * window]).cpu()
-        x1 += [x[span].clone() for x, span in zip(heard, spans)]
-    return x1
-
-
-def hear(sentences: list, clips: list, whisper: FrozenWhisper) -> Speech:
-    """8-bit log-mel of clips -> what the frozen encoder makes of them."""
-    mels = (data.mel_from_bytes(clip, 2 * whisper.max_frames) for clip in clips)
-    return Speech(sentences, encode(mels, whisper))
-
-
-def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
-           work: Path) -> Iterator[Tensor]:
-    """espeak-ng says the sentences -> log-mel, (n_mels, 2 n_audio_ctx) each."""
-    if whisper.dims.n_mels == 80 and whisper.max_frames == make_pocket.DIMS.n_audio_ctx:
-        for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
-            yield data.mel_from_bytes(clip, 2 * whisper.max_frames)
-        return
-    say = partial(make_pocket.random_samples, variants=variants, seed=seed,
-                  longest=whisper.max_frames * SAMPLES_PER_FRAME)
-    with ThreadPoolExecutor(2) as pool:
-        for part in parts(tqdm(sentences, desc="speaking", leave=False), whisper):
-            yield from (whisper.log_mel(samples)[0].cpu() for samples in pool.map(say, part))
-
-
-def recordings(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
-    """Human clips of 1 to 12 seconds, chosen by a hash; no digits: who knows how they are read?"""
-    if data.soundfile is None or not folder.is_dir():
-        raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv"
-                       if data.soundfile else "to use --recordings, `pip install soundfile`")
-    entries, problems = data.read_manifest(folder, whisper)
-    sentences, mels = [], []
-    for path, s in sorted((e for e in entries if e[1]), key=lambda e: data.hash_share(e[1])):
-        is_usable = s.language in languages and not any(map(str.isdigit, s.text))
-        if not is_usable or letters(s) in known or len(mels) == N_TEST:
-            continue
-        try:
-            samples = data.read_audio(path, whisper)
-        except BadInput as error:
-            problems.append(f"{path}: {error}")
-            continue
-        if 1 <= len(samples) / SAMPLE_RATE <= 12:
-            sentences.append(s)
-            mels.append(whisper.log_mel(samples)[0].cpu())
-    if not mels:
-        raise BadInput(f"{folder} has no usable clip: 1 to 12 seconds, with a text in "
-                       f"{', '.join(sorted(languages))} that is not learned from"
-                       + "".join(f"; {problem}" for problem in problems[:1]))
-    return Speech(sentences, encode(mels, whisper))
-
-
-@torch.no_grad()
-def latents(flow: Flow, sentences: list, whisper: FrozenWhisper,
-            settings: sample.Settings) -> Iterator[tuple[Tensor, Tensor]]:
-    """The flow says some sentences at a time -> x1 (B, T, channels), lengths (B,)."""
-    model = flow.model
-    for some in parts(sentences, whisper):
-        speeds = [flow.speed * sample.pace(s, settings.seed, settings.rooms) for s in some]
-        lasting = [data.letter_lengths(s, v, model.prior) for s, v in zip(some, speeds)]
-        batch = data.make_batch(some, whisper, lasting, prior=model.prior)
-        yield sample.generate(model, whisper, batch, settings)[-1], batch.cond["frames"]
-
-
-@torch.no_grad()
-def generate(flow: Flow, sentences: list, whisper: FrozenWhisper,
-             settings: sample.Settings) -> Speech:
-    """The flow says the sentences; spectrograms as the encoder hears them."""
-    found = []
-    for x1, frames in latents(flow, sentences, whisper, settings):
-        if isinstance(whisper, Ear):
-            window = min(x1.shape[1] + SILENT_FRAMES, whisper.max_frames)
-            x1 = whisper.encode_speech(whisper.spectrogram(x1, frames, window))
-        found += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
-    return Speech(sentences, found)
-
-
-def even(speech: Speech) -> Speech:
-    """The same, as long as the length rule says, and every letter as long as any other."""
-    x1 = []
-    for sentence, x, n in zip(*speech, data.align_letters(*speech)):
-        frames = data.natural_frames(sentence)
-        place = (np.arange(frames) + 0.5) / frames * len(n)  # in letters
-        ends = np.cumsum([0, *n])
-        x1.append(resample(x, np.interp(place, np.arange(len(n) + 1), ends) - 0.5))
-    return Speech(speech.sentences, x1)
-
-
-# ---- the other measures ----------------------------------------------------------------------
+# ---- measures --------------------------------------------------------------------------------
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -234,75 +121,76 @@ def diversity(versions: list[list[Tensor]]) -> float:
 # ---- the table -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def read(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
-    """Greedy character error rate in features of some at a time, (B, n_audio_ctx, C)."""
-    found = []
-    for some in features:
-        codes = [s.language for s in sentences[len(found) : len(found) + len(some)]]
-        found += whisper.transcribe(some, codes)
-    return sample.rates(sentences, found).cer
-
-
-def listen(mels: Iterable[Tensor], whisper: FrozenWhisper) -> Iterator[Tensor]:
-    """Log-mel, (n_mels, 2 n_audio_ctx) each -> features of some at a time."""
-    return (whisper.features_of_speech(torch.stack(part)) for part in parts(mels, whisper))
+def features_of(mels: Iterable[Tensor], whisper: FrozenWhisper) -> Iterator[Tensor]:
+    """Log-mel (n_mels, 2 n_audio_ctx) each -> features of some at a time."""
+    return (whisper.features_of_mel(torch.stack(part)) for part in parts(mels, whisper))
 
 
 def through_wav(mels: Iterable[Tensor], whisper: FrozenWhisper, name: Path) -> Iterator[Tensor]:
     """Log-mel (n_mels, 2T) -> NAME_00.wav ..., read as Whisper does (n_mels, 2 n_audio_ctx)."""
     for i, mel in enumerate(islice(mels, N_WAV)):
-        sample.write_wav(path := Path(f"{name}_{i:02d}.wav"), mel)
-        yield whisper.log_mel(load_audio(str(path))[: whisper.max_frames * SAMPLES_PER_FRAME])[0]
+        sound.write_samples(path := Path(f"{name}_{i:02d}.wav"), sound.griffin_lim(mel))
+        yield log_mel(load_audio(str(path))[: n_samples(whisper)], whisper)[0]
 
 
 class Study:
     """What all rows share: critic, sentences, alphabet, tests of the students."""
 
     def __init__(self, args):
-        config = sample.load_checkpoint(args.checkpoints[0])["config"]
+        config = train.load_checkpoint(args.checkpoints[0])["config"]
         self.args, self.device = args, choose_device(args.device)
         is_pocket = config["whisper"] == "pocket"
         self.whisper = FrozenWhisper(config["whisper"], self.device)
         self.judge = args.judge or (str(ROOT / "pocket" / "judge.pt") if is_pocket else "")
+        strength = {name: VOICE[name] * (name in args.voice) for name in VOICE}
+        self.voice = Voice(args.rooms, strength, "pace" in args.voice)
         sources = args.data or config["data"]
-        training, held_out = data.split(list(data.load(sources, self.whisper).weights))
+        training, held_out = data.split(list(data.load_data(sources, self.whisper)[0]))
         if len(training) < 50:
             raise BadInput(f"--data {' '.join(sources)} has {len(training)} sentences to learn "
                            "from; give at least 50")
         random.Random(0).shuffle(training)
-        self.sentences = balanced(training, args.sentences)
-        self.some = balanced(training[::-1], 25)  # said again and again, for the diversity
+        held_out.sort(key=data.hash_share)
+        self.sentences = per_language(training, args.sentences)
+        self.some = per_language(training[::-1], 25)  # said again and again, for the diversity
+        self.held_out = sorted(per_language(held_out, args.read), key=data.hash_share)
         seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
-        languages = {s.language for s in training}
+        self.has_voices = self.find_voices({s.language for s in training})
+        self.flows = {path: self.load(path) for path in args.checkpoints}
+        self.tests = self.make_tests(training, held_out, is_pocket)
+
+    def find_voices(self, languages: set[str]) -> bool:
+        """Whether espeak-ng can say all the text."""
         if voiceless := languages - set(make_pocket.VOICES):
             print("note: no row of real speech, as make_pocket.py has no voice for "
                   + ", ".join(sorted(voiceless)))
         else:
             make_pocket.need_espeak()
-        self.has_voices = not voiceless
-        held_out.sort(key=data.hash_share)
-        self.held_out = sorted(balanced(held_out, args.read), key=data.hash_share)
-        self.flows = {path: self.load(path) for path in args.checkpoints}
-        self.tests = {}
-        if args.recordings:
+        return not voiceless
+
+    def make_tests(self, training: list, held_out: list, is_pocket: bool) -> dict[str, Speech]:
+        """Real speech that students read, of sentences that none of them learns."""
+        tests, languages = {}, {s.language for s in training}
+        if self.args.recordings:
             known = {letters(s) for s in training}
-            self.tests["human"] = recordings(args.recordings, languages, known, self.whisper)
+            tests["human"] = people(self.args.recordings, languages, known, self.whisper)
         if is_pocket:
-            shipped = [(s, clip) for s, clip in zip(*data.spoken_sentences(self.whisper))
-                       if s.language in languages]
-            self.tests["student"] = hear(*map(list, zip(*shipped)), self.whisper)
+            shipped = zip(*(pair for pair in zip(*data.spoken_clips(self.whisper))
+                            if pair[0].language in languages))
+            sentences, mels = map(list, shipped)
+            tests["student"] = Speech(sentences, encode(mels, self.whisper))
         elif self.has_voices:
-            self.tests["student"] = self.say(balanced(held_out, N_TEST), 2,
-                                             make_pocket.HELD_OUT_VARIANTS)
+            tests["student"] = self.say(per_language(held_out, N_TEST), 2,
+                                        make_pocket.HELD_OUT_VARIANTS)
+        return tests
 
     def load(self, path: Path) -> Flow:
-        checkpoint = sample.load_checkpoint(path)
-        readers = dict(critic=sample.load_critic(checkpoint, self.device))
+        checkpoint = train.load_checkpoint(path)
+        readers = dict(critic=train.load_critic(checkpoint, self.device))
         try:
             if self.judge:
-                readers["judge"] = sample.load_critic(checkpoint, self.device, self.judge)
+                readers["judge"] = train.load_critic(checkpoint, self.device, self.judge)
         except BadInput as error:
             if isinstance(readers["critic"], Ear) or "channels" not in str(error):
                 raise
@@ -310,8 +198,9 @@ class Study:
         for whisper in readers.values():
             if not self.readable(whisper):
                 raise BadInput(f"{whisper.name} knows no language of the text; give another judge")
-        model = sample.load_model(checkpoint, self.device)
-        return Flow(model, checkpoint["config"]["speed"], readers)
+        return Flow(train.load_model(checkpoint, self.device),
+                    train.durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"],
+                    readers)
 
     def readable(self, whisper: FrozenWhisper) -> list:
         """Held-out sentences in languages that a Whisper knows."""
@@ -330,11 +219,6 @@ class Study:
     def reference(self) -> list[Tensor]:
         """Other real speech of the same sentences."""
         return self.say(self.sentences, 1).x1
-
-    def speaker(self, path: Path) -> Callable[..., Speech]:
-        """A checkpoint -> `generate` of its flow, which takes sentences and settings."""
-        flow = self.flows[path]
-        return partial(generate, flow, whisper=flow.readers["critic"])
 
     def student(self, speech: Speech, own: Speech, seed: int) -> dict:
         student = train_student(speech, self.alphabet, seed, self.args.steps)
@@ -363,29 +247,30 @@ class Study:
         for who, whisper in self.flows[path].readers.items():
             sentences = self.readable(whisper)
             features, mels = speak(sentences, whisper)
-            found[who] = read(whisper, sentences, features)
+            found[who] = greedy_cer(whisper, sentences, features)
             if isinstance(whisper, Ear):
-                heard = through_wav(mels, whisper, self.args.work_dir / name)
-                found[f"{who}_wav"] = read(whisper, sentences[:N_WAV], listen(heard, whisper))
+                read = features_of(through_wav(mels, whisper, self.args.work_dir / name), whisper)
+                found[f"{who}_wav"] = greedy_cer(whisper, sentences[:N_WAV], read)
         return found
 
     def real_readings(self, sentences: list, whisper: FrozenWhisper) -> tuple:
         """Real speech, for `readings`."""
         mels = list(self.spectrograms(sentences, 2, whisper))
-        return listen(mels, whisper), (mel[:, : 2 * data.speech_span(mel).stop] for mel in mels)
+        return features_of(mels, whisper), (mel[:, : 2 * speech_span(mel).stop] for mel in mels)
 
-    def made_readings(self, sentences: list, whisper: FrozenWhisper, path: Path,
-                      settings: sample.Settings) -> tuple:
+    def made_readings(self, sentences: list, whisper: FrozenWhisper, flow: Flow,
+                      settings: Settings) -> tuple:
         """What a flow makes, for `readings`."""
-        flow = self.flows[path]
-        made = list(latents(flow, sentences, flow.readers["critic"], settings))
-        return (whisper.features(*x) for x in made), (
-            whisper.mel(x[:n]) for x1, frames in made for x, n in zip(x1, frames.tolist()))
+        made = list(latents(flow, sentences, settings, Voice()))
+        return (whisper.features(*some) for some in made), (
+            whisper.spectrogram(x[None, :n], frames[i : i + 1], n)[0]
+            for x1, frames in made for i, (x, n) in enumerate(zip(x1, frames.tolist())))
 
     def real_rows(self) -> Iterator[tuple[str, dict]]:
         """Students of as much real speech, and of the same without its rhythm, for each seed."""
-        takes = [self.say(self.sentences, seed) for seed in ((0, 20) if self.args.rooms else (0,))]
-        real, own = Speech(*(sum(items, []) for items in zip(*takes))), self.say(self.held_out, 2)
+        seeds = (0, 20) if self.args.rooms else (0,)
+        real = join(self.say(self.sentences, seed) for seed in seeds)
+        own = self.say(self.held_out, 2)
         again = lambda v: self.say(self.some, 3 + v).x1  # noqa: E731
         figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")
         for seed in self.args.seeds:
@@ -397,22 +282,25 @@ class Study:
 
     def generated_rows(self, path: Path, shuffle: bool) -> Iterator[tuple[str, dict]]:
         """Students of what a checkpoint makes, and of the same with other texts, for each seed."""
-        say, rooms = self.speaker(path), self.args.rooms
+        flow, voice = self.flows[path], self.voice
         for seed in self.args.seeds:
-            plain = sample.Settings(steps=self.args.solver_steps, seed=seed)
-            varied = plain._replace(rooms=rooms, seed=1000 + seed)
-            takes = [say(self.sentences, settings=s) for s in ([plain, varied][: 1 + (rooms > 0)])]
-            made = Speech(*(sum(items, []) for items in zip(*takes)))
-            own = say(self.held_out, settings=plain)
-            again = lambda v: say(  # noqa: E731
-                self.some, settings=varied._replace(seed=N_VERSIONS * seed + v)).x1
-            speak = partial(self.made_readings, path=path, settings=plain)
+            plain, other = (Settings(self.args.solver_steps, seed=n) for n in (seed, 1000 + seed))
+            takes = [(plain, Voice()), (other, voice)] if voice.amount else [(plain, Voice())]
+            made = join(generate(flow, self.sentences, *take) for take in takes)
+            own = generate(flow, self.held_out, plain, Voice())
+            again = lambda v: generate(  # noqa: E731
+                flow, self.some, plain._replace(seed=N_VERSIONS * seed + v), voice).x1
+            speak = partial(self.made_readings, flow=flow, settings=plain)
             yield str(path), (self.readings(path, speak, f"{path.parent.name}_{seed}")
                               | self.student(made, own, seed)
                               | self.measures(made.x1, again, seed))
             if shuffle:
                 figures = self.student(made._replace(sentences=others(made.sentences)), own, seed)
                 yield f"{path}, with other texts", {k: v for k, v in figures.items() if k != "own"}
+
+
+def join(takes: Iterable[Speech]) -> Speech:
+    return Speech(*(sum(items, []) for items in zip(*takes)))
 
 
 def others(sentences: list) -> list:
@@ -452,15 +340,18 @@ def picture(rows: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("character error rate, %")
     axes.legend()
-    with data.writing(path) as part:
+    with data.atomic_write(path) as part:
         figure.savefig(part, format="png")
     pyplot.close(figure)
 
 
+# ---- the command -----------------------------------------------------------------------------
+
+
 def check(args) -> None:
     """BadInput for checkpoints that do not belong in one table, and for too little to learn."""
-    configs = {path: sample.load_checkpoint(path)["config"] for path in args.checkpoints}
-    first, latents = configs[args.checkpoints[0]], {c["latent"] for c in configs.values()}
+    configs = {path: train.load_checkpoint(path)["config"] for path in args.checkpoints}
+    first, kinds = configs[args.checkpoints[0]], {c["latent"] for c in configs.values()}
     for path, config in configs.items():
         for name in ["whisper"] if args.data else ["whisper", "data"]:
             if config[name] != first[name]:
@@ -469,14 +360,16 @@ def check(args) -> None:
     if args.sentences < 50 or min(args.steps, args.read, args.solver_steps) < 1:
         raise BadInput(f"--sentences {args.sentences} --steps {args.steps} --read {args.read} "
                        f"--solver_steps {args.solver_steps} are too few; give at least 50, 1, 1, 1")
-    if not 0 <= args.rooms <= 1 or args.rooms and "features" in latents:
+    if not 0 <= args.rooms <= 1 or args.rooms and "features" in kinds:
         raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1, and 0 with "
                        "features, which have no sound")
-    if "mel" in latents and not shutil.which("ffmpeg"):
+    if args.voice != VOICES and not args.rooms:
+        raise BadInput(f"--voice {' '.join(args.voice)} does nothing without --rooms; give both")
+    if "mel" in kinds and not shutil.which("ffmpeg"):
         raise BadInput("ffmpeg is missing, and Whisper reads .wav files with it; install it, e.g. "
                        "`apt-get install ffmpeg` or `brew install ffmpeg`")
     for folder in (args.work_dir, args.out.parent):  # better now than after an hour
-        with data.writing(folder / "probe") as part:
+        with data.atomic_write(folder / "probe") as part:
             part.touch()
         (folder / "probe").unlink()
 
@@ -495,6 +388,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--steps", type=int, default=3000, help="of a student, at most")
     add("--solver_steps", type=int, default=4, help="of the ODE")
     add("--rooms", type=float, default=0.0, help="say all once more, in voices so different")
+    add("--voice", nargs="+", choices=VOICES, default=VOICES, help="in what they differ "
+        "(default: all)")
     add("--real", action=argparse.BooleanOptionalAction, default=True,
         help="rows of real speech and of other texts")
     add("--measures", action=argparse.BooleanOptionalAction, default=True,
@@ -515,7 +410,7 @@ def main(argv=None) -> dict:
     for name, figures in (row for source in sources for row in source):
         rows.setdefault(name, []).append(figures)
         print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
-        with data.writing(Path(f"{args.out}.md")) as part:
+        with data.atomic_write(Path(f"{args.out}.md")) as part:
             part.write_text(markdown(rows), "utf-8")
     print(markdown(rows))
     picture(rows, Path(f"{args.out}.png"))
@@ -523,7 +418,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        sys.exit(f"realism.py: {error}")
+    train.guard(main)

@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+from experiments.student import greedy_cer  # noqa: E402
 from model import bounded  # noqa: E402
-from sample import rates  # noqa: E402
-from train import balanced as per_language  # noqa: E402
+from train import guard, per_language  # noqa: E402
 from whisper_decoder import ROOM, BadInput, Ear, Room, choose_device  # noqa: E402
 
 RATE = 0.1  # of Adam, on x1
@@ -37,27 +38,19 @@ def rows(names: list[str]) -> dict[str, dict[str, float]]:
     return {name: found[name] for name in names or found}
 
 
-def optimise(ear: Ear, batch: data.Batch, strength: dict, steps: int, seed: int) -> torch.Tensor:
+def optimise(ear: Ear, batch: data.Batch, strength: dict, steps: int, seed: int) -> Tensor:
     """x1 (B, T, C) that the ear reads in such rooms; they grow in the second third of the steps."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = *batch.cond["token"].shape, ear.channels
-    x = torch.randn(shape, generator=generator).to(ear.device).requires_grad_()
-    optimizer = torch.optim.Adam([x], RATE)
+    shape, frames = (*batch.mask.shape, ear.channels), batch.cond["frames"]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(ear.device)
+    optimizer = torch.optim.Adam([x.requires_grad_()], RATE)
     for step in tqdm(range(steps), leave=False):
-        rng = data.generator(seed, step, ear.device)
-        critic = ear.enter(Room(min(1.0, max(0.01, 3 * step / steps - 1)), rng, strength))
-        loss = critic.reading_loss(bounded(x), batch.cond, batch.targets).sum()
+        amount = min(1.0, max(0.01, 3 * step / steps - 1))
+        room = Room(amount, data.generator(seed, step, ear.device), strength)
+        loss = ear.text_loss(bounded(x, ear.bound), frames, batch.targets, room).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return bounded(x).detach()
-
-
-def read(ear: Ear, x1: torch.Tensor, batch: data.Batch) -> float:
-    """Greedy character error rate, without rooms, in the official window."""
-    features = ear.features(x1.to(ear.device), batch.cond["frames"].to(ear.device))
-    found = ear.transcribe(features, [s.language for s in batch.sentences])
-    return rates(batch.sentences, found).cer
+    return bounded(x, ear.bound).detach()
 
 
 def main(argv=None) -> dict[str, tuple[float, float]]:
@@ -71,30 +64,28 @@ def main(argv=None) -> dict[str, tuple[float, float]]:
     parser.add_argument("--steps", type=int, default=300, help="of Adam")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    strengths = rows(args.rows)
-    device = choose_device("auto")
+    strengths, device = rows(args.rows), choose_device("auto")
     ear, judge = Ear(args.whisper, device), Ear(args.judge, device)
     if ear.channels != judge.channels:
         raise BadInput(f"{args.whisper} hears {ear.channels} bins and {args.judge} {judge.channels}"
                        "; give a judge that hears as many")
-    held_out = data.split(list(data.load(args.data, ear).weights))[1]
-    short = [s for s in held_out if data.natural_frames(s) <= 50 * args.longest]
+    held_out = data.split(list(data.load_data(args.data, ear)[0]))[1]
+    longest = data.FRAMES_PER_SECOND * args.longest
+    short = [s for s in held_out if data.n_frames(s) <= longest]
     if not short or args.sentences < 1 or args.steps < 1:
         raise BadInput(f"--longest {args.longest} --sentences {args.sentences} --steps {args.steps}"
                        " leave nothing to do; give more")
-    batch = data.make_batch(per_language(short, args.sentences), ear)
-    found = {}
-    print(f"| {len(batch.sentences)} held-out sentences | {args.whisper} | {args.judge} |\n"
+    sentences, found = per_language(short, args.sentences), {}
+    batch = data.make_batch(sentences, ear, [data.char_durations(s) for s in sentences]).to(ear)
+    print(f"| {len(sentences)} held-out sentences | {args.whisper} | {args.judge} |\n"
           "| --- | --- | --- |")
     for name, strength in strengths.items():
         x1 = optimise(ear, batch, strength, args.steps, args.seed)
-        found[name] = read(ear, x1, batch), read(judge, x1, batch)
+        found[name] = tuple(greedy_cer(x, sentences, [x.features(x1, batch.cond["frames"])])
+                            for x in (ear, judge))
         print(f"| {name} | {found[name][0]:.1%} | {found[name][1]:.1%} |", flush=True)
     return found
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        sys.exit(f"rooms.py: {error}")
+    guard(main)

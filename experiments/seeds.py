@@ -9,18 +9,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from experiments.arms import names_and_flags  # noqa: E402
 from whisper_decoder import BadInput  # noqa: E402
 
 
-def main(argv):
-    names, flags = names_and_flags(argv)
-    seeds = [int(name) for name in names]
-    if len(seeds) < 2:
-        raise BadInput("give at least two seeds, such as 0 1 2")
-    results = [
-        train.main([*flags, "--seed", str(seed), "--out_dir", f"out/seed{seed}"]) for seed in seeds
-    ]
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    n_seeds = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    seeds, flags = argv[:n_seeds], argv[n_seeds:]
+    if len(seeds) < 2 or not all(map(str.isdecimal, seeds)):
+        raise BadInput(f"{' '.join(seeds) or 'nothing'} cannot be used; give at least two seeds, "
+                       "such as 0 1 2")
+    results = [train.main([*flags, "--seed", seed, "--out_dir", f"out/seed{seed}"])
+               for seed in seeds]
     print("| figure | mean | standard deviation |\n| --- | --- | --- |")
     for name, first in results[0].items():
         if isinstance(first, float):
@@ -29,7 +29,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (BadInput, ValueError) as error:
-        sys.exit(f"seeds.py: {error}")
+    train.guard(main)

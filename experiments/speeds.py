@@ -9,30 +9,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import sample  # noqa: E402
 import train  # noqa: E402
-from whisper_decoder import BadInput, FrozenWhisper, choose_device  # noqa: E402
+from whisper_decoder import choose_device  # noqa: E402
 
 SPEEDS = (0.5, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0)
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="of train.py, one for each seed")
-    args = parser.parse_args(argv)
-    found = {speed: [] for speed in SPEEDS}
+    parser.add_argument("--sentences", type=int, default=250, help="of held-out text")
+    args, found = parser.parse_args(argv), {speed: [] for speed in SPEEDS}
     for path in args.checkpoints:
-        checkpoint = sample.load_checkpoint(path)
-        whisper = FrozenWhisper(checkpoint["config"]["whisper"], choose_device("auto"))
-        model = sample.load_model(checkpoint, whisper.device)
-        text = data.load(checkpoint["config"]["data"], whisper, max(SPEEDS),
-                         prior=model.prior)
-        sentences = train.balanced(data.split(list(text.weights))[1], 250)
-        sentences = [s for s in sentences if data.fits(s, whisper, min(SPEEDS), model.prior)]
+        checkpoint = train.load_checkpoint(path)
+        whisper = train.load_critic(checkpoint, choose_device("auto"))
+        model = train.load_model(checkpoint, whisper.device)
+        durations = train.durations_by(checkpoint["rhythm"])
+        shares, _ = data.load_data(checkpoint["config"]["data"], whisper, max(SPEEDS))
+        sentences = train.per_language(data.split(list(shares))[1], args.sentences)
+        sentences = [s for s in sentences if data.fits(s, whisper, min(SPEEDS))]
         for speed in SPEEDS:
-            lasting = [data.letter_lengths(s, speed, model.prior) for s in sentences]
-            read = sample.round_trip(model, whisper, sentences, sample.Settings(), lasting).read
-            found[speed].append(sample.rates(sentences, read).cer)
+            read = train.transcribe_samples(model, whisper, sentences,
+                                            [durations(s, speed) for s in sentences])
+            found[speed].append(train.rates(sentences, read).cer)
     print(f"{len(sentences)} held-out sentences that fit at {min(SPEEDS)}\n\n"
           f"| speed | {' | '.join(map(str, SPEEDS))} |\n| ---{' | ---' * len(SPEEDS)} |")
     cells = []
@@ -43,7 +42,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        sys.exit(f"speeds.py: {error}")
+    train.guard(main)

@@ -2,14 +2,14 @@
 
 It has no language model, and learns until it reads utterances set aside no better.
 
-B batch, T frames, C channels.
+B batch, T frames, C channels, P positions of Whisper's window.
 """
 import copy
 import math
 import random
 import sys
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from model import mlp  # noqa: E402
-from whisper_decoder import UNSPACED, edit_distance  # noqa: E402
+from train import rates  # noqa: E402
+from whisper_decoder import UNSPACED, FrozenWhisper, edit_distance  # noqa: E402
 
 VALIDATION = 0.1  # share of a student's utterances that say when it has learned enough
 CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better
@@ -102,46 +103,37 @@ def vary(x: Tensor, rng: random.Random) -> Tensor:
 
 
 def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Student:
-    """A student of these utterances, when it has learned enough (`learn`)."""
+    """A student of these utterances: averaged weights, when their loss on some set aside is least.
+
+    It stops when PATIENCE checks in a row were hardly BETTER than one before; or after `steps`.
+    """
     torch.manual_seed(seed)
     texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
-
-    def loss(student: Student, picks: list[int], rng: random.Random | None) -> Tensor:
-        x1 = [vary(speech.x1[i], rng) if rng else speech.x1[i] for i in picks]
-        return student_loss(student, x1, [texts[i] for i in picks])
-
     student = Student(speech.x1[0].shape[1], len(alphabet))
-    return learn(student, loss, [len(x) for x in speech.x1], seed, steps, RATE)
-
-
-def learn(student: nn.Module, loss: Callable, frames: list[int], seed: int, steps: int,
-          rate: float) -> nn.Module:
-    """Averaged weights, when their loss on items set aside falls no more: the same for all.
-
-    That is when PATIENCE checks in a row were hardly BETTER than one before; or after `steps`.
-    loss(student, items, rng) varies its items if there is a rng; frames: of all items.
-    """
     average, rng = copy.deepcopy(student).eval(), random.Random(seed)
-    order = torch.randperm(len(frames)).tolist()
+    order = torch.randperm(len(texts)).tolist()
     n_validation = max(1, min(200, round(VALIDATION * len(order))))
     validation, training = order[:n_validation], order[n_validation:]
-    optimizer = torch.optim.AdamW(student.parameters(), rate, (0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(student.parameters(), RATE, (0.9, 0.98), weight_decay=0.01)
     best, lowest, good, since = None, math.inf, math.inf, 0
     for step in (bar := tqdm(range(1, steps + 1), desc="student", leave=False)):
-        pool = sorted(rng.choices(training, k=48), key=lambda i: frames[i])
+        pool = sorted(rng.choices(training, k=48), key=lambda i: len(speech.x1[i]))
         first = rng.randrange(0, 48, 12)  # 12 of like length, so that little is padded
-        now = loss(student, pool[first : first + 12], rng)
+        picks = pool[first : first + 12]
+        loss = student_loss(student, [vary(speech.x1[i], rng) for i in picks],
+                            [texts[i] for i in picks])
         optimizer.zero_grad(set_to_none=True)
-        now.backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate * min(1, step / 50)
+        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 50)
         optimizer.step()
         with torch.no_grad():
             for averaged, new in zip(average.parameters(), student.parameters()):
                 averaged.lerp_(new, max(0.01, 1 / step))
             if step % CHECK and step < steps:
                 continue
-            held_out = loss(average, validation, None).item()
+            held_out = student_loss(average, *([kind[i] for i in validation]
+                                               for kind in (speech.x1, texts))).item()
         bar.set_postfix(validation=f"{held_out:.3f}")
         if best is None or held_out < lowest:
             best, lowest = copy.deepcopy(average), held_out
@@ -156,15 +148,19 @@ def learn(student: nn.Module, loss: Callable, frames: list[int], seed: int, step
 
 @torch.no_grad()
 def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
-    """Character error rate of the best path: repeats joined, blanks dropped."""
-    letter_of, read = {i: letter for letter, i in alphabet.items()}, []
-    for x in speech.x1:
+    """Edits per letter that the sentences have, of the best path: repeats joined, no blanks."""
+    letter_of, edits = {i: letter for letter, i in alphabet.items()}, 0
+    for sentence, x in zip(*speech):
         best = student(x[None], torch.tensor([len(x)]))[0].argmax(-1).unique_consecutive()
-        read.append("".join(letter_of[i] for i in best.tolist() if i))
-    return letter_errors(speech.sentences, read)
+        edits += edit_distance(letters(sentence), "".join(letter_of[i] for i in best.tolist() if i))
+    return edits / sum(len(letters(s)) for s in speech.sentences)
 
 
-def letter_errors(sentences: list, read: list[str]) -> float:
-    """Edits per letter that the sentences have, where a student reads these letters."""
-    said = [letters(s) for s in sentences]
-    return sum(map(edit_distance, said, read)) / sum(map(len, said))
+@torch.no_grad()
+def greedy_cer(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
+    """Character error rate of a Whisper in features of some sentences at a time, (B, P, E)."""
+    found = []
+    for some in features:
+        codes = [s.language for s in sentences[len(found) : len(found) + len(some)]]
+        found += whisper.transcribe(some, codes)
+    return rates(sentences, found).cer

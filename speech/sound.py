@@ -17,11 +17,11 @@ from whisper_decoder import VOICE, Ear, Room, random_room
 
 
 def another_voice(ear: Ear, x1: Tensor, frames: Tensor, sentences: Sequence[Sentence], seed: int,
-                  amount: float) -> Tensor:
+                  amount: float, strength: dict[str, float] = VOICE) -> Tensor:
     """x1 (B, T, M) as another speaker would say it: vocal tract, pace, loudness, tilt, hiss."""
     moved = torch.zeros_like(x1)
     for i, (n, sentence) in enumerate(zip(frames.tolist(), sentences)):
-        room = Room(amount, sentence_generator(sentence, seed, ear.device), VOICE)
+        room = Room(amount, sentence_generator(sentence, seed, ear.device), strength)
         mel = ear.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)
         moved[i, :n] = ear.latents(random_room(mel, room))[0]
     return moved
@@ -52,10 +52,14 @@ def griffin_lim(mel: Tensor, rounds: int = 60) -> Tensor:
 
 
 def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:
-    """x1 (T, M) of the pieces of a text -> 16 kHz, 16 bit, one channel; whole or not at all."""
+    """What x1 (T, M) of the pieces of a text sound like, one after another."""
     mels = [ear.spectrogram(x[None], torch.tensor([len(x)], device=x.device), len(x))[0]
             for x in latents]
-    samples = griffin_lim(torch.cat(mels, 1))
+    write_samples(path, griffin_lim(torch.cat(mels, 1)))
+
+
+def write_samples(path: Path, samples: Tensor) -> None:
+    """Samples (n,) -> 16 kHz, 16 bit, one channel; whole or not at all."""
     samples = 32767 * samples / samples.abs().max().clamp(min=1)  # nothing is cut off
     with atomic_write(path) as part, wave.open(str(part), "wb") as file:
         file.setnchannels(1)

@@ -1,0 +1,159 @@
+"""Utterances for the study of realism: as espeak-ng, people, or a checkpoint say the sentences.
+
+x1 of an utterance is here what the critic's encoder makes of it (T, C), before ln_post.
+B batch, T frames, C channels, M mel bins, P positions of Whisper's window.
+"""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from whisper.audio import HOP_LENGTH, SAMPLE_RATE
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+import data  # noqa: E402
+import make_pocket  # noqa: E402
+import train  # noqa: E402
+from experiments.student import Speech, letters, resample  # noqa: E402
+from model import DiT  # noqa: E402
+from speech import align, recordings, sound  # noqa: E402
+from speech.recordings import log_mel, speech_span  # noqa: E402
+from whisper_decoder import SILENT_FRAMES, VOICE, BadInput, Ear, FrozenWhisper  # noqa: E402
+
+N_PEOPLE = 250  # clips of a test, at most
+
+
+class Flow(NamedTuple):
+    """A checkpoint."""
+
+    model: DiT
+    durations: Callable  # see train.durations_by
+    speed: float  # that it was trained at
+    readers: dict[str, FrozenWhisper]  # critic and, if there is one, judge
+
+
+class Voice(NamedTuple):
+    """How another speaker differs from the flow's own voice, as with `sample.py --rooms`."""
+
+    amount: float = 0.0
+    strength: dict[str, float] = VOICE
+    has_pace: bool = True
+
+    def pace(self, sentence: data.Sentence, seed: int) -> float:
+        """How much faster a seed says a sentence: the rule of sample.cut."""
+        share = torch.rand((), generator=data.sentence_generator(sentence, seed)).item()
+        return 1.25 ** (self.has_pace * self.amount * (2 * share - 1))
+
+
+def n_samples(whisper: FrozenWhisper) -> int:
+    """Samples of 16 kHz that its encoder hears at once."""
+    return 2 * whisper.max_frames * HOP_LENGTH
+
+
+# ---- real speech -----------------------------------------------------------------------------
+
+
+def parts(items: Iterable, whisper: FrozenWhisper) -> Iterator[list]:
+    """Lists of so many items as its encoder hears at once in little memory."""
+    items = iter(items)
+    while part := list(islice(items, max(1, 24000 // whisper.max_frames))):
+        yield part
+
+
+@torch.no_grad()
+def encode(mels: Iterable[Tensor], whisper: FrozenWhisper) -> list[Tensor]:
+    """Log-mel (M, 2P) each -> the encoder's output where speech is, (T, C) each.
+
+    In windows hardly longer than the speech, as in training: ten times as fast.
+    """
+    x1 = []
+    for part in parts(mels, whisper):
+        spans = [speech_span(mel) for mel in part]
+        window = max(span.stop for span in spans) + SILENT_FRAMES
+        encoded = whisper.encode_mel(torch.stack(part)[:, :, : 2 * window]).cpu()
+        x1 += [x[span].clone() for x, span in zip(encoded, spans)]
+    return x1
+
+
+def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
+           work: Path) -> Iterator[Tensor]:
+    """espeak-ng says the sentences -> log-mel (M, 2P) each."""
+    if whisper.dims.n_mels == 80 and whisper.max_frames == make_pocket.DIMS.n_audio_ctx:
+        for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
+            yield make_pocket.mel_from_bytes(clip, 2 * whisper.max_frames)
+        return
+    say = partial(make_pocket.random_samples, variants=variants, seed=seed,
+                  longest=n_samples(whisper))
+    with ThreadPoolExecutor(2) as pool:
+        for part in parts(tqdm(sentences, desc="speaking", leave=False), whisper):
+            yield from (log_mel(samples, whisper)[0] for samples in pool.map(say, part))
+
+
+def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
+    """Human clips of 1 to 12 seconds, chosen by a hash; no digits: who knows how they are read?"""
+    if not folder.is_dir():
+        raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
+    entries, notes = recordings.read_manifest(folder, whisper)
+    sentences, mels = [], []
+    for path, s in sorted((e for e in entries if e[1]), key=lambda e: data.hash_share(e[1])):
+        is_usable = s.language in languages and not any(map(str.isdigit, s.text))
+        if not is_usable or letters(s) in known or len(mels) == N_PEOPLE:
+            continue
+        try:
+            samples = recordings.read_audio(path)
+            if 1 <= len(samples) / SAMPLE_RATE <= 12:
+                mels.append(log_mel(samples, whisper)[0])
+                sentences.append(s)
+        except BadInput as error:
+            notes.append(f"{path}: {error}")
+    if not mels:
+        raise BadInput(f"{folder} has no usable clip: 1 to 12 seconds, with a text in "
+                       f"{', '.join(sorted(languages))} that is not learned from"
+                       + "".join(f"; {note}" for note in notes[:1]))
+    return Speech(sentences, encode(mels, whisper))
+
+
+def even(speech: Speech) -> Speech:
+    """The same, as long as the length rule says, and every letter as long as any other."""
+    x1 = []
+    for sentence, x, n in zip(*speech, align.align_characters(*speech)):
+        frames, ends = data.n_frames(sentence), np.cumsum([0, *n[n > 0]])
+        letter = (np.arange(frames) + 0.5) / frames * (len(ends) - 1)
+        x1.append(resample(x, np.interp(letter, np.arange(len(ends)), ends) - 0.5))
+    return Speech(speech.sentences, x1)
+
+
+# ---- generated speech ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def latents(flow: Flow, sentences: list, settings: train.Settings,
+            voice: Voice) -> Iterator[tuple[Tensor, Tensor]]:
+    """The flow says some sentences at a time -> x1 (B, T, its channels), lengths (B,)."""
+    whisper, seed = flow.readers["critic"], settings.seed
+    for some in parts(sentences, whisper):
+        durations = [flow.durations(s, flow.speed * voice.pace(s, seed)) for s in some]
+        batch = data.make_batch(some, whisper, durations).to(whisper)
+        x1, frames = train.generate(flow.model, whisper, batch, settings)[-1], batch.cond["frames"]
+        if voice.amount:
+            x1 = sound.another_voice(whisper, x1, frames, some, seed, voice.amount, voice.strength)
+        yield x1, frames
+
+
+@torch.no_grad()
+def generate(flow: Flow, sentences: list, settings: train.Settings, voice: Voice) -> Speech:
+    """The flow says the sentences; spectrograms as the encoder hears them."""
+    whisper, found = flow.readers["critic"], []
+    for x1, frames in latents(flow, sentences, settings, voice):
+        if isinstance(whisper, Ear):
+            window = min(x1.shape[1] + SILENT_FRAMES, whisper.max_frames)
+            x1 = whisper.encode_mel(whisper.spectrogram(x1, frames, window))
+        found += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
+    return Speech(sentences, found)

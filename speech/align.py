@@ -1,0 +1,159 @@
+"""Which character sounds when: forced alignment of recordings, and the rhythm that they show.
+
+T frames (20 ms), S characters of `data.characters`, N of them spoken, C channels, K symbols.
+"""
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
+
+from data import Sentence, char_durations
+from whisper_decoder import strip_unspoken
+
+PAUSE, EDGE = " ", "\n"  # between words; before the first and after the last character
+ROUNDS = 10  # of Viterbi training
+STRAY = 0.06  # of a character's place from even spacing, standard deviation; 1: the utterance
+CONTEXT = 4  # characters on both sides that decide how long one lasts
+RIDGE = 3.0  # strength of the regression's penalty
+MOST_CHARS = 300  # of a language, the most frequent, are told apart
+ENOUGH = 30  # characters of a language, or the length rule remains what it is
+SHORTEST = 0.7  # frames of a letter
+
+
+def symbols(text: str) -> str:
+    """The characters of `data.characters` in lower case, length S."""
+    return "".join(c.lower()[0] for c in strip_unspoken(text))
+
+
+def is_letter(c: str) -> bool:
+    return unicodedata.category(c)[0] in "LMN"  # letters, digits and their marks
+
+
+# ---- forced alignment ------------------------------------------------------------------------
+
+
+def spoken(text: str) -> tuple[str, list[int]]:
+    """What is heard of a text: letters, a pause between words; their places among S (N,).
+
+    Of the signs between two words the first is the pause, and the others take no time.
+    """
+    heard = "".join(c if is_letter(c) else PAUSE for c in symbols(text))
+    n = len(heard.rstrip(PAUSE))  # recordings end with the last word
+    places = [i for i in range(n) if heard[i] != PAUSE or i and heard[i - 1] != PAUSE]
+    return "".join(heard[i] for i in places), places
+
+
+def best_path(score: np.ndarray) -> np.ndarray:
+    """Viterbi: scores of symbols in frames (T, N) -> the symbol of each frame (T,), none left out.
+
+    Rabiner 1989, III.B, where a symbol is followed by itself or by the next one only.
+    """
+    n_frames, n_symbols = score.shape
+    best, moved = np.full(n_symbols, -np.inf), np.zeros(score.shape, bool)
+    best[0] = score[0, 0]
+    for t in range(1, n_frames):
+        from_before = np.concatenate([[-np.inf], best[:-1]])
+        moved[t] = from_before > best
+        best = np.maximum(best, from_before) + score[t]
+    path = np.full(n_frames, n_symbols - 1)
+    for t in range(n_frames - 1, 0, -1):
+        path[t - 1] = path[t] - moved[t, path[t]]
+    return path
+
+
+def viterbi_training(texts: Sequence[str], clips: Sequence[Tensor]) -> list[np.ndarray]:
+    """Spoken texts (N,) and their frames (T, C), T >= N -> frames that each symbol lasts (N,).
+
+    A hidden Markov model: in turn the mean frame of every symbol, around which all have one
+    covariance, and the best path through every utterance. Flat start: all symbols are equally long,
+    and no path may stray far from that, or one symbol would swallow all that none explains.
+    """
+    names = sorted(set("".join(texts)))
+    states = [np.array([names.index(c) for c in text]) for text in texts]
+    paths = [np.arange(len(x)) * len(s) // len(x) for s, x in zip(states, clips)]
+    n_frames = sum(map(len, clips))
+    square = sum((x := clip.float().numpy()).T @ x for clip in clips) / n_frames
+    for _ in range(ROUNDS):
+        total, count = np.zeros((len(names), len(square))), np.zeros((len(names), 1))
+        for s, path, clip in zip(states, paths, clips):
+            is_symbol = np.eye(len(names))[s[path]]  # (T, K)
+            total += is_symbol.T @ clip.float().numpy()
+            count += is_symbol.sum(0)[:, None]
+        mean = (total + 3 * total.sum(0) / n_frames) / (count + 3)  # a prior of three frames
+        cov = square - (total / count.clip(1)).T @ total / n_frames  # within symbols
+        cov += 0.1 * cov.trace() / len(cov) * np.eye(len(cov))
+        weight = np.linalg.solve(cov, mean.T).astype(np.float32)  # (C, K)
+        offset = -0.5 * (mean.T * weight).sum(0)
+        for i, (s, clip) in enumerate(zip(states, clips)):
+            score = (clip.float().numpy() @ weight + offset)[:, s]  # log-density + constant (T, N)
+            place, even = ((np.arange(n) + 0.5) / n for n in score.shape)
+            paths[i] = best_path(score - 0.5 * np.square((place[:, None] - even) / STRAY))
+    return [np.bincount(path, minlength=len(s)) for s, path in zip(states, paths)]
+
+
+def align_characters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> list[np.ndarray]:
+    """What recordings say, and their latents (T, C) -> frames that each character lasts (S,)."""
+    durations = [np.zeros(len(symbols(s.text)), int) for s in sentences]
+    for language in {s.language for s in sentences}:
+        items = [i for i, s in enumerate(sentences) if s.language == language]
+        texts, places = zip(*(spoken(sentences[i].text) for i in items))
+        for i, at, frames in zip(items, places, viterbi_training(texts, [x1[i] for i in items])):
+            durations[i][at] = frames
+    return durations
+
+
+# ---- rhythm ----------------------------------------------------------------------------------
+
+
+def neighbours(text: str, chars: str) -> np.ndarray:
+    """Numbers of each symbol and those around it (S, 2 CONTEXT + 1); 0: not among the chars."""
+    numbers = [chars.find(c) + 1 for c in EDGE * CONTEXT + text + EDGE * CONTEXT]
+    return sliding_window_view(numbers, 2 * CONTEXT + 1)
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How long characters last in recordings, given their neighbours."""
+
+    chars: dict[str, str]  # those of each language that are told apart (n)
+    frames: dict[str, Tensor]  # what they add by their place to a duration, (2 CONTEXT + 1, n + 1)
+
+    def durations(self, sentence: Sentence, speed: float = 1.0) -> np.ndarray:
+        """Frames that each character lasts (S,); by the length rule in other languages."""
+        code, text = sentence.language, symbols(sentence.text)
+        if code not in self.chars:
+            return char_durations(sentence, speed)
+        added = np.arange(2 * CONTEXT + 1), neighbours(text, self.chars[code])
+        shortest = [SHORTEST if is_letter(c) else 0.0 for c in text]
+        return self.frames[code].numpy()[added].sum(1).clip(shortest) / speed
+
+
+def fit_rhythm(sentences: Sequence[Sentence], durations: Sequence[np.ndarray]) -> dict:
+    """Sentences and their durations (S,) -> the fields of a Rhythm.
+
+    Ridge regression in each language, y = mean + X w, where a row of X says by 0 and 1 which
+    character stands where around one: (X^T X + RIDGE) w = X^T (y - mean).
+    """
+    chars, tables = {}, {}
+    for code in dict.fromkeys(s.language for s in sentences):
+        items = [(symbols(s.text), n) for s, n in zip(sentences, durations) if s.language == code]
+        frames = np.concatenate([n for _, n in items])
+        if len(frames) < ENOUGH:
+            continue
+        counts = Counter(c for text, _ in items for c in text)
+        chars[code] = EDGE + "".join(c for c, _ in counts.most_common(MOST_CHARS))
+        shape = 2 * CONTEXT + 1, len(chars[code]) + 1
+        gram, moment = RIDGE * np.eye(shape[0] * shape[1]), np.zeros(shape[0] * shape[1])
+        for text, n in items:
+            ones = neighbours(text, chars[code]) + shape[1] * np.arange(shape[0])  # of X
+            np.add.at(gram, (ones[:, :, None], ones[:, None]), 1)
+            np.add.at(moment, ones, (n - frames.mean())[:, None])
+        table = np.linalg.solve(gram, moment).reshape(shape)
+        table[CONTEXT] += frames.mean()
+        tables[code] = torch.from_numpy(table)
+    return dict(chars=chars, frames=tables)

@@ -1,0 +1,238 @@
+"""Recordings teach the flow by plain flow matching; text alone teaches it the rest.
+
+    python train.py --speech DIR --steps 4800       # needs `pip install soundfile`
+
+DIR/manifest.tsv has lines path<TAB>language<TAB>text; the layout of LJSpeech (English) has
+metadata.csv with lines id|text|text as spoken, and wavs/id.wav. With neither, the frozen Whisper
+writes the text of every .wav and .flac, and is believed where it is sure.
+
+B batch, S characters, T latent frames (20 ms), C latent channels, M mel bins, P positions.
+"""
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
+
+import data
+import flow
+from data import Sentence
+from speech.align import Rhythm, align_characters, fit_rhythm, spoken
+from whisper_decoder import BadInput, FrozenWhisper, first_line
+
+try:
+    import soundfile
+except (ImportError, OSError) as error:
+    raise BadInput("to learn from recordings, `pip install soundfile`") from error
+
+SPEECH_ALONE = 0.75  # share of the steps, the first, without text
+TEXT_WEIGHT = 0.2  # of the cross-entropy, in the other steps of text
+SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
+MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
+MAX_NOTES = 10
+
+Entry = tuple[Path, Sentence | None]  # a recording, and what it says if that is known
+
+
+class Recording(NamedTuple):
+    sentence: Sentence
+    x1: Tensor  # (T, C) fp16
+    durations: np.ndarray  # frames that each character lasts (S,)
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], list[str]]:
+    """A folder -> its recordings, notes on lines that are left out."""
+    is_table = (folder / "manifest.tsv").exists()
+    manifest = folder / ("manifest.tsv" if is_table else "metadata.csv")
+    if not manifest.exists():
+        found = (path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac"))
+        return [(path, None) for path in sorted(found)], []
+    try:
+        lines = manifest.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{manifest} is not UTF-8 ({first_line(error)}); convert it, e.g. `iconv -f "
+                       f"latin1 -t utf-8 {manifest}`") from error
+    entries, notes = [], []
+    for i, line in enumerate(lines, 1):
+        fields = line.split("\t", 2) if is_table else line.split("|")
+        try:
+            if line.strip() and len(fields) < 3:
+                raise BadInput(f"3 fields are expected, not {line[:60]!r}")
+            if line.strip():
+                path, code = fields[:2] if is_table else (f"wavs/{fields[0]}.wav", "en")
+                entries.append((folder / path, data.make_sentence(fields[2], code, whisper)))
+        except BadInput as error:
+            notes.append(f"{manifest}, line {i}: {error}")
+    return entries, notes
+
+
+def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (n,) at any rate -> 16 kHz, by cutting or padding the spectrum: no aliasing."""
+    n = round(len(samples) * SAMPLE_RATE / rate)
+    if n == 0 or rate == SAMPLE_RATE:
+        return samples
+    return (np.fft.irfft(np.fft.rfft(samples), n) * n / len(samples)).astype(np.float32)
+
+
+def read_audio(path: Path) -> np.ndarray:
+    """What soundfile reads -> 16 kHz, mono, (n,) in [-1, 1]; BadInput if there is nothing."""
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError, TypeError) as error:
+        raise BadInput(f"no audio that can be read ({first_line(error)})") from error
+    if not len(samples) or not np.isfinite(samples).all():
+        raise BadInput("no samples, or some that are no numbers")
+    return resample(samples.mean(1), rate)
+
+
+def log_mel(samples: np.ndarray, whisper: FrozenWhisper) -> Tensor:
+    """16 kHz samples (n,) -> log-mel, then silence up to the window (1, M, 2P), or BadInput."""
+    window = 2 * whisper.max_frames * HOP_LENGTH
+    if len(samples) > window:
+        raise BadInput(f"it lasts {len(samples) / SAMPLE_RATE:.2f} s and {whisper.name} hears at "
+                       f"most {window / SAMPLE_RATE:.2f} s; cut it")
+    # One clip at a time: Whisper clamps at 8 decades below the maximum of what it is given.
+    return log_mel_spectrogram(samples, whisper.dims.n_mels, window - len(samples))[None]
+
+
+# ---- latents ---------------------------------------------------------------------------------
+
+
+def speech_span(mel: Tensor) -> slice:
+    """Latent frames between silence and silence, (M, 2P): within 40 dB, 1 in Whisper's units."""
+    loud = (mel.amax(0) > mel.max() - 1).nonzero()[:, 0].tolist()
+    return slice(loud[0] // 2, loud[-1] // 2 + 1)
+
+
+def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple:
+    """Log-mel (1, M, 2P) -> what it says, if need be by the frozen Whisper, x1 (T, C) fp16."""
+    if sentence is None:
+        read = whisper.transcribe(whisper.features_of_mel(mel), [None])[0]
+        if read.avg_logprob < MIN_LOGPROB or read.no_speech_prob > MAX_NO_SPEECH:
+            raise BadInput(f"{whisper.name} is not sure of what it says: {read.text!r}")
+        sentence = data.make_sentence(read.text, read.language, whisper)
+    x1 = whisper.latents(mel)[0, speech_span(mel[0])].half().cpu()
+    if len(spoken(sentence.text)[1]) > len(x1):
+        raise BadInput(f"{len(x1)} frames are too few for {sentence.text[:60]!r}")
+    return sentence, x1
+
+
+def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
+    """Sentences, x1 (T, C) and durations (S,) of recordings, notes on those that are left out."""
+    sentences, x1, notes = [], [], []
+    for path, sentence in tqdm(entries, "encoding recordings"):
+        try:
+            sentence, latents = encode(log_mel(read_audio(path), whisper), sentence, whisper)
+            sentences.append(sentence)
+            x1.append(latents)
+        except BadInput as error:
+            notes.append(f"{path}: {error}")
+    durations = [torch.from_numpy(each) for each in align_characters(sentences, x1)]
+    return dict(sentences=[*map(tuple, sentences)], x1=x1, durations=durations, notes=notes)
+
+
+def fingerprint(entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
+    """It changes with the recordings, their texts, and who encodes them."""
+    stats = [(path.stat().st_size, path.stat().st_mtime_ns) if os.path.isfile(path) else None
+             for path, _ in entries]
+    digest = hashlib.sha256(repr((entries, stats)).encode())
+    for parameter in whisper.model.parameters():
+        digest.update(parameter.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
+    """What `encode_recordings` makes, from a file in the folder that is made anew if need be."""
+    cache, key = folder / f"encoded_{type(whisper).__name__}.pt", fingerprint(entries, whisper)
+    try:
+        if (encoded := torch.load(cache, weights_only=True))["key"] == key:
+            return encoded
+    except Exception:  # there is none, or one that cannot be read
+        pass
+    encoded = encode_recordings(entries, whisper) | dict(key=key)
+    try:
+        with data.atomic_write(cache) as part:
+            torch.save(encoded, part)
+    except OSError as error:
+        encoded["notes"].append(f"{cache} cannot be kept ({first_line(error)})")
+    return encoded
+
+
+def load_recordings(folder: Path, whisper: FrozenWhisper) -> tuple[list[Recording], list[str]]:
+    """A folder -> recordings of sentences that `data.split` does not hold out, notes."""
+    if not folder.is_dir():
+        raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
+    entries, notes = read_manifest(folder, whisper)
+    encoded = cached(folder, entries, whisper)
+    notes += encoded["notes"]
+    fields = zip(encoded["sentences"], encoded["x1"], encoded["durations"])
+    found = [Recording(Sentence(*s), x1, n.numpy()) for s, x1, n in fields]
+    training = [r for r in found if data.hash_share(r.sentence) > data.HELD_OUT]
+    if not training:
+        raise BadInput(f"{folder} has no usable recording; {(notes or ['it is empty'])[0]}")
+    if len(notes) > MAX_NOTES:
+        notes[MAX_NOTES:] = [f"{len(notes) - MAX_NOTES} more recordings are left out"]
+    minutes = sum(len(r.x1) for r in training) / data.FRAMES_PER_SECOND / 60
+    return training, [*notes, f"{len(training)} recordings, {minutes:.1f} minutes of speech; "
+                              f"{len(found) - len(training)} of held-out sentences are left out"]
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+class Steps(torch.utils.data.Dataset):
+    """Batches of recordings, at last by turns with those of text: data.Steps for both."""
+
+    def __init__(self, recordings: Sequence[Recording], text: data.Steps, n_steps: int):
+        self.recordings, self.text, self.n_steps = recordings, text, n_steps
+        self.frames = torch.tensor([len(r.x1) for r in recordings])
+
+    def __getitem__(self, step: int) -> data.Batch:
+        if step >= SPEECH_ALONE * self.n_steps and step % 2:
+            return self.text[step]
+        rng, n = data.generator(self.text.seed, step), self.text.n
+        often = self.frames.double() ** -2  # short ones are rare, as in data.load_data
+        picks = torch.multinomial(often, 4 * n, replacement=True, generator=rng)
+        picks = picks[self.frames[picks].argsort(stable=True)]  # of like length: little is padded
+        first = n * int(torch.randint(4, (), generator=rng))
+        batch = [self.recordings[i] for i in picks[first : first + n].tolist()]
+        sentences, x1, durations = zip(*batch)
+        return data.make_batch(sentences, self.text.whisper, durations, x1)
+
+
+def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
+              room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a step; the cross-entropy and the flow loss of its items, (), (B,), (B,).
+
+    Recordings have their x1, so this is flow matching proper, and no cross-entropy. They say where
+    every t points; so text has no flow loss beside them, and its cross-entropy passes all steps of
+    the sampler: it may bend the path a little, and not leave it.
+    """
+    if batch.x1 is not None:
+        cond = batch.cond | dict(drop=drop)
+        cfm = flow.cfm_loss(model, x0, batch.x1, t, cond, batch.mask)
+        return cfm.mean(), torch.zeros_like(t), cfm
+    x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, SOLVER_STEPS)[-1]
+    nll = critic.text_loss(x1, batch.cond["frames"], batch.targets, room)
+    return TEXT_WEIGHT * nll.mean(), nll, torch.zeros_like(t)
+
+
+def join(text: data.Steps, config, whisper: FrozenWhisper) -> tuple:
+    """Steps of text, train.Config -> steps of recordings and text, objective, rhythm, notes.
+
+    Text lasts as long as the recordings say, in their languages.
+    """
+    recordings, notes = load_recordings(Path(config.speech), whisper)
+    rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
+    durations = Rhythm(**rhythm).durations
+    text.durations = [durations(s, config.speed) for s in text.sentences]
+    text.frames = torch.tensor([d.sum() for d in text.durations])
+    return Steps(recordings, text, config.steps), objective, rhythm, notes

@@ -1,0 +1,124 @@
+"""Spectrograms: the ear, its rooms, and what they sound like."""
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from whisper.audio import log_mel_spectrogram
+
+import train
+import whisper_decoder
+from speech import sound
+from test_roundtrip import FLAGS, batch_of, cer_of, close, ear, randn, sampled, spoken  # noqa: F401
+from whisper_decoder import ROOM, Room
+
+
+def test_ear_without_a_room_hears_what_whisper_hears(ear):
+    sentences, mel = spoken(ear, 10)
+    real, whole = cer_of(ear, ear.features_of_mel(mel), sentences), torch.full((len(mel),), 256)
+    assert cer_of(ear, ear.features(ear.latents(mel), whole), sentences) < real + 0.04
+    x1, frames = ear.latents(mel)[:3, :100], torch.tensor([40, 70, 100])
+    behind = 9 * (torch.arange(100) >= frames[:, None])[..., None]
+    for window in (100, 140, 256):
+        out = ear.spectrogram(x1, frames, window)
+        assert torch.equal(ear.spectrogram(x1 + behind, frames, window), out)
+        for item, x, n in zip(out, x1, frames.tolist()):
+            assert item.shape == (80, 2 * window) and item.min() >= item.max() - 2
+            assert (item[:, 2 * n :] == item.max() - 2).all()
+            close(ear.spectrogram(x[None, :n], torch.tensor([n]), window)[0], item)
+    close(ear.features(x1, frames), ear.model.encoder(out))
+    targets = batch_of(ear, sentences[:3]).targets
+    short = ear.nll(ear.features_of_mel(ear.spectrogram(x1, frames, 140)), targets)
+    close(ear.text_loss(x1, frames, targets), short)
+    losses = [ear.text_loss(x1, frames, targets, Room(1.0, torch.Generator().manual_seed(seed)))
+              for seed in (0, 0, 1)]
+    assert torch.equal(*losses[:2]) and (losses[0] - losses[2]).abs().max() > 0.01
+    ramp = torch.linspace(-1, 1, 50)[None, :, None].expand(1, 50, 80)  # it stays one
+    mel = ear.spectrogram(ramp, torch.tensor([50]), 50)[0, 0, 5:-5]
+    close(mel.diff(), torch.full((89,), whisper_decoder.MEL_STD / 49))
+
+
+def in_room(mel, seed=0, amount=1.0, **strength):
+    """A log-mel in a room that has these transformations alone."""
+    room = Room(amount, torch.Generator().manual_seed(seed), dict.fromkeys(ROOM, 0.0) | strength)
+    return whisper_decoder.random_room(mel, room)
+
+
+def some_mel(n_items=6, n=200):
+    return 1.5 * torch.rand(n_items, 80, n, generator=torch.Generator().manual_seed(0)) - 0.75
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_each_transformation_has_its_seed_and_lets_the_gradient_pass(name):
+    mel = some_mel().requires_grad_()
+    close(in_room(mel, amount=0.0, **ROOM), mel)  # no room
+    out, same, other = (in_room(mel, seed, **{name: ROOM[name]}) for seed in (0, 0, 1))
+    assert torch.equal(out, same) and min(x.abs().max() for x in (out - mel, out - other)) > 0.05
+    (out * randn(*mel.shape)).sum().backward()
+    assert mel.grad.isfinite().all() and ((mel.grad != 0).float().mean((1, 2)) > 0.05).all()
+    a, b = in_room(mel[:1].expand(2, -1, -1), **{name: ROOM[name]})
+    assert (a - b).abs().max() > 0.01  # each item is in its own
+
+
+def test_transformations_against_closed_forms():
+    mel, bins = some_mel(400, 8), torch.linspace(-1, 1, 80)[:, None]
+    gain, tilt, curve = (in_room(mel, **{s: 0.2}) - mel for s in ("gain", "tilt", "equaliser"))
+    for x, same in ((gain, gain[:, :1, :1]), (tilt, tilt[:, -1:, :1] * bins),
+                    (curve, curve[:, :, :1])):
+        close(x, same.expand_as(x))  # at every time
+        assert abs(x[:, -1].mean()) < 0.04 and abs(x[:, -1, 0].std() - 0.2) < 0.03
+    assert (curve[:, :, 0].diff().diff().abs() > 1e-4).sum(1).max() <= 2 * 4  # six nodes
+    mel, mean = some_mel(40), some_mel(40).mean((1, 2), keepdim=True)
+    level = (in_room(mel, noise=0.3) - mel).std((1, 2))
+    assert 0.25 < level.max() < 0.31 and level.std() > 0.05
+    masked = in_room(mel, mask=0.2)
+    is_masked = ((masked - mel).abs() > 1e-4).any(2)  # (B, M): one band
+    edges, width = F.pad(is_masked.int(), (1, 1)).diff().abs().sum(1), is_masked.sum(1)
+    assert (edges <= 2).all() and 10 < width.max() <= 0.2 * 80 and width.min() < 5
+    close(masked, torch.where(is_masked[..., None], mean, mel))
+    covered = in_room(mel, cover=1.0)
+    floor = covered.amin((1, 2), keepdim=True)
+    assert 0 < (floor - mel.amin((1, 2), keepdim=True)).min() < 0.2 and floor.std() > 0.1
+    close(covered, mel.maximum(floor))
+    bins, hops = torch.arange(80.0)[:, None], torch.linspace(0, 1, 200)
+    longer, uneven = in_room(bins.expand(40, 80, 200), vocal_tract=0.12), in_room(
+        hops.expand(40, 80, 200), rhythm=0.3)
+    scale = longer[:, 1:2, :1]  # of bin 1
+    close(longer, (scale * bins).clamp(max=79).expand_as(longer), atol=1e-3)
+    assert 0.88 < scale.min() < 0.92 and 1.08 < scale.max() < 1.12
+    assert (uneven.diff() > 0).all()  # nothing is said twice or backwards
+    close(uneven[:, :, [0, -1]], hops[[0, -1]].expand(40, 80, 2))
+    assert 0.01 < (uneven - hops).abs().amax((1, 2)).min() and (uneven - hops).abs().max() < 0.25
+
+
+def read_wav(path: Path) -> np.ndarray:
+    """Samples of a 16 kHz, 16 bit file of one channel."""
+    with wave.open(str(path)) as file:
+        assert file.getparams()[:3] == (1, 2, 16000)
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2") / np.float32(2**15)
+
+
+def test_sound(ear, tmp_path):
+    """Griffin-Lim of real speech is read from the file; each text has a file as long as it is."""
+    sentences, mel = spoken(ear, 25)
+    real, mels, wav = cer_of(ear, ear.features_of_mel(mel), sentences), [], tmp_path / "x.wav"
+    for x1 in ear.latents(mel):
+        sound.write_wav(wav, ear, [x1])
+        assert len(read_wav(wav)) == 320 * len(x1)
+        mels.append(log_mel_spectrogram(read_wav(wav), 80))
+    assert cer_of(ear, ear.features_of_mel(torch.stack(mels)), sentences) < real + 0.05
+    run, texts = tmp_path / "run", ["The old man sleeps in the garden. " * 4, "Yes."]
+    train.main([*FLAGS, "--latent", "mel", "--out_dir", str(run)])
+    f = sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))
+    for i, n_pieces in enumerate((4, 1)):
+        samples, frames = read_wav(tmp_path / "new" / f"000{i}.wav"), f["frames"][f["text_of"] == i]
+        assert len(samples) == 320 * frames.sum() and samples.std() > 1e-3
+        assert len(frames) == n_pieces
+    voices = [sampled(tmp_path, run, "Yes.", "--wav", str(wav), "--rooms", amount, "--seed", seed)
+              for amount, seed in (("0", "0"), ("1", "0"), ("1", "0"), ("1", "1"))]
+    assert len(read_wav(wav)) == 320 * voices[-1]["frames"][0]
+    plain, one, same, other = (v["features"] for v in voices)
+    assert np.array_equal(one, same) and len({v["frames"][0] for v in voices}) == 3
+    assert all(np.abs(x - y).mean() > 0.01 for x, y in ((plain, one), (one, other)))

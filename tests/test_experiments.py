@@ -1,0 +1,289 @@
+"""make_pocket.py and the studies: `python -m pytest tests/test_experiments.py`, a minute."""
+import argparse
+import shutil
+import statistics
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+import whisper as openai_whisper
+
+import data
+import train
+from data import Sentence
+from experiments import benchmark, look, pace, realism, rooms, seeds, speeds, student, utterances
+from whisper_decoder import ROOM, VOICE, BadInput, Ear
+
+make_pocket = realism.make_pocket
+needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is missing")
+TEXTS = [Sentence("en", "The dog sleeps."), Sentence("zh", "老师在教室里吃饺子。"),
+         Sentence("de", "Die Kinder möchten am Sonntag im Garten spielen.")]
+
+
+@pytest.fixture(scope="module")
+def ear():
+    return Ear("pocket")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """--latent -> a checkpoint that has learned nothing."""
+    paths = {}
+    for name, kind in train.LATENTS.items():
+        config = train.Config(str(tmp_path_factory.mktemp(name)), latent=name, depth=1)
+        run = train.Run(config, kind("pocket"))
+        run.save()
+        paths[name] = str(run.path)
+    return paths
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_sentences_are_those_of_the_grammars_and_phases_follow_each_other(tmp_path, monkeypatch):
+    shutil.copytree(make_pocket.HERE / "grammar", tmp_path / "grammar")
+    monkeypatch.setattr(make_pocket, "HERE", tmp_path)
+    monkeypatch.setattr(make_pocket, "SENTENCES", tmp_path)
+    make_pocket.write_sentences()
+    for path in (data.POCKET / "sentences").iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    # Short sentences are spoken more often.
+    takes = [make_pocket.takes(s) for s in sorted(data.builtin(), key=data.n_frames)]
+    assert takes == sorted(takes, reverse=True)
+    assert takes[0] == make_pocket.MAX_TAKES and takes[-1] == 1
+    (n, *first), (_, *second) = make_pocket.PHASES[:2]
+    phases = [list(make_pocket.phase_at(step)) for step in (0, n - 1, n, make_pocket.LAST_STEP - 1)]
+    assert phases == [first, first, second, list(make_pocket.PHASES[-1][1:])]
+    rates = [make_pocket.rate_at(share * make_pocket.LAST_STEP) for share in (0, 0.5, 1)]
+    assert np.allclose(rates, [1 / 300, 0.5, 0.01], atol=1e-6)
+
+
+def test_a_byte_keeps_half_a_decibel_and_a_warp_moves_little():
+    mel = 2 * torch.rand(80, 50, generator=rng()) - 1
+    back = make_pocket.mel_from_bytes(make_pocket.quantize(mel), 70)
+    assert (back[:, :50] - mel).abs().max() < 0.5 / 85 + 1e-6
+    assert (back[:, 50:] == back.max() - 2).all()
+    bins = np.arange(80, dtype=np.uint8)[:, None].repeat(100, 1)
+    warped = [make_pocket.warp(bins, 105, rng(seed)) for seed in range(40)]
+    lengths, scale = [x.shape[1] for x in warped], np.array([x[40, 50] for x in warped]) / 40
+    assert 90 <= min(lengths) < 93 and max(lengths) == 105 and {len(x) for x in warped} == {80}
+    assert 0.88 < scale.min() < 0.95 and 1.05 < scale.max() < 1.13
+
+
+def test_small_vocabulary_is_the_full_softmax_and_its_file_loads(tmp_path, ear):
+    vocabulary = make_pocket.Vocabulary(TEXTS)
+    targets = ear.target_tokens([s.text for s in TEXTS], [s.language for s in TEXTS])
+    rows = [vocabulary.tokens(*s) for s in TEXTS]
+    assert [[t for t in row if t >= 0] for row in targets.tolist()] == rows
+    model, path = make_pocket.new_model(vocabulary), tmp_path / "new.pt"
+    torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.1, generator=rng())
+    make_pocket.save_deflated(dict(dims=asdict(make_pocket.DIMS),
+                                   model_state_dict=vocabulary.expand(model)), path)
+    assert path.stat().st_size < 1e7  # the full vocabulary alone has 27 MB
+    full, mel = openai_whisper.load_model(str(path), "cpu"), torch.randn(3, 80, 512)
+    head = torch.nn.Linear(128, len(vocabulary.used) + 1)
+    plain, corrupt, ctc = (make_pocket.loss_of(
+        model, head, vocabulary, mel, vocabulary.batch(rows), *args, rng())
+        for args in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.3)))
+    logits = full.decoder(targets[:, :-1].clamp(min=0), full.encoder(mel))
+    expected = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-1)
+    torch.testing.assert_close(plain, expected)
+    assert corrupt != plain
+    texts = [[vocabulary.small[token] + 1 for token in row[4:-1]] for row in rows]
+    log_probs = head(full.encoder(mel)).log_softmax(2).transpose(0, 1)
+    expected = F.ctc_loss(log_probs, torch.tensor(sum(texts, [])), [256] * 3, [*map(len, texts)])
+    torch.testing.assert_close(ctc - plain, 0.3 * expected)
+
+
+def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
+    sentences, mels = (x[::25] for x in data.spoken_clips(ear))
+    targets = ear.target_tokens([s.text for s in sentences], [s.language for s in sentences])
+    mel, size = torch.stack(mels), torch.linspace(0, 0.08, len(mels))[:, None, None]
+    loss = lambda mel: ear.nll(ear.features_of_mel(mel), targets).sum()  # noqa: E731
+    change = make_pocket.adversary(loss, mel, size, rng()) - mel
+    rms = change.square().mean((1, 2)).sqrt()
+    torch.testing.assert_close(rms, size[:, 0, 0], atol=1e-4, rtol=1e-3)
+    assert change.diff(dim=2).square().mean() < 0.3 * change.square().mean()  # of white noise: 2
+    shuffled = change[:, torch.randperm(80, generator=rng())]
+    assert loss(mel + change) > 2 * max(loss(mel - change), loss(mel + shuffled))
+
+
+def test_training_picks_up_its_state(tmp_path, monkeypatch, ear):
+    sentences, mels = (x[:8] for x in data.spoken_clips(ear))
+    clips, models = [make_pocket.quantize(mel) for mel in mels], []
+    monkeypatch.setattr(make_pocket, "PHASES", ((2, 0.1, 0.3, 1.0, 0.08),))
+    monkeypatch.setattr(make_pocket, "SILENT_SHARE", 0.5)
+    vocabulary = make_pocket.Vocabulary(sentences)
+    args = argparse.Namespace(work_dir=tmp_path, seed=0, batch=2)
+    for last in (1, 1, 2):  # one step; none; one more
+        monkeypatch.setattr(make_pocket, "LAST_STEP", last)
+        models.append(make_pocket.train(sentences, clips, vocabulary, args).parameters())
+    once, again, twice = (torch.cat([p.flatten() for p in model]) for model in models)
+    assert torch.equal(once, again) and not torch.equal(once, twice) and twice.isfinite().all()
+
+
+@needs_espeak
+def test_espeak_speaks_once_and_in_the_time_there_is(tmp_path, monkeypatch):
+    variants = make_pocket.VARIANTS
+    one, same, other, short = (make_pocket.random_samples(TEXTS[0], variants, *args) for args in (
+        (0, 10**6), (0, 10**6), (1, 10**6), (0, 14000)))
+    assert np.array_equal(one, same) and len(one) != len(other) and len(short) <= 14000 < len(one)
+    a, b = (make_pocket.speak_all(TEXTS, variants, seed, tmp_path, "x") for seed in (0, 1))
+    monkeypatch.setattr(make_pocket, "random_clip", None)
+    again = make_pocket.speak_all(TEXTS, variants, 1, tmp_path, "x")
+    assert all(map(np.array_equal, b, again)) and not any(map(np.array_equal, a, b))
+    text = next(text for code, *_, text in data.LANGUAGES if code == "fi")
+    assert abs(len(data.words(text, "fi")) / pace.seconds(text, "fi") / data.PACE["fi"] - 1) < 0.1
+
+
+def test_measures_of_known_distributions():
+    a, b, noise = (torch.randn(shape, generator=rng(seed), dtype=torch.float64) for seed, shape in
+                   enumerate([(20000, 4), (20000, 4), (200, 50, 1)]))
+    shift, scale = torch.tensor([3.0, 0, 0, 0]), 2.0
+    assert abs(realism.frechet(a, b)) < 0.01
+    assert abs(realism.frechet(a, scale * b + shift) - (9 + 4 * (scale - 1) ** 2)) < 0.3
+    means = list(sum(noise[:, i : 46 + i] for i in range(5)))  # of five: 0.8, ... 0 of correlation
+    assert abs(realism.autocorrelation(means, 1) - 0.8) < 0.03
+    assert abs(realism.autocorrelation(means, 5)) < 0.05
+    one, other = (list(x.float().view(100, 200, 4)) for x in (a, b))
+    assert abs(realism.classifier_accuracy(one, other, 0) - 0.5) < 0.03
+    assert realism.classifier_accuracy(one, [x + shift for x in other], 0) > 0.9
+    assert realism.diversity([one[:5], one[:5]]) == 0 < realism.diversity([one[:5], other[:5]])
+
+
+def test_even_speech_gives_every_letter_the_same_time(monkeypatch):
+    sentence, lasting = Sentence("en", "abcd efgh ijkl."), np.array([1, 9, 2, 3] * 3 + [5, 1, 0])
+    monkeypatch.setattr(utterances.align, "align_characters", lambda *_: [lasting])
+    x1 = torch.eye(14).repeat_interleave(torch.from_numpy(lasting[:14]), dim=0)
+    slow = utterances.even(student.Speech([sentence], [x1])).x1[0]
+    assert len(slow) == data.n_frames(sentence) > 42
+    assert np.ptp(np.bincount(slow.argmax(-1), minlength=14)) <= 2
+
+
+def test_student_reads_the_best_path_whatever_its_batch():
+    assert student.letters(Sentence("en", "Öl, oil!")) == "öl oil"
+    assert student.letters(Sentence("zh", "吃 饺子。")) == "吃饺子"
+    path = F.one_hot(torch.tensor([1, 1, 0, 1, 2, 0, 0, 3]), 4)[None]  # aab, and a c too many
+    speech = student.Speech([Sentence("en", "Aab.")], [torch.zeros(8, 1)])
+    assert student.student_cer(lambda *_: path, speech, {"a": 1, "b": 2, "c": 3}) == 1 / 3
+    network, texts = student.Student(5, 3).eval(), [torch.tensor([1, 1, 2]), torch.tensor([3])]
+    x1, nats = [torch.randn(n, 5, generator=rng(n)) for n in (12, 30)], []
+    for x, text in zip(x1, texts):
+        log_probs = network(x[None], torch.tensor([len(x)]))[0]
+        nats.append(F.ctc_loss(log_probs, text, torch.tensor(len(x)), torch.tensor(len(text))))
+    torch.testing.assert_close(student.student_loss(network, x1, texts), sum(nats) / 2)
+
+
+def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear):
+    model = train.load_model(train.load_checkpoint(utterances.Path(checkpoints["mel"])), ear.device)
+    flow = utterances.Flow(model, data.char_durations, 1.0, dict(critic=ear))
+    none = dict.fromkeys(VOICE, 0.0)
+    hiss = none | dict(noise=VOICE["noise"])
+    (same, frames), (noisy, _), (again, _), (_, paced) = (
+        next(utterances.latents(flow, TEXTS, train.Settings(1), utterances.Voice(1.0, *voice)))
+        for voice in ((none, False), (hiss, False), (hiss, False), (none,)))
+    assert torch.equal(noisy, again) and (same - noisy).abs().mean() > 0.03
+    assert frames.tolist() != paced.tolist()
+    slowest, *_, fastest = sorted(utterances.Voice(1.0).pace(TEXTS[0], n) for n in range(50))
+    assert 0.8 <= slowest < 0.85 and 1.2 < fastest <= 1.25
+
+
+def test_people_are_heard_where_the_text_is_new_and_has_no_digits(tmp_path, ear):
+    seconds = {"A new one.": 1.5, "It has 2 digits.": 1.5, "It is short.": 0.5,
+               "It is known.": 1.5, "It is long.": 6.0, "It is no sound.": 0.0}
+    for text, n in seconds.items():
+        soundfile.write(tmp_path / f"{text}wav", np.sin(np.arange(16000 * n) / 9), 16000)
+    manifest = "".join(f"{text}wav\ten\t{text}\n" for text in seconds)
+    (tmp_path / "manifest.tsv").write_text(manifest)
+    found = utterances.people(tmp_path, {"en"}, {"it is known"}, ear)
+    assert [s.text for s in found.sentences] == ["A new one."] and 74 <= len(found.x1[0]) <= 77
+
+
+def table(folder, *flags):
+    few = "--seeds 0 --sentences 50 --read 2 --steps 2 --solver_steps 1".split()
+    return realism.main([*few, "--work_dir", str(folder), "--out", str(folder / "t"), *flags])
+
+
+def test_table_has_a_row_for_each_checkpoint(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(realism, "N_WAV", 1)
+    flags = "--no-real --no-measures --judge pocket --rooms 1 --voice gain".split()
+    figures, = table(tmp_path, checkpoints["mel"], *flags)[checkpoints["mel"]]
+    assert list(figures) == ["critic", "critic_wav", "judge", "judge_wav", "student", "own"]
+    assert figures["critic"] == figures["judge"] and figures["critic_wav"] == figures["judge_wav"]
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "t.md").read_text() in capsys.readouterr().out
+    rows = realism.markdown({"a": [dict(critic=0.1), dict(critic=0.2)], "b": [dict(frechet=1.0)]})
+    assert rows.splitlines()[2:] == ["| a | 15.0% ± 7.1% |  |", "| b |  | 1.00 |"]
+    after = realism.others([*TEXTS, Sentence("en", "No."), Sentence("en", "Yes.")])
+    assert [s.text[:3] for s in after] == ["No.", TEXTS[1].text[:3], "Die", "Yes", "The"]
+
+
+@pytest.mark.slow
+@needs_espeak
+def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path):
+    rows = table(tmp_path, path := checkpoints["features"], "--steps", "300")
+    assert list(rows) == ["real speech", "real speech, letters equally long", path,
+                          f"{path}, with other texts"]
+    real, made = rows["real speech"][0], rows[path][0]
+    assert list(real) == list(made) and set(made) == set(realism.COLUMNS) - {
+        "critic_wav", "judge_wav", "human"}
+    assert real["critic"] < 0.1 < made["critic"] and real["frechet"] < 1 < made["frechet"]
+    assert abs(real["classifier"] - 0.5) < 0.03 and made["classifier"] > 0.9
+    assert real["student"] + 0.1 < made["student"]  # who learned from what
+
+
+def test_mistakes_are_told_in_one_sentence(checkpoints, tmp_path):
+    for latent, flags, words in (
+            ("features", "--rooms 1", "--rooms 1.0 cannot"), ("mel", "--sentences 9", "too few"),
+            ("mel", "--voice pace", "--voice pace does nothing without --rooms"),
+            ("mel", "--recordings nowhere", "no folder nowhere")):
+        with pytest.raises(BadInput, match=words):
+            table(tmp_path, checkpoints[latent], *flags.split())
+    for study, argv, words in ((look, [checkpoints["features"]], "makes features"),
+                               (seeds, ["0", "x"], "give at least two seeds"),
+                               (rooms, ["echo alone"], "no row echo alone")):
+        with pytest.raises(BadInput, match=words):
+            study.main(argv)
+
+
+def test_gradient_alone_makes_spectrograms_that_are_read():
+    flags = "--judge pocket --sentences 2 --steps 60 --longest 2".split()
+    (critic, judge), = rooms.main(["no room", *flags]).values()
+    assert critic == judge < 0.1  # the same Whisper
+    assert list(rooms.rows(["mask alone", "all"])) == ["mask alone", "all"]
+    strengths = rooms.rows([])
+    assert len(strengths) == 2 + 2 * len(ROOM) and not any(strengths["no room"].values())
+    assert strengths["mask alone"] == strengths["no room"] | dict(mask=ROOM["mask"])
+
+
+def test_seeds_have_a_mean_and_a_spread(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(train, "main", lambda argv: (
+        calls.append(argv), dict(cer=float(argv[-3]) ** 2, steps=5))[1])
+    seeds.main(["1", "2", "5", "--steps", "9"])
+    assert calls[1] == ["--steps", "9", "--seed", "2", "--out_dir", "out/seed2"]
+    spread = statistics.stdev([1, 4, 25])
+    assert capsys.readouterr().out.splitlines()[2:] == [f"| cer | 10.0000 | {spread:.4f} |"]
+
+
+@pytest.mark.parametrize("latent", train.LATENTS)
+def test_speeds_benchmark_and_look_give_their_tables_and_picture(
+        latent, checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speeds, "SPEEDS", (0.5, 2.0))
+    speeds.main([checkpoints[latent]] * 2 + ["--sentences", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| speed | 0.5 | 2.0 |" and lines[4].count(" ± 0.00% |") == 2
+    benchmark.main(["memory"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split(" | ")[1:5:3] == ["12", "57 M"]  # 37 M, and the rows of the softmax
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", (80, 64, 2, 1, 1, 51865))
+    args = argparse.Namespace(device="cpu", latent=latent, batch_size=4, steps=1, warmup=1)
+    benchmark.measure_training("tiny", False, False, args)
+    assert capsys.readouterr().out.startswith("| tiny | 2 | ")
+    if latent == "mel":
+        look.main([checkpoints["mel"], "--out", str(tmp_path / "ear.png")])
+        assert (tmp_path / "ear.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,77 @@
+"""Runs of train.py in several processes, in official shapes, in many languages."""
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import sample
+import train
+from data import Sentence
+from test_roundtrip import FLAGS, ROOT, batch_of, close, log_of, random_whisper
+
+
+def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, "train.py", *FLAGS, "--out_dir", str(tmp_path / "two")],
+                          cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "pocket on 2 x cpu" in done.stdout, done.stderr
+    plain, count = train.objective, itertools.count()
+
+    def both(model, critic, batch, x0, t, drop, room, flow_weight):
+        parts, step = [], next(count)
+        for rank in range(2):
+            shard, rng = train.shard_batch(batch, rank, 2), data.generator(0, 2 * step + rank)
+            noise = train.draw_noise(shard, critic.channels, 0.1, rng)
+            parts.append(plain(model, critic, shard, *noise, room, flow_weight))
+        return [sum(part) / 2 if part[0].ndim == 0 else torch.cat(part) for part in zip(*parts)]
+
+    monkeypatch.setattr(train, "objective", both)
+    train.main([*FLAGS, "--out_dir", str(tmp_path / "one")])
+    one, two = (train.load_checkpoint(tmp_path / x / "ckpt.pt")["ema"] for x in ("one", "two"))
+    for name in one:
+        close(one[name], two[name])
+    norms = [[row[4] for row in log_of(tmp_path / "two", name)] for name in ("log.csv", "log1.csv")]
+    assert norms[0] == norms[1] and len(norms[0]) == 6
+
+
+def test_report_names_the_worst_of_many_languages(tmp_path, capsys):
+    cers = {f"val_cer_4step_{n:02d}": n / 10 for n in range(10)}
+    train.report(dict(steps=6) | cers, tmp_path / "result.txt")
+    assert capsys.readouterr().out.splitlines() == [
+        "steps: 6", *(f"val_cer_4step_{n:02d}: {n / 10:.4f}" for n in range(5, 10)),
+        *(f"val_cer_4step_{name}_of_10: 0.4500" for name in ("mean", "median"))]
+    assert len((tmp_path / "result.txt").read_text().splitlines()) == 11
+
+
+WIDE = {"tiny": dict(n_audio_state=384, n_audio_head=6, n_text_state=384, n_text_head=6),
+        "large-v3": dict(n_audio_state=1280, n_audio_head=20, n_text_state=1280, n_text_head=20)}
+
+
+@pytest.mark.parametrize("latent, n_languages, changes", [
+    ("features", 1, dict(n_vocab=51864)), ("mel", 100, dict(n_vocab=51866, n_mels=128)),
+    pytest.param("features", 99, WIDE["tiny"], marks=pytest.mark.slow),
+    pytest.param("mel", 100, WIDE["large-v3"] | dict(n_vocab=51866, n_mels=128),
+                 marks=pytest.mark.slow)], ids=["english", "128_mels", "tiny", "large-v3"])
+def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_languages, changes):
+    path, text = random_whisper(tmp_path / "w.pt", **changes), tmp_path / "t.txt"
+    text.write_text("\n".join(f"Sentence {n} here." for n in "one two three four five".split()))
+    train.main(f"--whisper {path} --data en={text} --depth 1 --steps 1 --batch_size 4 --device cpu "
+               f"--eval_sentences 1 --latent {latent} --out_dir {tmp_path}".split())
+    (step, loss, nll, cfm, norm, rate), = log_of(tmp_path)
+    assert float(norm) > 0 and float(nll) > 1
+    whisper = train.LATENTS[latent](path)
+    assert len(whisper.languages) == n_languages
+    batch = batch_of(whisper, [Sentence("en", "Grüße, 世界!")])
+    features = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
+    assert features.shape == (1, 1500, changes.get("n_audio_state", 32))
+    logits = whisper.model.decoder(batch.targets[:, :-1], features)[0, whisper.n_prompt - 1 :]
+    plain = F.cross_entropy(logits, batch.targets[0, whisper.n_prompt :])
+    close(whisper.nll(features, batch.targets)[0], plain)
+    sample.main(["Hello.", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--steps", "1"])
+    assert "letter by letter" in capsys.readouterr().out

@@ -1,0 +1,205 @@
+"""Text in, batches out, and text back: data.py, tokens and error rates of whisper_decoder.py."""
+import bz2
+import gzip
+import http.server
+import itertools
+import math
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from whisper.decoding import DecodingOptions, DecodingTask
+
+import data
+import sample
+import whisper_decoder
+from data import Sentence
+from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
+from whisper_decoder import BadInput, FrozenWhisper, edit_distance, error_rates
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Sends `pages`, and breaks off after `most` bytes."""
+
+    pages, most = {}, 10**9
+
+    def do_GET(self):
+        page = self.pages[self.path[1:]]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page[: self.most])
+
+
+def test_every_source_gives_the_same_sentences(tmp_path, pocket, monkeypatch):
+    texts = [f"La phrase {n} est ici." for n in range(50)]
+    lines, rows = ("\n".join(f"{start}{x}" for x in texts).encode() for start in ("", "fr\t"))
+    files = {"fr.txt": lines, "a.txt.gz": gzip.compress(lines), "b.tsv": rows,
+             "bom.txt": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n\n"),
+             "c.tsv.bz2": bz2.compress(rows), "folder/fr.txt": b"\n".join(lines.split(b"\n")[:30]),
+             "fra.tsv.bz2": bz2.compress(rows.replace(b"fr\t", b"7\tfra\t")),
+             "folder/x.tsv": b"\n".join(rows.split(b"\n")[20:])}
+    (tmp_path / "folder").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(data, "TATOEBA", address + "/{0}.tsv.bz2")
+        monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+        Server.pages, Server.most = files, 100
+        urls = [f"fr={address}/a.txt.gz", f"{address}/c.tsv.bz2", "tatoeba:fr", "tatoeba:French"]
+        for url in [*urls, f"fr={address}/missing.txt"]:
+            with pytest.raises(BadInput, match="cannot fetch .*; check the address"):
+                data.load_data([url], pocket)
+        assert not list((tmp_path / "cache").iterdir())  # nothing that is broken stays
+        Server.most = 10**9
+        paths = "fr={0}/fr.txt French={0}/a.txt.gz {0}/b.tsv {0}/c.tsv.bz2 fr={0}/bom.txt"
+        for source in [*paths.split(), "{0}/folder", *urls]:
+            shares, notes = data.load_data([source.format(tmp_path)], pocket)
+            assert sorted(shares) == sorted(Sentence("fr", text) for text in texts) and not notes
+            assert math.isclose(sum(shares.values()), 1)
+        Server.pages = {}  # what was fetched once is not fetched again
+        assert len(data.load_data(["tatoeba:fr"], pocket)[0]) == 50
+        server.shutdown()
+
+
+def test_bad_lines_are_named_and_the_others_read(tmp_path, pocket):
+    path = tmp_path / "a.tsv"
+    path.write_bytes("en\tCafe\u0301  one\n\nno tab\nxx\tunknown\nen\t...\nGerman\tHallo Welt\n"
+                     "en\tCafé one\r\nen\tthe rest".encode())
+    counts, notes = data.read_file(path, None, pocket, max_lines=7)
+    assert counts == {Sentence("en", "Café one"): 2, Sentence("de", "Hallo Welt"): 1}
+    for note, words in zip(notes, ("line 3: there is no tab", "line 4: pocket does not know",
+                                   "line 5: there is no word", "--max_lines is 7"), strict=True):
+        assert words in note
+
+
+def test_weights_and_temperature_of_a_mixture(tmp_path, pocket):
+    (tmp_path / "de.txt").write_text("\n".join(f"Hallo {'I' * n}." for n in range(1, 17)))
+    (tmp_path / "es.txt").write_text("Hola amigo.\n")  # as long as each of those
+    (tmp_path / "fr.txt").write_text("Une maison bien loin de la mer, et le chat.\nOui.\n")
+    de, es, fr = (f"{code}={tmp_path / code}.txt" for code in ("de", "es", "fr"))
+
+    def total(*sources, **settings):
+        counts = Counter()
+        for s, share in data.load_data(sources, pocket, **settings)[0].items():
+            counts[s.language] += share
+        return counts
+
+    for temperature, ratio in ((1.0, 16), (2.0, 4)):
+        found = total(de, es, temperature=temperature)
+        assert math.isclose(found["de"] / found["es"], ratio, rel_tol=0.1)
+    weighted = total(f"2*{de}", f"0.5*{fr}", es)  # long or short, a source has its share
+    assert {code: round(n, 6) for code, n in weighted.items()} == {"de": 2, "fr": 0.5, "es": 1}
+    long, short = data.load_data([fr], pocket)[0].values()
+    assert math.isclose(short / long, (10 / 3.8 / 0.6) ** 2, rel_tol=0.05)
+
+
+def test_builtin_sentences_and_the_held_out_ones():
+    sentences = data.builtin()
+    assert len(set(sentences)) == len(sentences) == 5 * 6000
+    training, held_out = data.split(sentences)
+    assert sorted(training + held_out) == sorted(sentences) and 2700 < len(held_out) < 3300
+    more = data.split([Sentence("en", f"New line {n}.") for n in range(99)] + sentences[::-1])
+    assert set(training) <= set(more[0]) and set(held_out) <= set(more[1])
+    assert [len(part) for part in data.split(SENTENCES)] == [3, 1]
+
+
+@pytest.mark.parametrize("language, text, speed, frames", [
+    ("en", "The dog sleeps.", 1, 47), ("en", "The dog sleeps.", 0.5, 94), ("en", "No.", 1, 30),
+    ("zh", "老师，喝茶。", 1, 52), ("en", "a" * 90, 1, 90),
+    ("hi", "हिन्दी भाषा है!", 1, 56)])
+def test_length_rule(language, text, speed, frames):
+    assert data.n_frames(Sentence(language, text), speed) == frames
+    durations = data.char_durations(Sentence(language, text), speed)
+    assert len(durations) == len(text) and math.isclose(durations.sum(), frames)
+
+
+@pytest.mark.parametrize("language, text", [
+    ("en", "The dog sleeps, and the cat eats an apple. " * 5 + "word" * 200), ("en", "a " * 300),
+    ("zh", "老师在教室里吃饺子，" * 9), ("zh", "老师在教室里吃饺子" * 9 + "。"),
+    ("en", "The dog sleeps, and the cat eats an apple now. " * 3 + '"'), ("de", "a\u0301" * 400)])
+def test_long_texts_are_split_and_nothing_is_lost(pocket, language, text):
+    pieces = data.split_long(Sentence(language, text.strip()), pocket)
+    assert len(pieces) > 1 and all(data.fits(p, pocket, 1.0) for p in pieces)
+    assert all(data.words(p.text, language) and p.text[0] != "\u0301" for p in pieces)
+    joined = sample.join(text, [p.text for p in pieces], [p.text for p in pieces])
+    assert joined == text.strip(' "')
+    batch = data.make_batch(pieces, pocket, [10 * data.char_durations(p) for p in pieces])
+    assert batch.cond["frames"].max() == pocket.max_frames
+
+
+def test_alignment_gives_every_character_its_share():
+    assert data.align(np.array([1, 3]), 8).tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    for n in (7, 50, 129):
+        found = data.align(np.array([3, 1, 6, 2]), n)
+        assert len(found) == n and (found.diff() >= 0).all() and found[-1] == 3
+        assert np.allclose(np.bincount(found) / n, np.array([3, 1, 6, 2]) / 12, atol=1 / n)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(pocket):
+    shares = {Sentence("en", "The dog."): 3.0, Sentence("en", "The cat."): 1.0}
+
+    def draw(seed, step, speed=1.0, speed_range=1.7, shares=shares, n=400):
+        return data.Steps(shares, pocket, n, seed, speed, speed_range)[step]
+
+    one, again = draw(0, 7), draw(0, 7)
+    assert one.sentences == again.sentences and torch.equal(one.targets, again.targets)
+    assert all(torch.equal(one.cond[name], again.cond[name]) for name in one.cond)
+    others = [one, draw(0, 8), *(draw(seed, 7) for seed in range(1, 6))]
+    assert len({tuple(b.cond["frames"].tolist()) for b in others}) == 7
+    assert 250 < one.sentences.count(Sentence("en", "The dog.")) < 350
+    assert one.cond["frames"].min() < 20 and one.cond["frames"].max() > 52  # 32 / 1.7, 32 * 1.7
+    assert set(draw(0, 7, 0.5, 1.0).cond["frames"].tolist()) == {64}
+    assert len(set(draw(0, 7, shares=dict.fromkeys(SENTENCES, 1.0), n=8).sentences)) <= 2
+    x0 = [data.noise(batch_of(pocket, SENTENCES[:1]), 2, seed) for seed in range(6)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(x0, 2))
+
+
+def test_every_language_comes_through(tmp_path):
+    whisper = FrozenWhisper(random_whisper(tmp_path / "w.pt", n_vocab=51866))
+    assert {row[0] for row in data.LANGUAGES} == set(whisper.languages)
+    for code, _, _, text in data.LANGUAGES:
+        sentence = data.make_sentence(text, code, whisper)
+        pieces = data.split_long(sentence, whisper)  # Georgian and Burmese: a token a byte
+        assert "".join(p.text for p in pieces).replace(" ", "") == text.replace(" ", ""), code
+        assert 2 < data.n_frames(sentence) / data.FRAMES_PER_SECOND < 12, code
+        said, tokens = whisper_decoder.strip_unspoken(text), whisper.encode(text, code)
+        assert whisper.tokenizer(code).decode(tokens).strip() == said
+        encoding = whisper.tokenizer(code).encoding
+        owner = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]  # of each byte
+        starts = np.cumsum([0, *(len(c.encode()) for c in said)])
+        owner = owner[len(owner) - starts[-1] :]  # without the blank in front
+        found, chars = data.char_tokens(text, code, whisper), data.characters(text)
+        assert found.tolist() == [owner[i] for i in starts[:-1]], code
+        spelled = bytes((x - 1) % 256 for row in chars[:, :-1].tolist() for x in row if x)
+        assert spelled.decode() == "".join(c.lower()[0] for c in said)
+    numbers = [data.characters(text)[0].tolist() for text in ("a", "A")]
+    assert numbers[0][:-1] == numbers[1][:-1] and numbers[0][-1] + 1 == numbers[1][-1] == 1026
+
+
+@pytest.mark.parametrize("text, code, written", [
+    ('He said: "yes" (twice).', "en", "He said yes twice."), ("- no -", "en", "no"),
+    ("a+b=c #1 [x]", "en", "a b c 1 x"), ("rock'n'roll", "en", "rock'n'roll"),
+    ("老师，喝茶", "zh", "老师，喝茶")])
+def test_targets_are_what_decode_can_write(pocket, text, code, written):
+    task = DecodingTask(pocket.model, DecodingOptions(language=code, without_timestamps=True))
+    tokenizer, row = pocket.tokenizer(code), pocket.target_tokens([text, "a " * 20], [code] * 2)[0]
+    assert row[:4].tolist() == [tokenizer.sot, tokenizer.to_language_token(code),
+                                tokenizer.transcribe, tokenizer.no_timestamps]
+    *tokens, end = row[4:][row[4:] >= 0].tolist()
+    assert tokenizer.decode(tokens).strip() == written and end == tokenizer.eot
+    assert not set(tokens) & set(task._get_suppress_tokens())
+    assert tokens[0] != tokenizer.encode(" ")[0]  # never written first (suppress_blank)
+
+
+def test_error_rates():
+    assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3
+    assert edit_distance(["a", "b"], ["b"]) == 1 and edit_distance("same", "same") == 0
+    texts, languages = ["The colour is red.", "老师喝茶。"], ["en", "zh"]
+    found = error_rates(texts, ["the color is blue", "老师喝茶"], languages)
+    assert found == (4 / (16 + 4), 1 / (4 + 4), 0)
+    assert error_rates(texts, [texts[0], "老师"], languages) == (2 / 20, 2 / 8, 1 / 2)
