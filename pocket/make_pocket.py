@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 SENTENCES, SPEECH = HERE / "sentences", HERE / "speech.npz"
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
+from speech.sound import resample  # noqa: E402
 from whisper_decoder import (  # noqa: E402
     POCKET, UNSPACED, FrozenWhisper, Room, error_rates, random_room, smooth, upsample,
 )
@@ -101,14 +102,6 @@ def speak(sentence, variant, speed, pitch):
     with wave.open(io.BytesIO(wav)) as clip:
         rate, samples = clip.getframerate(), clip.readframes(10**9)
     return resample(np.frombuffer(samples, np.int16) / np.float32(32768), rate)
-
-
-def resample(samples, rate):
-    """Samples (n,) at any rate -> 16 kHz, by cutting or padding the spectrum: no aliasing."""
-    n = round(len(samples) * SAMPLE_RATE / rate)
-    if n == 0 or rate == SAMPLE_RATE:
-        return samples
-    return (np.fft.irfft(np.fft.rfft(samples), n) * n / len(samples)).astype(np.float32)
 
 
 def need_espeak():

@@ -23,6 +23,7 @@ import data
 import flow
 from data import Sentence
 from speech.align import Rhythm, align_characters, fit_rhythm, spoken
+from speech.sound import resample
 from whisper_decoder import BadInput, FrozenWhisper, first_line
 
 try:
@@ -72,14 +73,6 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
         except BadInput as error:
             notes.append(f"{manifest}, line {i}: {error}")
     return entries, notes
-
-
-def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (n,) at any rate -> 16 kHz, by cutting or padding the spectrum: no aliasing."""
-    n = round(len(samples) * SAMPLE_RATE / rate)
-    if n == 0 or rate == SAMPLE_RATE:
-        return samples
-    return (np.fft.irfft(np.fft.rfft(samples), n) * n / len(samples)).astype(np.float32)
 
 
 def read_audio(path: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a spectrogram sounds like: another voice and room, Griffin-Lim, .wav files.
+"""Sound: sampling rates, another voice and room, Griffin-Lim, .wav files.
 
 B batch, T latent frames (20 ms), M mel bins, n frames of 10 ms.
 """
@@ -7,6 +7,7 @@ import wave
 from pathlib import Path
 from typing import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +15,14 @@ from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_filters
 
 from data import Sentence, atomic_write, sentence_generator
 from whisper_decoder import VOICE, Ear, Room, random_room
+
+
+def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples (n,) at any rate -> 16 kHz, by cutting or padding the spectrum: no aliasing."""
+    n = round(len(samples) * SAMPLE_RATE / rate)
+    if n == 0 or rate == SAMPLE_RATE:
+        return samples
+    return (np.fft.irfft(np.fft.rfft(samples), n) * n / len(samples)).astype(np.float32)
 
 
 def another_voice(ear: Ear, x1: Tensor, frames: Tensor, sentences: Sequence[Sentence], seed: int,

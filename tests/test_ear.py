@@ -11,7 +11,9 @@ from whisper.audio import log_mel_spectrogram
 import train
 import whisper_decoder
 from speech import sound
-from test_roundtrip import FLAGS, batch_of, cer_of, close, ear, randn, sampled, spoken  # noqa: F401
+from test_roundtrip import (  # noqa: F401
+    FLAGS, SENTENCES, batch_of, cer_of, close, ear, randn, sampled, spoken,
+)
 from whisper_decoder import ROOM, Room
 
 
@@ -38,6 +40,9 @@ def test_ear_without_a_room_hears_what_whisper_hears(ear):
     ramp = torch.linspace(-1, 1, 50)[None, :, None].expand(1, 50, 80)  # it stays one
     mel = ear.spectrogram(ramp, torch.tensor([50]), 50)[0, 0, 5:-5]
     close(mel.diff(), torch.full((89,), whisper_decoder.MEL_STD / 49))
+    checks = (-1.0) ** (torch.arange(50)[:, None] + torch.arange(80))[None]
+    mel = ear.spectrogram(checks, torch.tensor([50]), 50)[0, 1:-1, 5:-5]  # 3 bins, 5 hops: means
+    close(mel.abs(), torch.full_like(mel, whisper_decoder.MEL_STD / 3 / 10))
 
 
 def in_room(mel, seed=0, amount=1.0, **strength):
@@ -109,6 +114,10 @@ def test_sound(ear, tmp_path):
         assert len(read_wav(wav)) == 320 * len(x1)
         mels.append(log_mel_spectrogram(read_wav(wav), 80))
     assert cer_of(ear, ear.features_of_mel(torch.stack(mels)), sentences) < real + 0.05
+    x1, frames = ear.latents(mel)[:4, :100], torch.full((4,), 100)
+    one, other = (sound.another_voice(ear, x1, frames, SENTENCES, seed, 1.0) for seed in (0, 1))
+    assert all((x - y).abs().mean() > 0.1 for x, y in zip(one, other))
+    close(sound.another_voice(ear, x1[1:2], frames[1:2], SENTENCES[1:2], 0, 1.0)[0], one[1])
     run, texts = tmp_path / "run", ["The old man sleeps in the garden. " * 4, "Yes."]
     train.main([*FLAGS, "--latent", "mel", "--out_dir", str(run)])
     f = sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))
