@@ -206,7 +206,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
             for piece in parts:
                 pieces[piece] += n
                 counts[piece.language] += n
-        # Short sentences are rare in most texts, and no easier: they are drawn more often.
+        # Short sentences are rare in most texts and no easier, so they are drawn more often: with
+        # the inverse square of the length, which makes long and short ones about equally frequent.
         often = {piece: n * counts[piece.language] ** (1 / temperature - 1) / n_frames(piece) ** 2
                  for piece, n in pieces.items()}
         total = sum(often.values())
@@ -254,8 +255,8 @@ def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
 def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
     """Whether the decoder can hear and write it at once."""
     language, text = sentence
-    return (n_frames(sentence, speed) <= whisper.max_frames  # a token is a byte or more
-            and (len(text.encode()) < whisper.max_tokens
+    return (n_frames(sentence, speed) <= whisper.max_frames
+            and (len(text.encode()) < whisper.max_tokens  # a token is a byte or more
                  or len(whisper.encode(text, language)) <= whisper.max_tokens))
 
 
@@ -301,6 +302,7 @@ def char_tokens(text: str, language: str, whisper: FrozenWhisper) -> Tensor:
     tokens, encoding = whisper.encode(text, language), whisper.tokenizer("en").encoding
     ends = np.cumsum([len(encoding.decode_single_token_bytes(token)) for token in tokens])
     n_bytes = [len(c.encode()) for c in strip_unspoken(text)]
+    # The first token may hold a blank more than the text.
     starts = ends[-1] - sum(n_bytes) + np.cumsum([0, *n_bytes[:-1]])
     return torch.tensor(tokens)[np.searchsorted(ends, starts, side="right")]
 
@@ -314,7 +316,7 @@ def align(durations: np.ndarray, frames: int) -> Tensor:
 
 class Batch(NamedTuple):
     sentences: list[Sentence]
-    cond: dict[str, Tensor]  # what model.DiT takes
+    cond: dict[str, Tensor]  # what model.DiT takes; before `to`, numbers of tokens (B, S), (B,)
     targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
     x1: Tensor | None = None  # (B, T, C) of recordings
 
@@ -325,7 +327,7 @@ class Batch(NamedTuple):
         return position < self.cond["frames"][:, None]
 
     def to(self, whisper: FrozenWhisper) -> "Batch":
-        """On the decoder's device, with Whisper's own embeddings of tokens."""
+        """On the decoder's device, with Whisper's embeddings in place of token numbers; once."""
         cond = {name: x.to(whisper.device) for name, x in self.cond.items()}
         cond |= {name: whisper.embed(cond[name]) for name in ("tokens", "language")}
         x1 = None if self.x1 is None else self.x1.to(whisper.device).float()
@@ -342,7 +344,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences, frames that their characters last (S,) each -> a batch, padded, on the CPU.
 
-    x1: latents of recordings (T, C) each.
+    x1: latents of recordings (T, C) each, T being the sum of their durations.
     """
     texts, codes = [s.text for s in sentences], [s.language for s in sentences]
     frames = [min(math.ceil(round(float(d.sum()), 3)), whisper.max_frames) for d in durations]
@@ -359,7 +361,10 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
 
 
 class Steps(torch.utils.data.Dataset):
-    """steps[step] is the batch of a step, from seed and step alone, so it can be made ahead."""
+    """steps[step] is the batch of a training step, from seed and step alone: it can be made ahead.
+
+    Four batches are drawn and sorted by length, and one of them is taken, so that little is padded.
+    """
 
     def __init__(self, shares: dict[Sentence, float], whisper: FrozenWhisper, batch_size: int,
                  seed: int, speed: float, speed_range: float, durations=char_durations):
@@ -371,7 +376,7 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> Batch:
         rng = generator(self.seed, step)
         picks = torch.multinomial(self.shares, 4 * self.n, replacement=True, generator=rng)
-        picks = picks[self.frames[picks].argsort(stable=True)]  # of like length: little is padded
+        picks = picks[self.frames[picks].argsort(stable=True)]
         first = self.n * int(torch.randint(4, (), generator=rng))
         picks = picks[first : first + self.n].tolist()
         paces = self.speed_range ** (2 * torch.rand(self.n, generator=rng) - 1)

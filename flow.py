@@ -16,7 +16,8 @@ One Euler step from t = 0 to t = 1 lands on the endpoint itself: x1 = model(x0, 
 "OT-CFM" means this conditional optimal-transport path: straight lines from x0 to x1. It is not the
 minibatch optimal-transport coupling of Tong et al. 2024 that shares the name: pairing noise with
 data inside a batch skews the prior of every single condition (arXiv 2503.10636), and here each text
-is its own condition.
+is its own condition. In train.py x1 is what the network itself made of x0: such pairs belong to the
+flow, as in reflow, and skew nothing.
 
 x0, x1, x_t, u_t: (B, T, C) for B items, T frames, C channels; t: (B,); mask: (B, T), True in frames
 of an item, False behind it.
@@ -90,7 +91,7 @@ def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
     """Network and condition -> the velocity field of the ODE, guided if guidance is not 1.
 
     cond: tensors whose first dimension is B, among them `drop` (B,) bool, which turns an item's
-    condition off. The velocity is affine in the endpoint, so mixing two endpoints mixes theirs.
+    condition off. The velocity is affine in the endpoint, so endpoints may be mixed for velocities.
     """
     if guidance == 1:
         return lambda x, t: velocity_from_endpoint(model(x, t, cond), x, t)

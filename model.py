@@ -1,7 +1,7 @@
 """The DiT: a transformer from noise, text and time to the endpoint of the flow.
 
-Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions; text by average upsampling, as in
-ZipVoice (arXiv 2506.13053): every frame knows which character sounds in it.
+Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which character
+sounds in it, as in ZipVoice (arXiv 2506.13053).
 
 B batch, S characters, T latent frames (50 per second), C latent channels, N = T / patch patches,
 D model width, H heads, E width of the frozen token embeddings.
@@ -14,8 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 3.0  # of an endpoint that tanh bounds
-BYTES = 4  # of a character in UTF-8, at most
+REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
+BYTES = 4  # most bytes of a character in UTF-8
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class DiT(nn.Module):
         width, patch = config.width, config.patch
         self.latent_in = nn.Linear(patch * config.channels, width)
         self.token_in = nn.Linear(config.embedding, width)
-        self.char_in = nn.Embedding(256 * BYTES + 3, width, padding_idx=0)
+        self.char_in = nn.Embedding(1 + 256 * BYTES + 2, width, padding_idx=0)  # none, bytes, case
         self.char_conv = nn.Conv1d(width, width, 9, padding=4)  # a character and its neighbours
         self.parity = nn.Parameter(torch.zeros(width))
         self.order_in = nn.Linear(patch * width, width, bias=False)
@@ -119,9 +119,9 @@ class DiT(nn.Module):
         nn.init.zeros_(self.order_in.weight)
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
-        """Average upsampling: each frame takes its character, (B, S, 5), (B, T) -> (B, T, D)."""
+        """Each character, repeated over its frames, (B, S, 5), (B, T) -> (B, T, D)."""
         text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, S, D)
-        text = text * cond["chars"].any(2, keepdim=True)  # neighbours of the last are not padding
+        text = text * cond["chars"].any(2, keepdim=True)  # nothing leaks from padding
         text = text + F.silu(self.char_conv(text.transpose(1, 2))).transpose(1, 2)
         # Every other one is marked: a character twice in a row is not one of double length.
         text = text + self.parity * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]
@@ -144,7 +144,7 @@ class DiT(nn.Module):
         x_t = F.pad(x_t, (0, 0, 0, padding)) * mask[:, :, None]  # (B, T + padding, C)
         patches = lambda x: x.unflatten(1, (-1, patch)).flatten(2)  # noqa: E731
         text = patches(self.embed_text(cond, mask))  # (B, N, patch * D)
-        # The mean of a patch is learned fast; its order keeps apart what shares a patch.
+        # The mean of a patch learns faster; the order, from zero on, tells "ab" from "ba".
         x = text.unflatten(2, (patch, -1)).mean(2) + self.order_in(text)
         x = x + self.latent_in(patches(x_t))
         attention_mask = mask[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame

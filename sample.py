@@ -156,8 +156,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     length.add_argument("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
     length.add_argument("--seconds", type=float, help="that each text lasts, in place of --speed")
     parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
-    parser.add_argument("--rooms", type=float, default=0.0, help="of spectrograms: 1: another voice "
-                        "for every seed and text; 0.5: less different (default: 0)")
+    parser.add_argument("--rooms", type=float, default=0.0, help="spectrograms only; 1: another "
+                        "voice for every seed and text; 0.5: less different (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--out", type=Path, help="write the features here, as .npz")
     parser.add_argument("--wav", type=Path, help="write what it sounds like here: FILE.wav, or a "
@@ -197,7 +197,7 @@ def main(argv=None) -> None:
 
 
 def write_features(path: Path, pieces, latents, features, hypotheses) -> None:
-    """The data set: features (N, P, E), of which the first `frames` are speech; see README."""
+    """The data set: features (N, P, E), the first `frames` are speech; see docs/usage.md."""
     language, text = map(np.array, zip(*(piece.sentence for piece in pieces)))
     with data.atomic_write(path) as part, open(part, "wb") as file:
         np.savez_compressed(

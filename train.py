@@ -120,7 +120,7 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
 
 def draw_noise(batch: data.Batch, channels: int, drop_text: float,
                rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x0 (B, T, C), t (B,) spread over [0, 1], and who goes without text (B,)."""
+    """x0 (B, T, C), t (B,) stratified over [0, 1], and which items go without text (B,)."""
     n, n_frames = batch.mask.shape
     x0 = torch.randn(n, n_frames, channels, generator=rng, device=rng.device)
     uniform = torch.rand(2, n, generator=rng, device=rng.device)
@@ -131,8 +131,8 @@ def draw_noise(batch: data.Batch, channels: int, drop_text: float,
 def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
     """Where an ear hears the spectrograms of a step.
 
-    Rooms grow during the run, and in each step they are weaker by a random factor: what is only
-    ever heard in strong ones is read worse in none.
+    Rooms grow during the run, and in each step they are weaker by a random factor: a flow that
+    trained in strong rooms only is read worse without one.
     """
     first, last = RAMP
     most = min(max((step / n_steps - first) / (last - first), 0.0), 1.0)
@@ -204,9 +204,8 @@ def evaluate(run: "Run", held_out: list) -> dict:
     """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
     whisper, config = run.whisper, run.config
     sentences = per_language(held_out, config.eval_sentences)
-    durations = [run.durations(s, config.speed) for s in sentences]
     read = lambda sentences, *rest: transcribe_samples(  # noqa: E731
-        run.ema, whisper, sentences, durations, *rest)
+        run.ema, whisper, sentences, [run.durations(s, config.speed) for s in sentences], *rest)
     result = {"val_sentences": len(sentences)}
     for steps in (1, 4):
         hypotheses = read(sentences, Settings(steps))
@@ -386,10 +385,11 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
         for batch in tqdm(loader, "training", config.steps, initial=run.step, disable=not is_main):
             batch = shard_batch(batch, rank, n_ranks).to(whisper)
             rng = data.generator(config.seed, run.step * n_ranks + rank, device)
-            noise = draw_noise(batch, whisper.channels, config.drop_text, rng)
+            x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
             with autocast:
-                loss, nll, cfm = objective(model, whisper, batch, *noise, room, config.flow_weight)
+                loss, nll, cfm = objective(model, whisper, batch, x0, t, drop, room,
+                                           config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stopped = average_gradients(run.model, bool(stops), n_ranks)

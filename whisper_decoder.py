@@ -33,9 +33,9 @@ POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
 PARTING_SIGNS = r"[#+/:;=@\\]"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
-CHUNK = 512  # targets whose logits are in memory at once
-MEL_STD = 0.5  # of Whisper's log-mel where speech is, about
-SILENT_FRAMES = 40  # behind the speech while an ear trains; in use it is the official window
+CHUNK = 512  # number of targets whose logits are in memory at once
+MEL_STD = 0.5  # standard deviation of Whisper's log-mel in speech, about
+SILENT_FRAMES = 40  # of silence behind the speech while an ear trains; else the official window
 
 
 class BadInput(ValueError):
@@ -59,7 +59,8 @@ class FrozenWhisper:
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         # One matrix embeds the tokens and makes the logits. All tokens that pocket never uses share
-        # one row, and so one logit; official checkpoints have no equal rows, and nothing changes.
+        # one row and so one logit: `token_nll` makes 1,900 logits in place of 51,865, with the same
+        # result. Official checkpoints have no equal rows, and nothing changes.
         unique = self.model.decoder.token_embedding.weight.cpu().unique(
             dim=0, return_inverse=True, return_counts=True)
         self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
@@ -176,14 +177,14 @@ class FrozenWhisper:
         return each.sum(1) / mask.sum(1)
 
     def token_nll(self, x: Tensor, rows: Tensor) -> Tensor:
-        """-log softmax over V tokens, (N, E), (N,) -> (N,). k equal rows weigh k times as much."""
+        """-log softmax over V tokens, (N, E), (N,) -> (N,): k equal rows weigh k exp(logit)."""
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
             log_count = self.row_count.log()
             logits = x @ self.rows.T + log_count
             return F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
-        """Greedy `whisper.decode`, no teacher forcing, (B, P, E) -> hypotheses.
+        """Greedy `whisper.decode`, which skips the encoder for features, (B, P, E) -> hypotheses.
 
         A language of None is detected. avg_logprob is a mean over tokens, in nats; no_speech_prob
         that of <|nospeech|> as the first token; a compression_ratio above 2.4 Whisper calls a loop.
@@ -216,13 +217,14 @@ class Ear(FrozenWhisper):
     def spectrogram(self, x1: Tensor, frames: Tensor, window: int) -> Tensor:
         """x1 (B, T, M), lengths (B,) -> log-mel with silence behind, (B, M, 2 * window).
 
-        Like Whisper's own it ends 80 dB (2.0) below its loudest place, or at 1e-10 of full power
-        (-1.5), and that is its silence.
+        Like Whisper's own it is clipped 80 dB (2.0) below its peak, or at 1e-10 of full power
+        (-1.5), and that is its silence. The last frame is repeated, so that nothing behind the end
+        is smoothed into it.
         """
         last = torch.arange(x1.shape[1] + 1, device=x1.device).minimum(frames[:, None] - 1)
         mel = x1.float().gather(1, last[:, :, None].expand(-1, -1, self.channels)).transpose(1, 2)
         mel = upsample(MEL_STD * mel)
-        mel = F.pad(mel, (0, 2 * window - mel.shape[2]))  # or cut the frame too many
+        mel = F.pad(mel, (0, 2 * window - mel.shape[2]))  # a negative number cuts
         mask = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
         loudest = mel.detach().masked_fill(~mask, -9).amax((1, 2), keepdim=True)
         floor = (loudest - 2).clamp(min=-1.5)
@@ -234,7 +236,10 @@ class Ear(FrozenWhisper):
 
     def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
                   room: "Room | None" = None) -> Tensor:
-        """The same in a random room, in a window that is hardly longer than the speech."""
+        """How hard the text is to read where the encoder hears x1 in a random room, -> (B,).
+
+        The window is hardly longer than the speech, which begins a little later by chance.
+        """
         window = min(x1.shape[1] + SILENT_FRAMES, self.max_frames)
         mel = self.spectrogram(x1, frames, window)
         if room and room.amount:
@@ -257,7 +262,7 @@ def upsample(mel: Tensor) -> Tensor:
 # The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
 ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
-VOICE = ROOM | dict(cover=0.0, mask=0.0)  # another voice, and clean: `sample.py --rooms`
+VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --rooms`
 
 
 class Room(NamedTuple):

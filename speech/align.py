@@ -91,8 +91,9 @@ def viterbi_training(texts: Sequence[str], clips: Sequence[Tensor]) -> list[np.n
         offset = -0.5 * (mean.T * weight).sum(0)
         for i, (s, clip) in enumerate(zip(states, clips)):
             score = (clip.float().numpy() @ weight + offset)[:, s]  # log-density + constant (T, N)
-            place, even = ((np.arange(n) + 0.5) / n for n in score.shape)
-            paths[i] = best_path(score - 0.5 * np.square((place[:, None] - even) / STRAY))
+            place = (np.arange(len(clip)) + 0.5)[:, None] / len(clip)  # of frames (T, 1)
+            even = (np.arange(len(s)) + 0.5) / len(s)  # of symbols, were they equally long (N,)
+            paths[i] = best_path(score - 0.5 * np.square((place - even) / STRAY))
     return [np.bincount(path, minlength=len(s)) for s, path in zip(states, paths)]
 
 

@@ -31,7 +31,7 @@ try:
 except (ImportError, OSError) as error:
     raise BadInput("to learn from recordings, `pip install soundfile`") from error
 
-SPEECH_ALONE = 0.75  # share of the steps, the first, without text
+SPEECH_ALONE = 0.75  # share of the run, at its beginning, that has recordings only
 TEXT_WEIGHT = 0.2  # of the cross-entropy, in the other steps of text
 SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
@@ -205,9 +205,9 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
               room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a step; the cross-entropy and the flow loss of its items, (), (B,), (B,).
 
-    Recordings have their x1, so this is flow matching proper, and no cross-entropy. They say where
-    every t points; so text has no flow loss beside them, and its cross-entropy passes all steps of
-    the sampler: it may bend the path a little, and not leave it.
+    Recordings have their x1, so this is flow matching proper, without cross-entropy. They say where
+    every t points, so text has no flow loss (and no use for t, drop and flow_weight). Its
+    cross-entropy passes all steps of the sampler, at a weight that bends the path only a little.
     """
     if batch.x1 is not None:
         cond = batch.cond | dict(drop=drop)
