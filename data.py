@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from model import BYTES
 from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, first_line, strip_unspoken
@@ -97,11 +99,11 @@ def download(url: str) -> Path:
         return file
     url = quote(url, safe=":/?&=%#+,;@~[]")
     try:
-        with atomic_write(file) as part:
-            with urlopen(url, timeout=30) as answer:
-                size = int(answer.headers.get("Content-Length") or 0)
-            torch.hub.download_url_to_file(url, str(part))
-            if part.stat().st_size < size:  # torch.hub does not look
+        with atomic_write(file) as part, urlopen(url, timeout=30) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with open(part, "wb") as out, tqdm.wrapattr(answer, "read", size, desc=url) as bar:
+                shutil.copyfileobj(bar, out)
+            if part.stat().st_size < size:
                 raise OSError(f"broke off after {part.stat().st_size:,} of {size:,} bytes")
     except (OSError, ValueError, HTTPException) as error:
         raise BadInput(f"cannot fetch {url} ({first_line(error)}); check the address, the network "
@@ -132,18 +134,20 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
                     if not texts and line.strip():
                         raise BadInput("there is no tab between language and text")
                     if line.strip():
-                        found[make_sentence(texts[-1], language or code, whisper)] += 1
+                        text = texts[-1] if language else " ".join(texts)
+                        found[make_sentence(text, language or code, whisper)] += 1
                 except BadInput as error:
                     reasons[str(error)].append(n)
             if next(lines, None):
-                reasons[f"--max_lines is {max_lines}, so that the rest"].append(max_lines + 1)
+                reasons[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
     except UnicodeDecodeError as error:
+        other = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the "
-                       f"file, e.g. `iconv -f latin1 -t utf-8 {path}`") from error
+                       f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"cannot read {path} ({first_line(error)}); give another file") from error
-    notes = [f"{path}: {why} (from line {n[0]} on, {len(n)} lines) is left out" if len(n) > 1 else
-             f"{path}, line {n[0]}: {why} is left out" for why, n in reasons.items()]
+    notes = [f"{path}, line {n[0]} is left out{f', and {len(n) - 1} more' * (len(n) > 1)}: {why}"
+             for why, n in reasons.items()]
     if not found:
         raise BadInput(f"{path} has no usable sentence; {(notes or ['it is empty'])[0]}")
     return found, notes
@@ -193,14 +197,14 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         weight, found, problems = read_source(source, whisper, max_lines)
         pools[None if weight is None else i, weight or 1.0].update(found)
         notes += problems
-    n_long = 0
+    n_long, too_long = 0, []
     for (_, weight), pool in pools.items():
         pieces, counts = Counter(), Counter()
         for sentence, n in pool.items():
             try:
                 parts = split_long(sentence, whisper, speed)
             except BadInput as error:
-                notes.append(str(error))
+                too_long.append(str(error))
                 continue
             n_long += len(parts) > 1
             for piece in parts:
@@ -214,6 +218,7 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         for piece, n in often.items():
             shares[piece] += weight * n / total
     notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
+    notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
     return dict(shares), notes
 
 
@@ -252,18 +257,26 @@ def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
     return max(math.ceil(seconds * FRAMES_PER_SECOND), len(strip_unspoken(text)))
 
 
-def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float) -> bool:
+def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
+    """Frames that each character lasts by the length rule, all equally long (S,)."""
+    n_chars = len(strip_unspoken(sentence.text))
+    return np.full(n_chars, n_frames(sentence, speed) / n_chars)
+
+
+def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
+         durations: Callable = char_durations) -> bool:
     """Whether the decoder can hear and write it at once."""
     language, text = sentence
-    return (n_frames(sentence, speed) <= whisper.max_frames
+    return (count_frames(durations(sentence, speed)) <= whisper.max_frames
             and (len(text.encode()) < whisper.max_tokens  # a token is a byte or more
                  or len(whisper.encode(text, language)) <= whisper.max_tokens))
 
 
-def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -> list[Sentence]:
+def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
+               durations: Callable = char_durations) -> list[Sentence]:
     """A text too long for the decoder -> pieces that fit: sentences, else as long as possible."""
     language, text = sentence
-    if fits(sentence, whisper, speed):
+    if fits(sentence, whisper, speed, durations):
         return [sentence]
     splits = ((cut, list(filter(None, re.split(cut, text)))) for cut in CUTS)
     cut, parts = next((found for found in splits if len(found[1]) > 1), (None, []))
@@ -273,12 +286,13 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0) -
     pieces = parts[:1]
     for part in parts[1:]:
         is_whole = cut == CUTS[0] and len(words(pieces[-1], language)) > 2  # not just "Dr."
-        if is_whole or not fits(Sentence(language, pieces[-1] + part), whisper, speed):
+        longer = Sentence(language, pieces[-1] + part)
+        if is_whole or not fits(longer, whisper, speed, durations):
             pieces.append(part)
         else:
             pieces[-1] += part
     return [short for piece in pieces if words(piece, language)  # not a lonely bracket
-            for short in split_long(Sentence(language, piece.strip()), whisper, speed)]
+            for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -334,10 +348,9 @@ class Batch(NamedTuple):
         return Batch(self.sentences, cond, self.targets.to(whisper.device), x1)
 
 
-def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
-    """Frames that each character lasts by the length rule, all equally long (S,)."""
-    n_chars = len(strip_unspoken(sentence.text))
-    return np.full(n_chars, n_frames(sentence, speed) / n_chars)
+def count_frames(durations: np.ndarray) -> int:
+    """Whole frames that durations (S,) need."""
+    return math.ceil(round(float(durations.sum()), 3))
 
 
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
@@ -347,7 +360,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     x1: latents of recordings (T, C) each, T being the sum of their durations.
     """
     texts, codes = [s.text for s in sentences], [s.language for s in sentences]
-    frames = [min(math.ceil(round(float(d.sum()), 3)), whisper.max_frames) for d in durations]
+    frames = [min(count_frames(d), whisper.max_frames) for d in durations]
     cond = dict(
         chars=pad_sequence([characters(text) for text in texts], True),
         tokens=pad_sequence([char_tokens(*item, whisper) for item in zip(texts, codes)], True),
@@ -367,11 +380,16 @@ class Steps(torch.utils.data.Dataset):
     """
 
     def __init__(self, shares: dict[Sentence, float], whisper: FrozenWhisper, batch_size: int,
-                 seed: int, speed: float, speed_range: float, durations=char_durations):
+                 seed: int, speed: float, speed_range: float):
         self.sentences, self.whisper, self.n, self.seed = list(shares), whisper, batch_size, seed
         self.shares = torch.tensor(list(shares.values()), dtype=torch.double)
-        self.durations = [durations(s) / speed for s in shares]
-        self.frames, self.speed_range = torch.tensor([d.sum() for d in self.durations]), speed_range
+        self.speed, self.speed_range = speed, speed_range
+        self.set_durations(char_durations)
+
+    def set_durations(self, durations: Callable) -> None:
+        """How long characters last, from a rule or a `speech.align.Rhythm`."""
+        self.durations = [durations(s, self.speed) for s in self.sentences]
+        self.frames = torch.tensor([d.sum() for d in self.durations])
 
     def __getitem__(self, step: int) -> Batch:
         rng = generator(self.seed, step)

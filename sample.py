@@ -6,8 +6,8 @@
     python sample.py "The dog sleeps." --wav dog.wav        # of a checkpoint of --latent mel
 """
 import argparse
-import math
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -17,9 +17,8 @@ import torch
 import data
 import flow
 from data import FRAMES_PER_SECOND, Sentence
-from speech import sound
 from train import (
-    Settings, durations_by, generate, guard, load_checkpoint, load_critic, load_model,
+    Settings, durations_by, generate, guard, load_checkpoint, load_critic, load_model, round_trips,
 )
 from whisper_decoder import BadInput, choose_device, error_rates
 
@@ -39,13 +38,17 @@ def cut(texts: Sequence[Sentence], durations: Callable, whisper, args) -> list[P
     """Texts -> pieces that fit the decoder, as fast as --speed, --seconds and --rooms say."""
     pieces = []
     for i, text in enumerate(texts):
+        share = torch.rand((), generator=data.sentence_generator(text, args.seed)).item()
+        speed = args.speed * 1.25 ** (args.rooms * (2 * share - 1))  # nobody keeps one pace
+        speed = min(max(speed, 0.1), 10) if args.rooms else speed
         if args.seconds is not None:
             natural = durations(text).sum() / FRAMES_PER_SECOND
-            speed = natural / args.seconds if args.seconds > 0 else math.inf
-        else:
-            share = torch.rand((), generator=data.sentence_generator(text, args.seed)).item()
-            speed = args.speed * 1.25 ** (args.rooms * (2 * share - 1))  # nobody keeps one pace
-        pieces += [Piece(s, durations(s, speed), i) for s in data.split_long(text, whisper, speed)]
+            speed = natural / max(args.seconds, 1e-9)
+            if not 0.1 <= speed <= 10:
+                raise BadInput(f"--seconds {args.seconds} cannot be used; {text.text[:60]!r} lasts "
+                               f"{natural:.1f} s, and a tenth to ten times that is possible")
+        parts = data.split_long(text, whisper, speed, durations)
+        pieces += [Piece(s, durations(s, speed), i) for s in parts]
     return pieces
 
 
@@ -78,17 +81,20 @@ def read_texts(args, whisper) -> list[Sentence]:
 
 def round_trip(model, whisper, pieces: Sequence[Piece], args):
     """Pieces -> x1 (T, C) each, features (P, E) each, hypotheses."""
-    latents, features, hypotheses, settings = [], [], [], solver(args)
-    for i in range(0, len(pieces), 50):
-        sentences, durations, _ = zip(*pieces[i : i + 50])
-        batch = data.make_batch(sentences, whisper, durations).to(whisper)
-        x1, frames = generate(model, whisper, batch, settings)[-1], batch.cond["frames"]
-        if args.rooms:
-            x1 = sound.another_voice(whisper, x1, frames, sentences, args.seed, args.rooms)
-        seen = whisper.features(x1, frames)
-        hypotheses += whisper.transcribe(seen, [s.language for s in sentences])
-        features += list(seen.cpu())
-        latents += [x[:n] for x, n in zip(x1, frames.tolist())]
+    def change(x1, batch):
+        if not args.rooms:
+            return x1
+        from speech.sound import another_voice
+        return another_voice(whisper, x1, batch.cond["frames"], batch.sentences, args.seed,
+                             args.rooms)
+
+    latents, features, hypotheses = [], [], []
+    sentences, durations, _ = zip(*pieces)
+    for batch, x1, seen, some in round_trips(model, whisper, sentences, durations, solver(args),
+                                             change):
+        latents += [x[:n].clone() for x, n in zip(x1.cpu(), batch.cond["frames"].tolist())]
+        features += seen.cpu()
+        hypotheses += some
     return latents, features, hypotheses
 
 
@@ -176,9 +182,13 @@ def main(argv=None) -> None:
     check(args, checkpoint["config"]["latent"], len(texts))
     pieces = cut(texts, durations_by(checkpoint["rhythm"]), whisper, args)
     latents, features, hypotheses = round_trip(model, whisper, pieces, args)
-    whole = []
+    if args.out:
+        write_features(args.out, pieces, latents, features, hypotheses)
+    whole, pieces_of = [], defaultdict(list)
+    for j, piece in enumerate(pieces):
+        pieces_of[piece.text_of].append(j)
     for i, text in enumerate(texts):
-        mine = [j for j, piece in enumerate(pieces) if piece.text_of == i]
+        mine = pieces_of[i]
         read = [hypotheses[j] for j in mine]
         whole.append(join(text.text, [pieces[j].sentence.text for j in mine],
                           [r.text for r in read]))
@@ -186,12 +196,11 @@ def main(argv=None) -> None:
         if i == 0 and not args.text_file:
             show_forming(model, whisper, pieces[0], args)
         if args.wav:
+            from speech.sound import write_wav
             path = args.wav if args.wav.suffix == ".wav" else args.wav / f"{i:04d}.wav"
-            sound.write_wav(path, whisper, [latents[j] for j in mine])
+            write_wav(path, whisper, [latents[j].to(device) for j in mine])
     cer, wer, exact = error_rates([s.text for s in texts], whole, [s.language for s in texts])
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}")
-    if args.out:
-        write_features(args.out, pieces, latents, features, hypotheses)
     for path in filter(None, (args.wav, args.out)):
         print(f"wrote {path}: {len(texts)} texts")
 

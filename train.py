@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import math
 import os
-import re
 import signal
 import statistics
 import sys
@@ -21,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -175,16 +174,21 @@ def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch, settings: Se
     return flow.sample(velocity, x0, settings.steps, settings.method, settings.sway)
 
 
-def transcribe_samples(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sentence],
-                       durations: Sequence[np.ndarray], settings: Settings = Settings()) -> list:
-    """What the frozen decoder reads, greedily, in what the flow makes of sentences."""
-    found = []
+def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sentence],
+                durations: Sequence[np.ndarray], settings: Settings = Settings(),
+                change: Callable = lambda x1, batch: x1) -> Iterator[tuple]:
+    """Fifty sentences at a time: batch, x1 (B, T, C), features (B, P, E), greedy hypotheses."""
     for i in range(0, len(sentences), 50):
         batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
-        x1 = generate(model, whisper, batch, settings)[-1]
+        x1 = change(generate(model, whisper, batch, settings)[-1], batch)
         features = whisper.features(x1, batch.cond["frames"])
-        found += whisper.transcribe(features, [s.language for s in batch.sentences])
-    return found
+        yield batch, x1, features, whisper.transcribe(
+            features, [s.language for s in batch.sentences])
+
+
+def transcribe_samples(*args) -> list:
+    """What the frozen decoder reads in all of the `round_trips`."""
+    return [hypothesis for *_, some in round_trips(*args) for hypothesis in some]
 
 
 def rates(sentences: Sequence[data.Sentence], hypotheses: Sequence) -> ErrorRates:
@@ -280,8 +284,8 @@ class Run:
         """There is always one whole checkpoint."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         configs = dict(model_config=asdict(self.model.config), config=asdict(self.config))
-        with data.atomic_write(self.path) as part:
-            torch.save(dict(step=self.step, rhythm=self.rhythm, **configs, **states), part)
+        with data.atomic_write(self.path) as part, open(part, "wb") as file:
+            torch.save(dict(step=self.step, rhythm=self.rhythm, **configs, **states), file)
 
     def load(self) -> None:
         """Go on from the checkpoint; BadInput if it was made with another configuration."""
@@ -291,6 +295,9 @@ class Run:
             if name not in free and (before := checkpoint["config"].get(name)) != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
                                "the same, or another --out_dir")
+        if checkpoint["model_config"] != asdict(self.model.config):
+            raise BadInput(f"{self.path} belongs to another Whisper than {self.config.whisper} is "
+                           "now; give the same, or another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -361,7 +368,7 @@ def average_gradients(model: DiT, stop: bool, n_ranks: int) -> bool:
     if n_ranks == 1:
         return stop
     stops = torch.tensor(float(stop), device=next(model.parameters()).device)
-    for x in [*(p.grad for p in model.parameters() if p.grad is not None), stops]:
+    for x in [*(p.grad for p in model.parameters()), stops]:
         dist.all_reduce(x.div_(n_ranks))
     return bool(stops > 0)
 
@@ -378,13 +385,18 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
     config, whisper, device, is_main = run.config, run.whisper, run.whisper.device, rank == 0
     model = torch.compile(run.model, dynamic=True) if config.compile else run.model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    workers = dict(num_workers=4, multiprocessing_context="fork") if device.type == "cuda" else {}
+    workers = {}  # make batches ahead, beside a GPU
+    if device.type == "cuda" and hasattr(os, "fork"):
+        workers = dict(num_workers=max(1, min(4, (os.cpu_count() or 1) // (2 * n_ranks))),
+                       multiprocessing_context="fork")
     loader = DataLoader(steps, None, sampler=range(run.step, config.steps), **workers)
     start = time.time()
+    bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
     with open_log(run, rank) as log, catch_interrupts() as stops:
-        for batch in tqdm(loader, "training", config.steps, initial=run.step, disable=not is_main):
+        for batch in bar:
             batch = shard_batch(batch, rank, n_ranks).to(whisper)
-            rng = data.generator(config.seed, run.step * n_ranks + rank, device)
+            # Other numbers than those that drew the batch, and of this process alone.
+            rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
             with autocast:
@@ -401,14 +413,18 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
             run.optimizer.param_groups[0]["lr"] = rate
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config.ema)
-            losses = [x.mean().item() for x in (loss, nll, cfm)]
+            quarters = [cfm[(4 * t).long() == i] for i in range(4)]
+            losses = [x.mean().item() for x in (loss, nll, cfm, *quarters)]
             values = [time.time() - start, *losses, norm.item(), rate]
             log.write(",".join([str(run.step), *(f"{x:.6g}" for x in values)]) + "\n")
+            bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}")
             run.step += 1
             is_due = run.step % config.eval_every == 0
             if is_main and (is_due or stopped or run.step == config.steps):
                 run.save()
                 show_samples(run, held_out)
+            if stopped and n_ranks > 1:
+                dist.barrier()  # until it is saved
             if stopped:
                 raise BadInput(f"stopped and saved at step {run.step}; --resume goes on from there")
 
@@ -424,13 +440,16 @@ def catch_interrupts():
         signal.signal(signal.SIGINT, before)
 
 
+LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,gradient_norm,"
+       "learning_rate")  # the flow loss also by quarters of t, nan where no item has such a t
+
+
 def open_log(run: Run, rank: int):
     """log.csv, one row a step; a resumed run cuts it back to its checkpoint and goes on."""
     path = run.path.with_name(f"log{rank or ''}.csv")
     old = path.read_text().splitlines()[1 : run.step + 1] if run.step and path.exists() else []
     file = open(path, "w", buffering=1)
-    header = "step,seconds,loss,cross_entropy,flow,gradient_norm,learning_rate"
-    file.write("\n".join([header, *old, ""]))
+    file.write("\n".join([LOG, *old, ""]))
     return file
 
 
@@ -491,18 +510,18 @@ def main(argv=None) -> dict:
 
 def guard(main: Callable) -> None:
     """Run a command: what the user or the system did wrong becomes one sentence."""
-    name, is_main = Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
     try:
-        main()
+        return main()
     except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError, UnicodeError) as error:
-        sys.exit(f"{name}: {error}" if is_main else 1)
+        why = str(error)
     except torch.OutOfMemoryError:
-        sys.exit(f"{name}: out of GPU memory; try a smaller --batch_size, --depth or "
-                 "--eval_sentences" if is_main else 1)
+        why = "out of GPU memory; try a smaller --batch_size, --depth or --eval_sentences"
     except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped; what is written is whole" if is_main else 1)
+        why = "stopped; what is written is whole"
+    is_main = os.environ.get("RANK", "0") == "0"
+    sys.exit(f"{Path(sys.argv[0]).name}: {why}" if is_main else 1)
 
 
 if __name__ == "__main__":

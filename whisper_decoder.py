@@ -12,7 +12,8 @@ P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V
 """
 import os
 import re
-from functools import cache
+from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -69,9 +70,12 @@ class FrozenWhisper:
         is_own = self.row_count[self.row_of] == 1  # (V,)
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         self.n_prompt = len(self.prompt(self.languages[0]))
-        silence = log_mel_spectrogram(np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32),
-                                      self.dims.n_mels)
-        self.silence = self.features_of_mel(silence[None])[0]  # (P, E)
+
+    @cached_property
+    def silence(self) -> Tensor:
+        """What the decoder sees of silence (P, E)."""
+        samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
+        return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
     # ---- text and tokens ---------------------------------------------------------------------
 
@@ -195,7 +199,8 @@ class FrozenWhisper:
             language = language or (None if self.model.is_multilingual else "en")
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
             result.update(zip(items, whisper.decode(self.model, features[items].float(), options)))
-        return [result[i] for i in range(len(languages))]
+        # Each would keep its features alive.
+        return [replace(result[i], audio_features=None) for i in range(len(languages))]
 
 
 # ---- the ear ---------------------------------------------------------------------------------

@@ -152,8 +152,8 @@ def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> di
         pass
     encoded = encode_recordings(entries, whisper) | dict(key=key)
     try:
-        with data.atomic_write(cache) as part:
-            torch.save(encoded, part)
+        with data.atomic_write(cache) as part, open(part, "wb") as file:
+            torch.save(encoded, file)
     except OSError as error:
         encoded["notes"].append(f"{cache} cannot be kept ({first_line(error)})")
     return encoded
@@ -225,7 +225,5 @@ def join(text: data.Steps, config, whisper: FrozenWhisper) -> tuple:
     """
     recordings, notes = load_recordings(Path(config.speech), whisper)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
-    durations = Rhythm(**rhythm).durations
-    text.durations = [durations(s, config.speed) for s in text.sentences]
-    text.frames = torch.tensor([d.sum() for d in text.durations])
+    text.set_durations(Rhythm(**rhythm).durations)
     return Steps(recordings, text, config.steps), objective, rhythm, notes

@@ -13,7 +13,9 @@ import data
 import sample
 import train
 from data import Sentence
-from test_roundtrip import FLAGS, ROOT, batch_of, close, log_of, random_whisper
+from test_roundtrip import (  # noqa: F401
+    FLAGS, ROOT, batch_of, close, log_of, pocket, random_whisper,
+)
 
 
 def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeypatch):
@@ -29,7 +31,7 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
         for rank in range(2):
             shard = data.Batch(batch.sentences[rank::2], {key: x[rank::2] for key, x in
                                batch.cond.items()}, batch.targets[rank::2])
-            rng = data.generator(0, 2 * step + rank)
+            rng = data.generator(0, 2**31 + 2 * step + rank)
             noise = train.draw_noise(shard, critic.channels, 0.1, rng)
             parts.append(plain(model, critic, shard, *noise, room, flow_weight))
         return [sum(part) / 2 if part[0].ndim == 0 else torch.cat(part) for part in zip(*parts)]
@@ -39,7 +41,7 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
     one, two = (train.load_checkpoint(tmp_path / x / "ckpt.pt")["ema"] for x in ("one", "two"))
     for name in one:
         close(one[name], two[name])
-    norms = [[float(row[4]) for row in log_of(tmp_path / run, name)] for run, name in (
+    norms = [[float(row[8]) for row in log_of(tmp_path / run, name)] for run, name in (
         ("one", "log.csv"), ("two", "log.csv"), ("two", "log1.csv"))]
     assert norms[1] == norms[2]  # both take the same step
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-3)
@@ -68,7 +70,7 @@ def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_langu
     text.write_text("\n".join(f"Sentence {n} here." for n in "one two three four five".split()))
     train.main(f"--whisper {path} --data en={text} --depth 1 --steps 1 --batch_size 4 --device cpu "
                f"--eval_sentences 1 --latent {latent} --out_dir {tmp_path}".split())
-    (step, loss, nll, cfm, norm, rate), = log_of(tmp_path)
+    (step, loss, nll, cfm, *_, norm, rate), = log_of(tmp_path)
     assert float(norm) > 0 and float(nll) > 1
     whisper = train.LATENTS[latent](path)
     assert len(whisper.languages) == n_languages
@@ -80,3 +82,11 @@ def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_langu
     close(whisper.nll(features, batch.targets)[0], plain)
     sample.main(["Hello.", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--steps", "1"])
     assert "letter by letter" in capsys.readouterr().out
+
+
+def test_a_long_sentence_before_fifty_short_ones_is_evaluated(pocket):
+    """The texts are evaluated in another order too, each with its own durations."""
+    long = Sentence("en", "The old teacher reads a long letter to all the children in the garden.")
+    run = train.Run(train.Config(depth=1, eval_sentences=52), pocket)
+    result = train.evaluate(run, [long, *[Sentence("en", "Yes.")] * 51])
+    assert result["val_sentences"] == 52 and result["cer_shuffled_text"] > 0.5

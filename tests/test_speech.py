@@ -242,7 +242,7 @@ def test_training_with_recordings_goes_on_where_it_stopped(folder, tmp_path, kin
         save(run), saved.append(run.step), shutil.copy(ckpt, tmp_path / f"step{run.step}.pt")))
     train.main(flags)
     rows = [row.split(",") for row in (tmp_path / "out/log.csv").read_text().splitlines()]
-    is_text = [float(row[rows[0].index("cross_entropy")]) > 0 for row in rows[1:]]
+    is_text = [float(row[rows[0].index("nll")]) > 0 for row in rows[1:]]
     assert is_text == [False, False, False, True]
     straight = train.load_checkpoint(ckpt)
     shutil.copy(tmp_path / "step2.pt", ckpt)
