@@ -51,17 +51,13 @@ def velocity_from_endpoint(x1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return (x1_hat - x_t) / (1 - expand(t))
 
 
-def masked_mse(x: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error of each item over its own frames, (B, T, C), (B, T, C), (B, T) -> (B,)."""
-    return ((x - target).square().mean(2) * mask).sum(1) / mask.sum(1)
-
-
 def cfm_loss(model: Model, x0: Tensor, x1: Tensor, t: Tensor, cond: dict, mask: Tensor) -> Tensor:
-    """Conditional flow matching: at every t, the endpoint is x1, -> (B,).
+    """Conditional flow matching: at every t, the endpoint is x1, -> mean square over frames (B,).
 
     That is the loss of eq. 23 weighted by (1 - t)^2, which stays finite as t goes to 1.
     """
-    return masked_mse(model(path(x0, x1, t), t, cond), x1, mask)
+    error = model(path(x0, x1, t), t, cond) - x1
+    return (error.square().mean(2) * mask).sum(1) / mask.sum(1)
 
 
 # ---- sampler ---------------------------------------------------------------------------------

@@ -237,20 +237,19 @@ def evaluate(run: "Run", held_out: list) -> dict:
 
 def report(result: dict, path: Path) -> None:
     """Print the block `key: value`, and write it; of over eight languages print the worst only."""
-    lines = {key: f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
-             for key, value in result.items()}
-    with data.atomic_write(path) as part:
-        part.write_text("\n".join([*lines.values(), ""]))
+    shown = dict(result)
     for steps in (1, 4):
         cers = {key: v for key, v in result.items() if key.startswith(f"val_cer_{steps}step_")}
         if len(cers) > 8:
-            worst = sorted(cers, key=cers.get)[-5:]
-            for key in cers.keys() - worst:
-                del lines[key]
-            for name in ("mean", "median"):
-                average = getattr(statistics, name)(cers.values())
-                lines[name, steps] = f"val_cer_{steps}step_{name}_of_{len(cers)}: {average:.4f}"
-    print("\n".join(lines.values()))
+            best = sorted(cers, key=cers.get)[:-5]
+            shown = {key: v for key, v in shown.items() if key not in best}
+            shown[f"val_cer_{steps}step_mean"] = statistics.mean(cers.values())
+            shown[f"val_cer_{steps}step_median"] = statistics.median(cers.values())
+    text = lambda items: "".join(  # noqa: E731
+        f"{k}: {v:.4f}\n" if isinstance(v, float) else f"{k}: {v}\n" for k, v in items.items())
+    print(text(shown), end="")
+    with data.atomic_write(path) as part:
+        part.write_text(text(result))
 
 
 def show_samples(run: "Run", held_out: list) -> None:

@@ -139,9 +139,7 @@ class FrozenWhisper:
         """What the decoder sees of real speech, (B, M, 2T) -> (B, T, E)."""
         return self.model.encoder.ln_post(self.encode_mel(mel))
 
-    def latents(self, mel: Tensor) -> Tensor:
-        """x1 of real speech, (B, M, 2T) -> (B, T, C)."""
-        return self.encode_mel(mel)
+    latents = encode_mel  # x1 of real speech, (B, M, 2T) -> (B, T, C)
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """x1 (B, T, C), lengths (B,) -> what the decoder sees, silence after each (B, P, E).

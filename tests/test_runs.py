@@ -52,7 +52,7 @@ def test_report_names_the_worst_of_many_languages(tmp_path, capsys):
     train.report(dict(steps=6) | cers, tmp_path / "result.txt")
     assert capsys.readouterr().out.splitlines() == [
         "steps: 6", *(f"val_cer_4step_{n:02d}: {n / 10:.4f}" for n in range(5, 10)),
-        *(f"val_cer_4step_{name}_of_10: 0.4500" for name in ("mean", "median"))]
+        *(f"val_cer_4step_{name}: 0.4500" for name in ("mean", "median"))]
     assert len((tmp_path / "result.txt").read_text().splitlines()) == 11
 
 
