@@ -60,7 +60,7 @@ class Config:
     speed_range: float = setting(0.0, "sentences are up to so many times slower or faster; 0: 1.7, "
                                  "or 1.25 for spectrograms, as people do", 0, 10)
     depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
-    steps: int = setting(1200, "training steps", 1)
+    steps: int = setting(900, "training steps", 1)
     batch_size: int = setting(24, "sentences per step, on all GPUs together", 4)
     learning_rate: float = setting(2e-3, "peak, up to a width of 128; wider: in proportion less", 0)
     warmup: int = setting(50, "steps to the peak; a cosine leads down from there", 1)
@@ -69,7 +69,7 @@ class Config:
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     flow_weight: float = setting(0.3, "weight of the flow loss", 0)
     drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
-    eval_every: int = setting(400, "steps between samples and checkpoints", 1)
+    eval_every: int = setting(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
     seed: int = setting(0, "of everything random", 0, 2**31)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
