@@ -28,13 +28,13 @@ def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(2 * len(panels), 3), sharey=True,
                                    layout="constrained")
     for axis, (title, x, read) in zip(axes, panels):
-        axis.imshow(x.T.numpy(), origin="lower", aspect="auto", vmin=-2, vmax=2, cmap="magma",
+        axis.imshow(x.T.numpy(), origin="lower", aspect="auto", vmin=-3, vmax=3, cmap="magma",
                     extent=(0, len(x) / data.FRAMES_PER_SECOND, 0, x.shape[1]))
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("\n".join(textwrap.wrap(read, 26)), fontsize=8, loc="left", va="top")
     axes[0].set_ylabel("channel", fontsize=8)
     with data.atomic_write(path) as part:
-        figure.savefig(part, format="png", dpi=100)
+        figure.savefig(part, format="png", dpi=80)
     pyplot.close(figure)
 
 

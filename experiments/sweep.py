@@ -1,0 +1,62 @@
+"""Greedy CER of held-out sentences over one setting of the sampler, or over the speed.
+
+    python experiments/sweep.py speed 0.5 1 2 3 --checkpoints out/ckpt.pt
+    python experiments/sweep.py guidance 0 0.5 1 2 4 8 --checkpoints out/seed0/ckpt.pt
+    python experiments/sweep.py steps 1 2 4 16
+    python experiments/sweep.py judge pocket pocket/judge.pt    # who reads it
+
+Several checkpoints, such as those of several seeds, give mean and standard deviation.
+"""
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import train  # noqa: E402
+from whisper_decoder import BadInput, choose_device  # noqa: E402
+
+KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str)
+
+
+def cer(checkpoint: dict, kind: str, value, n: int) -> float:
+    """CER of n held-out sentences, 4 Euler steps but for what is swept."""
+    device = choose_device("auto")
+    whisper, model = train.load_critic(checkpoint, device), train.load_model(checkpoint, device)
+    reader = train.load_critic(checkpoint, device, value) if kind == "judge" else whisper
+    settings = train.Settings(**({} if kind in ("speed", "judge") else {kind: value}))
+    speed, durations = value if kind == "speed" else 1.0, train.durations_by(checkpoint["rhythm"])
+    shares, _ = data.load_data(checkpoint["config"]["data"], whisper)
+    sentences = train.per_language(data.split(list(shares))[1], n)
+    sentences = [s for s in sentences if data.fits(s, whisper, speed, durations)]
+    hypotheses = []
+    for batch, x1, *_ in train.round_trips(model, whisper, sentences,
+                                           [durations(s, speed) for s in sentences], settings):
+        features = reader.features(x1, batch.cond["frames"])
+        hypotheses += reader.transcribe(features, [s.language for s in batch.sentences])
+    return train.rates(sentences, hypotheses).cer
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("kind", choices=KINDS, help="what is swept")
+    parser.add_argument("values", nargs="+", help="its values")
+    parser.add_argument("--checkpoints", nargs="+", type=Path, default=[Path("out/ckpt.pt")])
+    parser.add_argument("--sentences", type=int, default=100, help="of held-out text")
+    args = parser.parse_args(argv)
+    try:
+        values = [KINDS[args.kind](value) for value in args.values]
+    except ValueError as error:
+        raise BadInput(f"{args.kind} cannot be swept over {args.values}: {error}") from error
+    checkpoints, cells = [train.load_checkpoint(path) for path in args.checkpoints], []
+    for value in values:
+        rates = [cer(checkpoint, args.kind, value, args.sentences) for checkpoint in checkpoints]
+        spread = f" ± {statistics.stdev(rates):.2%}" if len(rates) > 1 else ""
+        cells.append(f"{statistics.mean(rates):.2%}{spread}")
+    print(f"| {args.kind} | {' | '.join(args.values)} |\n| ---{' | ---' * len(values)} |\n"
+          f"| CER | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    train.guard(main)
