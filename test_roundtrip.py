@@ -285,7 +285,7 @@ def test_nll_is_the_full_softmax(pocket, monkeypatch):
     plain, nll = plain.sum(1) / (text >= 0).sum(1), pocket.nll(features, targets)
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])
-    close(*(torch.autograd.grad(weight @ x, features)[0] for x in (nll, plain)), atol=1e-5)
+    close(*(torch.autograd.grad(weight @ x, features)[0] for x in (nll, plain)), atol=1e-4)
 
 
 # ---- training --------------------------------------------------------------------------------

@@ -20,22 +20,23 @@ from whisper_decoder import BadInput, choose_device  # noqa: E402
 KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str)
 
 
-def cer(checkpoint: dict, kind: str, value, n: int) -> float:
-    """CER of n held-out sentences, 4 Euler steps but for what is swept."""
-    device = choose_device("auto")
+def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
+    """CER of n held-out sentences at each value, 4 Euler steps but for what is swept."""
+    device, durations = choose_device("auto"), train.durations_by(checkpoint["rhythm"])
     whisper, model = train.load_critic(checkpoint, device), train.load_model(checkpoint, device)
-    reader = train.load_critic(checkpoint, device, value) if kind == "judge" else whisper
-    settings = train.Settings(**({} if kind in ("speed", "judge") else {kind: value}))
-    speed, durations = value if kind == "speed" else 1.0, train.durations_by(checkpoint["rhythm"])
     shares, _ = data.load_data(checkpoint["config"]["data"], whisper)
-    sentences = train.per_language(data.split(list(shares))[1], n)
-    sentences = [s for s in sentences if data.fits(s, whisper, speed, durations)]
-    hypotheses = []
-    for batch, x1, *_ in train.round_trips(model, whisper, sentences,
-                                           [durations(s, speed) for s in sentences], settings):
-        features = reader.features(x1, batch.cond["frames"])
-        hypotheses += reader.transcribe(features, [s.language for s in batch.sentences])
-    return train.rates(sentences, hypotheses).cer
+    held_out, rates = train.per_language(data.split(list(shares))[1], n), []
+    for value in values:
+        reader = train.load_critic(checkpoint, device, value) if kind == "judge" else whisper
+        settings = train.Settings(**({} if kind in ("speed", "judge") else {kind: value}))
+        speed, hypotheses = value if kind == "speed" else 1.0, []
+        sentences = [s for s in held_out if data.fits(s, whisper, speed, durations)]
+        for batch, x1, *_ in train.round_trips(model, whisper, sentences,
+                                               [durations(s, speed) for s in sentences], settings):
+            features = reader.features(x1, batch.cond["frames"])
+            hypotheses += reader.transcribe(features, [s.language for s in batch.sentences])
+        rates.append(train.rates(sentences, hypotheses).cer)
+    return rates
 
 
 def main(argv=None) -> None:
@@ -50,8 +51,7 @@ def main(argv=None) -> None:
     except ValueError as error:
         raise BadInput(f"{args.kind} cannot be swept over {args.values}: {error}") from error
     checkpoints, cells = [train.load_checkpoint(path) for path in args.checkpoints], []
-    for value in values:
-        rates = [cer(checkpoint, args.kind, value, args.sentences) for checkpoint in checkpoints]
+    for rates in zip(*(sweep(c, args.kind, values, args.sentences) for c in checkpoints)):
         spread = f" ± {statistics.stdev(rates):.2%}" if len(rates) > 1 else ""
         cells.append(f"{statistics.mean(rates):.2%}{spread}")
     print(f"| {args.kind} | {' | '.join(args.values)} |\n| ---{' | ---' * len(values)} |\n"
