@@ -116,7 +116,7 @@ def test_four_sentences_come_back_exactly(pocket, tmp_path):
 
 @pytest.mark.slow
 def test_four_sentences_come_back_through_the_ear_and_another_whisper_reads_them(ear, tmp_path):
-    overfit(ear, tmp_path, steps=500, speed_range=1.0)
+    overfit(ear, tmp_path, steps=800, speed_range=1.0)
     checkpoint = train.load_checkpoint(tmp_path / "ckpt.pt")
     judge = train.load_critic(checkpoint, "cpu", str(ROOT / "pocket" / "judge.pt"))
     batch, model = batch_of(ear), train.load_model(checkpoint, "cpu")
