@@ -75,7 +75,8 @@ class FrozenWhisper:
     def silence(self) -> Tensor:
         """What the decoder sees of silence (P, E)."""
         samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
-        return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
+        with torch.autocast(self.device.type, enabled=False):  # the first step may ask for it
+            return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
     # ---- text and tokens ---------------------------------------------------------------------
 
