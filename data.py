@@ -373,11 +373,19 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     return Batch(list(sentences), cond, whisper.target_tokens(texts, codes), x1)
 
 
-class Steps(torch.utils.data.Dataset):
-    """steps[step] is the batch of a training step, from seed and step alone: it can be made ahead.
+def draw_alike(weights: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
+    """n items of like length, by their weights (N,) and frames (N,), so that little is padded.
 
-    Four batches are drawn and sorted by length, and one of them is taken, so that little is padded.
+    Four batches are drawn and sorted by length, and one of them is taken.
     """
+    picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
+    picks = picks[frames[picks].argsort(stable=True)]
+    first = n * int(torch.randint(4, (), generator=rng))
+    return picks[first : first + n].tolist()
+
+
+class Steps(torch.utils.data.Dataset):
+    """steps[step] is the batch of a training step, from seed and step alone: made ahead or not."""
 
     def __init__(self, shares: dict[Sentence, float], whisper: FrozenWhisper, batch_size: int,
                  seed: int, speed: float, speed_range: float):
@@ -393,10 +401,7 @@ class Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         rng = generator(self.seed, step)
-        picks = torch.multinomial(self.shares, 4 * self.n, replacement=True, generator=rng)
-        picks = picks[self.frames[picks].argsort(stable=True)]
-        first = self.n * int(torch.randint(4, (), generator=rng))
-        picks = picks[first : first + self.n].tolist()
+        picks = draw_alike(self.shares, self.frames, self.n, rng)
         paces = self.speed_range ** (2 * torch.rand(self.n, generator=rng) - 1)
         durations = [self.durations[i] / pace for i, pace in zip(picks, paces.tolist())]
         return make_batch([self.sentences[i] for i in picks], self.whisper, durations)
@@ -420,6 +425,14 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
     return pad_sequence(items, True).to(batch.targets.device)
 
 
+def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
+    """8-bit log-mel of a clip, 0.5 dB a step, (M, n) -> log-mel, silence behind it (M, window)."""
+    mel = torch.from_numpy(mel).float() / 85 - 1.5
+    # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
+    padding = (0, window - mel.shape[1])
+    return torch.nn.functional.pad(mel, padding, value=float(mel.max()) - 2)
+
+
 def spoken_clips(whisper: FrozenWhisper) -> tuple[list[Sentence], list[Tensor]]:
     """Test sentences that the checkpoint can hear, their log-mel as espeak-ng said them (M, 2P)."""
     sentences, mels, window = [], [], 2 * whisper.max_frames
@@ -427,8 +440,6 @@ def spoken_clips(whisper: FrozenWhisper) -> tuple[list[Sentence], list[Tensor]]:
         clips = np.split(file["mel"].T, np.cumsum(file["n_frames"])[:-1], axis=1)
         for language, text, clip in zip(file["language"].tolist(), file["text"].tolist(), clips):
             if language in whisper.languages and len(clip) == whisper.dims.n_mels:
-                mel = torch.from_numpy(clip[:, :window]).float() / 85 - 1.5  # a byte: 0.5 dB
-                silence = float(mel.max()) - 2  # the floor of Whisper's log-mel
-                mels.append(torch.nn.functional.pad(mel, (0, window - mel.shape[1]), value=silence))
+                mels.append(mel_from_bytes(clip[:, :window], window))
                 sentences.append(Sentence(language, text))
     return sentences, mels

@@ -38,9 +38,10 @@ def cut(texts: Sequence[Sentence], durations: Callable, whisper, args) -> list[P
     """Texts -> pieces that fit the decoder, as fast as --speed, --seconds and --rooms say."""
     pieces = []
     for i, text in enumerate(texts):
-        share = torch.rand((), generator=data.sentence_generator(text, args.seed)).item()
-        speed = args.speed * 1.25 ** (args.rooms * (2 * share - 1))  # nobody keeps one pace
-        speed = min(max(speed, 0.1), 10) if args.rooms else speed
+        speed = args.speed
+        if args.rooms:
+            from speech.sound import pace
+            speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
         if args.seconds is not None:
             natural = durations(text).sum() / FRAMES_PER_SECOND
             speed = natural / max(args.seconds, 1e-9)

@@ -221,9 +221,9 @@ def evaluate(run: "Run", held_out: list) -> dict:
     # Chance: the text of another sentence, and x0 in place of x1.
     result["cer_shuffled_text"] = rates(sentences, read(sentences[1:] + sentences[:1])).cer
     some = per_language(sentences, 50)
-    batch = data.make_batch(some, whisper, [run.durations(s, config.speed) for s in some])
-    features = whisper.features(data.noise(batch.to(whisper), whisper.channels, 0),
-                                batch.cond["frames"].to(whisper.device))
+    durations = [run.durations(s, config.speed) for s in some]
+    batch = data.make_batch(some, whisper, durations).to(whisper)
+    features = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
     result["cer_x0"] = rates(some, whisper.transcribe(features, [s.language for s in some])).cer
     # What the decoder makes of real speech, where ours fits the checkpoint.
     spoken, mels = data.spoken_clips(whisper)

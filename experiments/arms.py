@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                        f"{', '.join(ARMS)}")
     make_pocket.need_espeak()
     for name in names:
-        minutes, has_text, recordings.SPEECH_ALONE, steps = ARMS[name]
+        minutes, has_text, share, steps = ARMS[name]
+        recordings.SPEECH_ALONE = share
         folder = Path("out/arms") / name
         write_speech(folder / "speech", choose(minutes), has_text)
         train.main(["--speech", str(folder / "speech"), "--out_dir", str(folder), "--device", "cpu",

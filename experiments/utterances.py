@@ -47,9 +47,8 @@ class Voice(NamedTuple):
     has_pace: bool = True
 
     def pace(self, sentence: data.Sentence, seed: int) -> float:
-        """How much faster a seed says a sentence: the rule of sample.cut."""
-        share = torch.rand((), generator=data.sentence_generator(sentence, seed)).item()
-        return 1.25 ** (self.has_pace * self.amount * (2 * share - 1))
+        """How much faster a seed says a sentence."""
+        return sound.pace(sentence, seed, self.has_pace * self.amount)
 
 
 def n_samples(whisper: FrozenWhisper) -> int:
@@ -87,7 +86,7 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
     """espeak-ng says the sentences -> log-mel (M, 2P) each."""
     if whisper.dims.n_mels == 80 and whisper.max_frames == make_pocket.DIMS.n_audio_ctx:
         for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
-            yield make_pocket.mel_from_bytes(clip, 2 * whisper.max_frames)
+            yield data.mel_from_bytes(clip, 2 * whisper.max_frames)
         return
     say = partial(make_pocket.random_samples, variants=variants, seed=seed,
                   longest=n_samples(whisper))
@@ -98,8 +97,6 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
 
 def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
     """Human clips of 1 to 12 seconds, chosen by a hash; no digits: who knows how they are read?"""
-    if not folder.is_dir():
-        raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
     entries, notes = recordings.read_manifest(folder, whisper)
     sentences, mels = [], []
     for path, s in sorted((e for e in entries if e[1]), key=lambda e: data.hash_share(e[1])):

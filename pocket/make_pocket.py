@@ -132,15 +132,8 @@ def random_clip(sentence, variants, seed):
 
 
 def quantize(mel):
-    """Log-mel -> one byte a value, 0.5 dB a step."""
+    """Log-mel -> one byte a value, 0.5 dB a step; data.mel_from_bytes undoes it."""
     return ((mel + 1.5) * 85).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-def mel_from_bytes(mel, window):
-    """8-bit log-mel of a clip (n_mels, n) -> log-mel and silence behind it (n_mels, window)."""
-    mel = torch.from_numpy(mel).float() / 85 - 1.5  # undoes `quantize`
-    # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
-    return F.pad(mel, (0, window - mel.shape[1]), value=float(mel.max()) - 2)
 
 
 def speak_all(sentences, variants, seed, work, name, workers=2):
@@ -336,7 +329,7 @@ def adversary(loss, mel, size, rng):
 def training_batch(sentences, clips, vocabulary, most, size, rng):
     """Log-mel in random rooms (`most`: strength), now and then of silence, and what it says."""
     picks, window = draw(clips, size, rng)
-    mel = torch.stack([mel_from_bytes(warp(clips[i], window, rng), window) for i in picks])
+    mel = torch.stack([data.mel_from_bytes(warp(clips[i], window, rng), window) for i in picks])
     amount = most * torch.rand((), generator=rng).item()
     mel = augment(mel, amount, rng)
     rows = [vocabulary.tokens(*sentences[i]) for i in picks]
@@ -417,7 +410,7 @@ def check(whisper, sentences, clips):
     read, heard = [], []
     for start in tqdm(range(0, len(clips), 50), desc="checking"):
         part, some = sentences[start : start + 50], clips[start : start + 50]
-        mels = [mel_from_bytes(clip, 2 * whisper.max_frames) for clip in some]
+        mels = [data.mel_from_bytes(clip, 2 * whisper.max_frames) for clip in some]
         features = whisper.features_of_mel(torch.stack(mels))
         read += [t.text for t in whisper.transcribe(features, [s.language for s in part])]
         probabilities = whisper.model.detect_language(features)[1]

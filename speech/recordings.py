@@ -50,7 +50,9 @@ class Recording(NamedTuple):
 
 
 def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], list[str]]:
-    """A folder -> its recordings, notes on lines that are left out."""
+    """A folder -> its recordings, notes on lines that are left out; BadInput if there is none."""
+    if not folder.is_dir():
+        raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
     is_table = (folder / "manifest.tsv").exists()
     manifest = folder / ("manifest.tsv" if is_table else "metadata.csv")
     if not manifest.exists():
@@ -161,8 +163,6 @@ def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> di
 
 def load_recordings(folder: Path, whisper: FrozenWhisper) -> tuple[list[Recording], list[str]]:
     """A folder -> recordings of sentences that `data.split` does not hold out, notes."""
-    if not folder.is_dir():
-        raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
     entries, notes = read_manifest(folder, whisper)
     encoded = cached(folder, entries, whisper)
     notes += encoded["notes"]
@@ -193,10 +193,7 @@ class Steps(torch.utils.data.Dataset):
             return self.text[step]
         rng, n = data.generator(self.text.seed, step), self.text.n
         often = self.frames.double() ** -2  # short ones are rare, as in data.load_data
-        picks = torch.multinomial(often, 4 * n, replacement=True, generator=rng)
-        picks = picks[self.frames[picks].argsort(stable=True)]  # of like length: little is padded
-        first = n * int(torch.randint(4, (), generator=rng))
-        batch = [self.recordings[i] for i in picks[first : first + n].tolist()]
+        batch = [self.recordings[i] for i in data.draw_alike(often, self.frames, n, rng)]
         sentences, x1, durations = zip(*batch)
         return data.make_batch(sentences, self.text.whisper, durations, x1)
 

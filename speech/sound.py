@@ -36,6 +36,12 @@ def another_voice(ear: Ear, x1: Tensor, frames: Tensor, sentences: Sequence[Sent
     return moved
 
 
+def pace(sentence: Sentence, seed: int, amount: float) -> float:
+    """How much faster a seed says a sentence, by up to a quarter: nobody keeps one pace."""
+    share = torch.rand((), generator=sentence_generator(sentence, seed)).item()
+    return 1.25 ** (amount * (2 * share - 1))
+
+
 def griffin_lim(mel: Tensor, rounds: int = 60) -> Tensor:
     """Log-mel (M, n) -> 16 kHz samples (160 n,) that sound like it.
 
