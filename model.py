@@ -38,13 +38,16 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding, (B, H, N, D/H) -> (B, H, N, D/H). RoFormer, arXiv 2104.09864."""
-    half = x.shape[-1] // 2
-    frequencies = 1e4 ** -(torch.arange(half, device=x.device) / half)
-    angles = torch.arange(x.shape[2], device=x.device)[:, None] * frequencies  # (N, D/2H)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+def rotations(n: int, width: int, device: torch.device) -> Tensor:
+    """cos and sin by which `rotate` turns n patches, (2, N, width / 2)."""
+    frequencies = 1e4 ** -(torch.arange(width // 2, device=device) / (width // 2))
+    angles = torch.arange(n, device=device)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotary position embedding, (..., N, D/H) -> (..., N, D/H). RoFormer, arXiv 2104.09864."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotations.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
@@ -75,16 +78,17 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation[1].weight)
         nn.init.zeros_(self.modulation[1].bias)
 
-    def attention(self, x: Tensor, mask: Tensor) -> Tensor:
+    def attention(self, x: Tensor, mask: Tensor, rotations: Tensor) -> Tensor:
         """Self-attention to the patches of the mask, (B, N, D), (B, 1, 1, N) -> (B, N, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, attn_mask=mask)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], rotations)  # (B, H, N, D/H)
+        y = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
-        """(B, N, D), (B, 1, D), (B, 1, 1, N) -> (B, N, D)."""
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor, rotations: Tensor) -> Tensor:
+        """(B, N, D), (B, 1, D), (B, 1, 1, N), (2, N, D/2H) -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(modulate(x, shift1, scale1), mask)
+        x = x + gate1 * self.attention(modulate(x, shift1, scale1), mask, rotations)
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
@@ -149,8 +153,9 @@ class DiT(nn.Module):
         x = x + self.latent_in(patches(x_t))
         attention_mask = mask[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame
         condition = self.embed_condition(t, cond)
+        turns = rotations(x.shape[1], self.config.width // self.config.depth, x.device)
         for block in self.blocks:
-            x = block(x, condition, attention_mask)  # (B, N, D)
+            x = block(x, condition, attention_mask, turns)  # (B, N, D)
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)

@@ -429,8 +429,8 @@ def test_files_stay_whole_and_flags_are_known(tmp_path, pocket, capsys):
             train.parse_config(argv)
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in vars(train.Config()))
-    argv = ["--steps", "7", "--compile", "--data", "builtin", "en=a.txt"]
-    config = train.Config(steps=7, compile=True, data=("builtin", "en=a.txt"))
+    argv = ["--steps", "7", "--resume", "--data", "builtin", "en=a.txt"]
+    config = train.Config(steps=7, resume=True, data=("builtin", "en=a.txt"))
     assert train.parse_config(argv) == config
 
 

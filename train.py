@@ -73,7 +73,6 @@ class Config:
     eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
     seed: int = setting(0, "of everything random", 0, 2**31)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    compile: bool = setting(False, "torch.compile the DiT")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt")
 
     def __post_init__(self):
@@ -289,7 +288,7 @@ class Run:
     def load(self) -> None:
         """Go on from the checkpoint; BadInput if it was made with another configuration."""
         checkpoint = load_checkpoint(self.path)
-        free = {"out_dir", "device", "compile", "resume", "eval_every", "eval_sentences"}
+        free = {"out_dir", "device", "resume", "eval_every", "eval_sentences"}
         for name, now in asdict(self.config).items():
             if name not in free and (before := checkpoint["config"].get(name)) != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
@@ -382,7 +381,6 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
     steps: step -> batch, the same for every rank, see data.Steps.
     """
     config, whisper, device, is_main = run.config, run.whisper, run.whisper.device, rank == 0
-    model = torch.compile(run.model, dynamic=True) if config.compile else run.model
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     workers = {}  # make batches ahead, beside a GPU
     if device.type == "cuda" and hasattr(os, "fork"):
@@ -399,7 +397,7 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
             with autocast:
-                loss, nll, cfm = objective(model, whisper, batch, x0, t, drop, room,
+                loss, nll, cfm = objective(run.model, whisper, batch, x0, t, drop, room,
                                            config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -334,6 +334,8 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
 
 def choose_device(name: str) -> torch.device:
     """auto: cuda, else mps, else cpu; cuda is the one of this process of torchrun."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # where bf16 would be too coarse
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape: 0.3 s a step
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
