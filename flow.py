@@ -33,22 +33,15 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> v, (B, T, C), (B,) 
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2}
 
 
-def expand(t: Tensor) -> Tensor:
-    """Times that broadcast over latents, (B,) -> (B, 1, 1)."""
-    return t[:, None, None]
-
-
-# ---- path and loss ---------------------------------------------------------------------------
-
-
 def path(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     """The point x_t of the straight path, (B, T, C), (B, T, C), (B,) -> (B, T, C). Eq. 22."""
-    return (1 - expand(t)) * x0 + expand(t) * x1
+    t = t[:, None, None]
+    return (1 - t) * x0 + t * x1
 
 
 def velocity_from_endpoint(x1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The velocity that leads from x_t to x1_hat in the time that is left, t < 1."""
-    return (x1_hat - x_t) / (1 - expand(t))
+    return (x1_hat - x_t) / (1 - t[:, None, None])
 
 
 def cfm_loss(model: Model, x0: Tensor, x1: Tensor, t: Tensor, cond: dict, mask: Tensor) -> Tensor:
@@ -58,9 +51,6 @@ def cfm_loss(model: Model, x0: Tensor, x1: Tensor, t: Tensor, cond: dict, mask: 
     """
     error = model(path(x0, x1, t), t, cond) - x1
     return (error.square().mean(2) * mask).sum(1) / mask.sum(1)
-
-
-# ---- sampler ---------------------------------------------------------------------------------
 
 
 def schedule(steps: int, sway: float = 0.0) -> Tensor:
@@ -102,13 +92,13 @@ def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
 
 
 def solver_step(velocity: Velocity, x: Tensor, t: Tensor, h: Tensor, method: str) -> Tensor:
-    """One explicit Runge-Kutta step, x at t -> x at t + h, (B, T, C), (B,), (B,) -> (B, T, C)."""
+    """One explicit Runge-Kutta step, x at t -> x at t + h, (B, T, C), (B,), () -> (B, T, C)."""
     v = velocity(x, t)
     if method == "euler":
-        return x + expand(h) * v
+        return x + h * v
     if method == "midpoint":
-        return x + expand(h) * velocity(x + expand(h / 2) * v, t + h / 2)
-    return x + expand(h / 2) * (v + velocity(x + expand(h) * v, t + h))
+        return x + h * velocity(x + h / 2 * v, t + h / 2)
+    return x + h / 2 * (v + velocity(x + h * v, t + h))
 
 
 def sample(velocity: Velocity, x0: Tensor, steps: int = 4, method: str = "euler",
@@ -121,7 +111,7 @@ def sample(velocity: Velocity, x0: Tensor, steps: int = 4, method: str = "euler"
         raise ValueError(f"unknown solver {method!r}; choose one of {', '.join(ORDER)}")
     times, states = schedule(steps, sway).to(x0.device), [x0]
     for i in range(steps):
-        t, h = (time.expand(len(x0)) for time in (times[i], times[i + 1] - times[i]))
+        t, h = times[i].expand(len(x0)), times[i + 1] - times[i]
         # Heun looks at t = 1, where an endpoint has no velocity; midpoint has the same order.
         method_now = "midpoint" if method == "heun" and i == steps - 1 else method
         states.append(solver_step(velocity, states[-1], t, h, method_now))

@@ -146,11 +146,10 @@ class DiT(nn.Module):
         padding = -n_frames % patch
         mask = torch.arange(n_frames + padding, device=x_t.device) < cond["frames"][:, None]
         x_t = F.pad(x_t, (0, 0, 0, padding)) * mask[:, :, None]  # (B, T + padding, C)
-        patches = lambda x: x.unflatten(1, (-1, patch)).flatten(2)  # noqa: E731
-        text = patches(self.embed_text(cond, mask))  # (B, N, patch * D)
+        text = self.embed_text(cond, mask).unflatten(1, (-1, patch))  # (B, N, patch, D)
         # The mean of a patch learns faster; the order, from zero on, tells "ab" from "ba".
-        x = text.unflatten(2, (patch, -1)).mean(2) + self.order_in(text)
-        x = x + self.latent_in(patches(x_t))
+        x = text.mean(2) + self.order_in(text.flatten(2))  # (B, N, D)
+        x = x + self.latent_in(x_t.unflatten(1, (-1, patch)).flatten(2))
         attention_mask = mask[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame
         condition = self.embed_condition(t, cond)
         turns = rotations(x.shape[1], self.config.width // self.config.depth, x.device)

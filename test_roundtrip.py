@@ -28,7 +28,8 @@ import train
 import whisper_decoder
 from data import Sentence
 from model import REACH, DiT, DiTConfig
-from whisper_decoder import BadInput, Ear, FrozenWhisper, Room
+from speech.ear import Ear, Room
+from whisper_decoder import BadInput, FrozenWhisper
 
 ROOT = Path(train.__file__).parent
 SENTENCES = [Sentence("en", "The dog sleeps."), Sentence("zh", "老师在教室里吃饺子。"),
@@ -145,7 +146,7 @@ def test_path_velocity_and_loss():
 def test_solver_has_its_order(method, order, grown):
     """dx/dt = x cos(2t) has the solution x0 exp(sin(2t) / 2)."""
     x0 = torch.ones(1, 1, 1, dtype=torch.float64)
-    error = [flow.sample(lambda x, t: x * torch.cos(2 * flow.expand(t)), x0, n, method)[-1].item()
+    error = [flow.sample(lambda x, t: x * torch.cos(2 * t), x0, n, method)[-1].item()
              - math.exp(math.sin(2) / 2) for n in (40, 80)]
     assert abs(math.log2(error[0] / error[1]) - order) < 0.15
     assert flow.sample(lambda x, t: x, x0, 2, method)[1].item() == grown  # dx/dt = x, h = 1/2

@@ -32,8 +32,9 @@ from tqdm import tqdm
 import data
 import flow
 from model import DiT, DiTConfig
+from speech.ear import Ear, Room
 from whisper_decoder import (
-    BadInput, Ear, ErrorRates, FrozenWhisper, Room, choose_device, error_rates, first_line,
+    BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
 )
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic

@@ -1,11 +1,9 @@
 """The frozen Whisper: tokens, latents and features, cross-entropy, greedy decoding, error rates.
 
-Two critics share one contract (`channels`, `bound`, `latents`, `features`, `text_loss`):
+x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
+and variance 1, as N(0, I) has. The decoder reads it.
 
-    FrozenWhisper  x1 is the encoder's output before the gain and bias of its last LayerNorm, so
-                   every frame has mean 0 and variance 1, as N(0, I) has. The decoder reads it.
-    Ear            x1 is a log-mel spectrogram at 50 frames a second. The encoder hears it, in
-                   training in random rooms, then the decoder reads.
+A critic has `channels`, `bound`, `latents`, `features` and `text_loss`: this, and speech/ear.py's.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V vocabulary.
@@ -35,8 +33,6 @@ SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[
 PARTING_SIGNS = r"[#+/:;=@\\]"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 CHUNK = 512  # number of targets whose logits are in memory at once
-MEL_STD = 0.5  # standard deviation of Whisper's log-mel in speech, about
-SILENT_FRAMES = 40  # of silence behind the speech while an ear trains; else the official window
 
 
 class BadInput(ValueError):
@@ -156,10 +152,10 @@ class FrozenWhisper:
     # ---- the critic and the judge ------------------------------------------------------------
 
     def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
-                  room: "Room | None" = None) -> Tensor:
-        """How hard the text is to read in x1, in nats per token, (B, T, C), (B, L) -> (B,).
+                  room: object = None) -> Tensor:
+        """How hard the text is to read in x1, in nats per token, (B, T, C), (B,), (B, L) -> (B,).
 
-        Features are the same in every room.
+        `room` is for an ear: features are the same in every room.
         """
         return self.nll(self.features(x1, frames), targets)
 
@@ -200,117 +196,6 @@ class FrozenWhisper:
             result.update(zip(items, whisper.decode(self.model, features[items].float(), options)))
         # Each would keep its features alive.
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
-
-
-# ---- the ear ---------------------------------------------------------------------------------
-
-
-class Ear(FrozenWhisper):
-    """A frozen Whisper that hears: x1 (B, T, M) is Whisper's own log-mel / MEL_STD."""
-
-    bound = "tanh"
-
-    def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
-        super().__init__(name, device)
-        self.channels = self.dims.n_mels
-
-    def latents(self, mel: Tensor) -> Tensor:
-        """x1 of real speech, (B, M, 2T) -> (B, T, M)."""
-        return F.avg_pool1d(mel.to(self.device), 2).transpose(1, 2) / MEL_STD
-
-    def spectrogram(self, x1: Tensor, frames: Tensor, window: int) -> Tensor:
-        """x1 (B, T, M), lengths (B,) -> log-mel with silence behind, (B, M, 2 * window).
-
-        Like Whisper's own it is clipped 80 dB (2.0) below its peak, or at 1e-10 of full power
-        (-1.5), and that is its silence. The last frame is repeated, so that nothing behind the end
-        is smoothed into it.
-        """
-        last = torch.arange(x1.shape[1] + 1, device=x1.device).minimum(frames[:, None] - 1)
-        mel = x1.float().gather(1, last[:, :, None].expand(-1, -1, self.channels)).transpose(1, 2)
-        mel = upsample(MEL_STD * mel)
-        mel = F.pad(mel, (0, 2 * window - mel.shape[2]))  # a negative number cuts
-        mask = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
-        loudest = mel.detach().masked_fill(~mask, -9).amax((1, 2), keepdim=True)
-        floor = (loudest - 2).clamp(min=-1.5)
-        return torch.where(mask, mel, floor).maximum(floor)
-
-    def features(self, x1: Tensor, frames: Tensor) -> Tensor:
-        """What the decoder sees in the official window, (B, T, M), (B,) -> (B, P, E)."""
-        return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))
-
-    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
-                  room: "Room | None" = None) -> Tensor:
-        """How hard the text is to read where the encoder hears x1 in a random room, -> (B,).
-
-        The window is hardly longer than the speech, which begins a little later by chance.
-        """
-        window = min(x1.shape[1] + SILENT_FRAMES, self.max_frames)
-        mel = self.spectrogram(x1, frames, window)
-        if room and room.amount:
-            spare = min(2 * (window - x1.shape[1]), 24)  # hops of silence that may stand in front
-            shift = torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device)
-            mel = random_room(mel.roll(int(shift), 2), room)
-        return self.nll(self.features_of_mel(mel), targets)
-
-
-def smooth(mel: Tensor) -> Tensor:
-    """Mean over three bins and 50 ms, (B, M, n) -> (B, M, n): voices do not flicker."""
-    return F.avg_pool2d(mel[:, None], (3, 5), 1, (1, 2), count_include_pad=False)[:, 0]
-
-
-def upsample(mel: Tensor) -> Tensor:
-    """From 50 to 100 frames a second, smoothly, (B, M, n) -> (B, M, 2n)."""
-    return smooth(F.interpolate(mel, scale_factor=2, mode="linear"))
-
-
-# The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
-ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
-            mask=0.2)
-VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --rooms`
-
-
-class Room(NamedTuple):
-    """How far transformations go, and what draws them."""
-
-    amount: float  # 0: none, 1: as strong as they get
-    rng: torch.Generator  # on the device of what is heard
-    strength: dict[str, float] = ROOM
-
-
-def random_room(mel: Tensor, room: Room) -> Tensor:
-    """Each item of a log-mel in another voice and room, (B, M, n) -> (B, M, n).
-
-    What a Whisper still reads there depends less on what only this one network would notice:
-    expectation over transformations, Athalye et al. 2018 (arXiv 1707.07397).
-    """
-    (n_items, n_mels, n), device = mel.shape, mel.device
-    uniform = lambda *size: torch.rand(*size, generator=room.rng, device=device)  # noqa: E731
-    normal = lambda *size: torch.randn(*size, generator=room.rng, device=device)  # noqa: E731
-    curve = lambda nodes, size: F.interpolate(  # noqa: E731  (B, 1, size), smooth
-        normal(n_items, 1, nodes), size, mode="linear", align_corners=True)
-    s = {name: room.amount * value for name, value in room.strength.items()}
-    bins = torch.arange(n_mels, device=device)[:, None]
-
-    # A longer vocal tract has all its resonances lower; nobody holds an even pace.
-    y = bins / (n_mels - 1) * (1 + s["vocal_tract"] * (2 * uniform(n_items, 1, 1) - 1))
-    x = (s["rhythm"] * curve(2 + n // 25, n)).exp().cumsum(2)
-    x = (x - x[:, :, :1]) / (x[:, :, -1:] - x[:, :, :1])
-    grid = 2 * torch.stack([x.expand_as(mel), y.expand_as(mel)], -1) - 1
-    mel = F.grid_sample(mel[:, None], grid, padding_mode="border", align_corners=True)[:, 0]
-    # Steady noise covers what is quieter.
-    floor = mel.amin((1, 2), keepdim=True).detach()
-    mel = mel.maximum(floor + s["cover"] * uniform(n_items, 1, 1))
-    # Distance, microphones and loudspeakers: loudness, tilt, a smooth curve over the frequencies.
-    mel = mel + s["gain"] * normal(n_items, 1, 1)
-    mel = mel + s["tilt"] * normal(n_items, 1, 1) * (2 * bins / (n_mels - 1) - 1)
-    mel = mel + s["equaliser"] * curve(6, n_mels).transpose(1, 2)
-    # Hiss of a random level: no single value may matter (randomised smoothing, arXiv 1902.02918).
-    mel = mel + s["noise"] * uniform(n_items, 1, 1) * normal(*mel.shape)
-    # A band is missing, so no band may say it all (SpecAugment, arXiv 1904.08779).
-    width = s["mask"] * n_mels * uniform(n_items, 1, 1)
-    low = uniform(n_items, 1, 1) * (n_mels - width)
-    is_masked = (low <= bins) & (bins < low + width)
-    return torch.where(is_masked, mel.mean((1, 2), keepdim=True).detach(), mel)
 
 
 # ---- loading, text, error rates --------------------------------------------------------------

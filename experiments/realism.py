@@ -47,9 +47,10 @@ from experiments.utterances import (  # noqa: E402
     Flow, Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
 )
 from speech import sound  # noqa: E402
+from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
 from train import Settings, per_language  # noqa: E402
-from whisper_decoder import VOICE, BadInput, Ear, FrozenWhisper, choose_device  # noqa: E402
+from whisper_decoder import BadInput, FrozenWhisper, choose_device  # noqa: E402
 
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
 N_WAV, N_TEST, N_VERSIONS = 24, 250, 8  # files; clips of a test, at most; versions of a text

@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from experiments.student import greedy_cer  # noqa: E402
 from model import bounded  # noqa: E402
+from speech.ear import ROOM, Ear, Room  # noqa: E402
 from train import guard, per_language  # noqa: E402
-from whisper_decoder import ROOM, BadInput, Ear, Room, choose_device  # noqa: E402
+from whisper_decoder import BadInput, choose_device  # noqa: E402
 
 RATE = 0.1  # of Adam, on x1
 JUDGE = ROOT / "pocket" / "judge.pt"

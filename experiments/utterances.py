@@ -24,8 +24,9 @@ import train  # noqa: E402
 from experiments.student import Speech, letters, resample  # noqa: E402
 from model import DiT  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
+from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
-from whisper_decoder import SILENT_FRAMES, VOICE, BadInput, Ear, FrozenWhisper  # noqa: E402
+from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
 
 N_PEOPLE = 250  # clips of a test, at most
 

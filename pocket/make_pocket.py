@@ -33,10 +33,9 @@ HERE = Path(__file__).resolve().parent
 SENTENCES, SPEECH = HERE / "sentences", HERE / "speech.npz"
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
+from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
-from whisper_decoder import (  # noqa: E402
-    POCKET, UNSPACED, FrozenWhisper, Room, error_rates, random_room, smooth, upsample,
-)
+from whisper_decoder import POCKET, UNSPACED, FrozenWhisper, error_rates  # noqa: E402
 
 DIMS = ModelDimensions(
     n_mels=80, n_audio_ctx=256, n_audio_state=128, n_audio_head=4, n_audio_layer=3,

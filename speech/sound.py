@@ -14,7 +14,7 @@ from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_filters
 
 from data import Sentence, atomic_write, sentence_generator
-from whisper_decoder import VOICE, Ear, Room, random_room
+from speech.ear import VOICE, Ear, Room, random_room
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:

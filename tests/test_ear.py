@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from whisper.audio import log_mel_spectrogram
 
 import train
-import whisper_decoder
 from speech import sound
+from speech.ear import MEL_STD, ROOM, Room, random_room
 from test_roundtrip import (  # noqa: F401
     FLAGS, SENTENCES, batch_of, cer_of, close, ear, randn, sampled, spoken,
 )
-from whisper_decoder import ROOM, Room
 
 
 def test_ear_without_a_room_hears_what_whisper_hears(ear):
@@ -39,16 +38,16 @@ def test_ear_without_a_room_hears_what_whisper_hears(ear):
     assert torch.equal(*losses[:2]) and (losses[0] - losses[2]).abs().max() > 0.01
     ramp = torch.linspace(-1, 1, 50)[None, :, None].expand(1, 50, 80)  # it stays one
     mel = ear.spectrogram(ramp, torch.tensor([50]), 50)[0, 0, 5:-5]
-    close(mel.diff(), torch.full((89,), whisper_decoder.MEL_STD / 49))
+    close(mel.diff(), torch.full((89,), MEL_STD / 49))
     checks = (-1.0) ** (torch.arange(50)[:, None] + torch.arange(80))[None]
     mel = ear.spectrogram(checks, torch.tensor([50]), 50)[0, 1:-1, 5:-5]  # 3 bins, 5 hops: means
-    close(mel.abs(), torch.full_like(mel, whisper_decoder.MEL_STD / 3 / 10))
+    close(mel.abs(), torch.full_like(mel, MEL_STD / 3 / 10))
 
 
 def in_room(mel, seed=0, amount=1.0, **strength):
     """A log-mel in a room that has these transformations alone."""
     room = Room(amount, torch.Generator().manual_seed(seed), dict.fromkeys(ROOM, 0.0) | strength)
-    return whisper_decoder.random_room(mel, room)
+    return random_room(mel, room)
 
 
 def some_mel(n_items=6, n=200):

@@ -15,7 +15,8 @@ import data
 import train
 from data import Sentence
 from experiments import benchmark, look, pace, realism, rooms, seeds, student, sweep, utterances
-from whisper_decoder import ROOM, VOICE, BadInput, Ear
+from speech.ear import ROOM, VOICE, Ear
+from whisper_decoder import BadInput
 
 make_pocket = realism.make_pocket
 needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is missing")

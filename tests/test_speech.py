@@ -12,7 +12,8 @@ import data
 import train
 from data import Sentence
 from speech import align, recordings, sound
-from whisper_decoder import BadInput, Ear, FrozenWhisper
+from speech.ear import Ear
+from whisper_decoder import BadInput, FrozenWhisper
 
 TEXTS = ["The dog sleeps in the garden.", "He drinks some cold milk.", "My mother works a lot.",
          "We walk to the old school."]  # none of them held out
