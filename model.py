@@ -78,17 +78,14 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation[1].weight)
         nn.init.zeros_(self.modulation[1].bias)
 
-    def attention(self, x: Tensor, mask: Tensor, rotations: Tensor) -> Tensor:
-        """Self-attention to the patches of the mask, (B, N, D), (B, 1, 1, N) -> (B, N, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(qkv[:2], rotations)  # (B, H, N, D/H)
-        y = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))
-
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor, rotations: Tensor) -> Tensor:
         """(B, N, D), (B, 1, D), (B, 1, 1, N), (2, N, D/2H) -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(modulate(x, shift1, scale1), mask, rotations)
+        qkv = self.qkv(modulate(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H) each
+        q, k = rotate(qkv[:2], rotations)
+        y = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=mask)
+        x = x + gate1 * self.out(y.transpose(1, 2).flatten(2))
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 

@@ -1,9 +1,8 @@
 """The frozen Whisper: tokens, latents and features, cross-entropy, greedy decoding, error rates.
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
-and variance 1, as N(0, I) has. The decoder reads it.
-
-A critic has `channels`, `bound`, `latents`, `features` and `text_loss`: this, and speech/ear.py's.
+and variance 1, as N(0, I) has; the decoder reads it.
+A critic, this or speech/ear.py's, has `channels`, `bound`, `latents`, `features` and `text_loss`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V vocabulary.
@@ -32,7 +31,7 @@ POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
 PARTING_SIGNS = r"[#+/:;=@\\]"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
-CHUNK = 512  # number of targets whose logits are in memory at once
+CHUNK = 512  # targets whose logits are in memory at once; all would be a step's largest tensor
 
 
 class BadInput(ValueError):
@@ -40,24 +39,19 @@ class BadInput(ValueError):
 
 
 class FrozenWhisper:
-    """A Whisper checkpoint whose weights never change; gradients still pass through to its inputs.
-
-    name: "pocket", an official name ("tiny" ... "turbo"), or the path of a file in OpenAI's format.
-    Raises BadInput if it cannot be loaded.
-    """
+    """A Whisper whose weights never change: pocket, an official name, or a checkpoint file."""
 
     bound = "sphere"  # of the endpoint, see model.DiTConfig
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         self.name, self.device = name, torch.device(device)
-        # requires_grad_, not no_grad: the gradient of the loss has to reach the features.
+        # requires_grad_, not no_grad: the gradient of the loss has to pass through to x1.
         self.model = load_whisper(name, self.device).eval().requires_grad_(False)
         self.dims = self.model.dims
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
-        # One matrix embeds the tokens and makes the logits. All tokens that pocket never uses share
-        # one row and so one logit: `token_nll` makes 1,900 logits in place of 51,865, with the same
-        # result. Official checkpoints have no equal rows, and nothing changes.
+        # In pocket all tokens that it never uses share one row of the embedding, and so one logit:
+        # `token_nll` needs 1,900 logits, not 51,865. Official checkpoints have no equal rows.
         unique = self.model.decoder.token_embedding.weight.cpu().unique(
             dim=0, return_inverse=True, return_counts=True)
         self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
@@ -73,8 +67,6 @@ class FrozenWhisper:
         samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
         with torch.autocast(self.device.type, enabled=False):  # the first step may ask for it
             return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
-
-    # ---- text and tokens ---------------------------------------------------------------------
 
     def check_language(self, language: str) -> str:
         """A code or English name -> the code; BadInput if this checkpoint does not know it."""
@@ -102,32 +94,23 @@ class FrozenWhisper:
         return F.layer_norm(x, x.shape[-1:])
 
     def encode(self, text: str, language: str) -> list[int]:
-        """Text -> the tokens that `whisper.decode` can write for it.
-
-        Whisper begins with a blank where that is part of the first word's token. Before Chinese
-        characters it would be a token of its own, which is never written first (suppress_blank).
-        """
+        """Text, after a blank -> the tokens that `whisper.decode` can write for it."""
         tokenizer = self.tokenizer(language)
         tokens = tokenizer.encode(" " + strip_unspoken(text), disallowed_special=())
+        # It never writes a first blank that is a token alone, as before Chinese (suppress_blank).
         return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
 
     def target_tokens(self, texts: Sequence[str], languages: Sequence[str]) -> Tensor:
         """Texts -> prompt + text + <|endoftext|>, padded with -1 (B, L), on the CPU."""
-        end = self.tokenizer("en").eot
-        rows = [[*self.prompt(code), *self.encode(text, code), end]
+        rows = [[*self.prompt(code), *self.encode(text, code), self.tokenizer(code).eot]
                 for text, code in zip(texts, languages, strict=True)]
         return pad_sequence([torch.tensor(row) for row in rows], True, padding_value=-1)
 
-    # ---- speech, latents and features --------------------------------------------------------
-
     def encode_mel(self, mel: Tensor) -> Tensor:
-        """AudioEncoder.forward without its last gain and bias, in shorter windows too.
-
-        Log-mel (B, M, 2T) -> (B, T, E).
-        """
+        """AudioEncoder.forward without its last gain and bias, log-mel (B, M, 2T) -> (B, T, E)."""
         encoder = self.model.encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel.to(self.device))))).transpose(1, 2)
-        x = x + encoder.positional_embedding[: x.shape[1]]
+        x = x + encoder.positional_embedding[: x.shape[1]]  # shorter windows will do
         for block in encoder.blocks:
             x = block(x)
         return F.layer_norm(x, x.shape[-1:])
@@ -139,24 +122,16 @@ class FrozenWhisper:
     latents = encode_mel  # x1 of real speech, (B, M, 2T) -> (B, T, C)
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
-        """x1 (B, T, C), lengths (B,) -> what the decoder sees, silence after each (B, P, E).
-
-        Cross-attention has no mask, so what stands after the speech is seen: in training as in use
-        it is what the encoder makes of silence.
-        """
+        """What the decoder sees of x1 and silence behind it, (B, T, C), (B,) -> (B, P, E)."""
+        # Cross-attention has no mask: what is behind the speech is seen, in training as in use.
         speech = self.model.encoder.ln_post(x1.float())
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
 
-    # ---- the critic and the judge ------------------------------------------------------------
-
     def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
                   room: object = None) -> Tensor:
-        """How hard the text is to read in x1, in nats per token, (B, T, C), (B,), (B, L) -> (B,).
-
-        `room` is for an ear: features are the same in every room.
-        """
+        """Cross-entropy of the text in x1, alike in any room, (B, T, C), (B,), (B, L) -> (B,)."""
         return self.nll(self.features(x1, frames), targets)
 
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
@@ -169,11 +144,10 @@ class FrozenWhisper:
         # Position i predicts token i + 1, so the first text token is predicted at n_prompt - 1.
         x = decoder.ln(x[:, self.n_prompt - 1 :][mask]).float()  # (all targets, E)
         rows = self.row_of[targets[:, self.n_prompt :][mask]]
-        # All logits at once would be the largest tensor of a step: 51,866 for each target.
         parts = [checkpoint(self.token_nll, *part, use_reentrant=False)
                  for part in zip(x.split(CHUNK), rows.split(CHUNK))]
-        each = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, torch.cat(parts))
-        return each.sum(1) / mask.sum(1)
+        nll = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, torch.cat(parts))
+        return nll.sum(1) / mask.sum(1)
 
     def token_nll(self, x: Tensor, rows: Tensor) -> Tensor:
         """-log softmax over V tokens, (N, E), (N,) -> (N,): k equal rows weigh k exp(logit)."""
@@ -183,7 +157,7 @@ class FrozenWhisper:
             return F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
-        """Greedy `whisper.decode`, which skips the encoder for features, (B, P, E) -> hypotheses.
+        """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses without them.
 
         A language of None is detected. avg_logprob is a mean over tokens, in nats; no_speech_prob
         that of <|nospeech|> as the first token; a compression_ratio above 2.4 Whisper calls a loop.
@@ -194,15 +168,11 @@ class FrozenWhisper:
             language = language or (None if self.model.is_multilingual else "en")
             options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
             result.update(zip(items, whisper.decode(self.model, features[items].float(), options)))
-        # Each would keep its features alive.
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
 
 
-# ---- loading, text, error rates --------------------------------------------------------------
-
-
 def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
-    """`whisper.load_model`, with one clear sentence where it fails."""
+    """`whisper.load_model`, with one clear sentence, a BadInput, where it fails."""
     names = ["pocket", *whisper.available_models()]
     if name not in names and not Path(name).is_file():
         raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
@@ -245,19 +215,17 @@ def strip_unspoken(text: str) -> str:
 @cache
 def normalizer(language: str):
     """Whisper's own: lower case, no punctuation; in English also one spelling, digits."""
-    if language == "en":
-        return EnglishTextNormalizer()
-    return BasicTextNormalizer(split_letters=language in UNSPACED)
+    return (EnglishTextNormalizer() if language == "en" else
+            BasicTextNormalizer(split_letters=language in UNSPACED))
 
 
 def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:
     """Levenshtein distance: fewest insertions, deletions and substitutions."""
     row = list(range(len(hypothesis) + 1))
     for i, expected in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, token in enumerate(hypothesis, 1):
-            best = min(row[j] + 1, row[j - 1] + 1, diagonal + (expected != token))
-            diagonal, row[j] = row[j], best
+        previous, row = row, [i]
+        for j, token in enumerate(hypothesis):
+            row.append(min(row[j] + 1, previous[j + 1] + 1, previous[j] + (expected != token)))
     return row[-1]
 
 
@@ -273,10 +241,10 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str],
     edits, total, exact = np.zeros(2), np.zeros(2), 0
     for reference, hypothesis, language in zip(references, hypotheses, languages, strict=True):
         exact += reference == hypothesis
-        words, found = (normalizer(language)(text).split() for text in (reference, hypothesis))
+        ref, hyp = (normalizer(language)(text).split() for text in (reference, hypothesis))
         space = "" if language in UNSPACED else " "
-        letters = space.join(words)
-        edits += edit_distance(letters, space.join(found)), edit_distance(words, found)
-        total += len(letters), len(words)
+        letters = space.join(ref)
+        edits += edit_distance(letters, space.join(hyp)), edit_distance(ref, hyp)
+        total += len(letters), len(ref)
     cer, wer = edits / np.maximum(total, 1)
     return ErrorRates(float(cer), float(wer), exact / max(len(references), 1))

@@ -1,14 +1,14 @@
-"""The ear: x1 is a spectrogram, which the whole frozen Whisper hears in random rooms.
-
-What `FrozenWhisper` reads is for its own decoder only. A spectrogram can be looked at and listened
-to, and another Whisper understands it too, if it is learned in rooms: otherwise the flow learns
-whatever misleads this one network. A room transforms the log-mel at random, and what is still read
-there is speech: expectation over transformations, Athalye et al. 2018 (arXiv 1707.07397).
+"""The ear: x1 is a log-mel spectrogram, which the whole frozen Whisper hears in random rooms.
 
     x1 (50 frames a second) -> log-mel (100) -> random room -> encoder -> decoder -> cross-entropy
 
-B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins and channels of x1,
-n frames of a log-mel (10 ms), P positions of Whisper's window, E width of encoder and decoder.
+Features mean something to one decoder only. A spectrogram can be looked at and listened to, but a
+flow that trains without rooms learns what only this one network would notice, and another Whisper
+reads little of it. In rooms the text has to survive a random change of the log-mel in each step, as
+it does in speech: expectation over transformations, Athalye et al. 2018 (arXiv 1707.07397).
+
+B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins, which are the channels
+of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width of the encoder.
 """
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def upsample(mel: Tensor) -> Tensor:
 
 
 def random_room(mel: Tensor, room: Room) -> Tensor:
-    """Each item of a log-mel in a voice and room of its own, (B, M, n) -> (B, M, n)."""
+    """Each item of a log-mel in another voice and room, (B, M, n) -> (B, M, n)."""
     (n_items, n_mels, n), device = mel.shape, mel.device
     uniform = lambda *size: torch.rand(*size, generator=room.rng, device=device)  # noqa: E731
     normal = lambda *size: torch.randn(*size, generator=room.rng, device=device)  # noqa: E731
