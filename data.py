@@ -1,38 +1,26 @@
-"""Text in, batches out: sources, hold-out split, length rule, splitting, characters over frames.
+"""Text in, batches out: sentences, hold-out split, length rule, characters over frames, batches.
 
-B batch, S characters, T latent frames (50 per second), L prompt + text + end tokens, C channels.
+B batch, S characters, T latent frames, L prompt + text + end tokens, C channels, M mel bins.
 """
-import bz2
-import gzip
 import hashlib
 import math
 import os
 import re
-import shutil
 import unicodedata
-import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import contextmanager
-from http.client import HTTPException
-from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
-from urllib.parse import quote
-from urllib.request import urlopen
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from model import BYTES
-from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, first_line, strip_unspoken
+from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, strip_unspoken
 
 POCKET = Path(__file__).parent / "pocket"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
-TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
-OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 MIN_SECONDS = 0.6
@@ -40,7 +28,6 @@ MIN_SECONDS = 0.6
 # (characters in UNSPACED; "-": not known), a sentence. experiments/pace.py measures the pace.
 LANGUAGES = [line.split("\t") for line in
              (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
-ISO_639_3 = {code: iso for code, iso, _, _ in LANGUAGES}
 PACE = {code: float(pace) for code, _, pace, _ in LANGUAGES if pace != "-"}
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # of the others per second: a mean; a guess
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
@@ -65,7 +52,7 @@ def atomic_write(file: Path):
         part.unlink(missing_ok=True)
 
 
-# ---- sources ---------------------------------------------------------------------------------
+# ---- sentences -------------------------------------------------------------------------------
 
 
 def builtin() -> list[Sentence]:
@@ -76,129 +63,33 @@ def builtin() -> list[Sentence]:
 
 def words(text: str, language: str) -> list[str]:
     """What the length rule counts: words, or characters in languages written without spaces."""
+    if language in UNSPACED:
+        return [c for c in text if c.isalnum()]
     # Letters, digits, marks such as Hindi's vowel signs, and what joins or parts letters in a word.
-    runs = "".join(c if unicodedata.category(c)[0] in "LMN" or c in "\u200c\u200d" else " "
-                   for c in text).split()
-    return [c for c in "".join(runs) if c.isalnum()] if language in UNSPACED else runs
+    parts = (c if unicodedata.category(c)[0] in "LMN" or c in "\u200c\u200d" else " " for c in text)
+    return "".join(parts).split()
 
 
 def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     """Unicode NFC, every run of white space one blank; BadInput says what cannot be used."""
-    text, code = unicodedata.normalize("NFC", text), whisper.check_language(language)
-    text = " ".join(text.split())
+    code = whisper.check_language(language)
+    text = " ".join(unicodedata.normalize("NFC", text).split())
     if not words(text, code):
         raise BadInput("there is no word in it")
     return Sentence(code, text)
 
 
-def download(url: str) -> Path:
-    """URL -> its file in CACHE, fetched unless it is there already; whole or not at all."""
-    name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rpartition("/")[2])[-80:]
-    file = CACHE / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
-    if file.exists():
-        return file
-    url = quote(url, safe=":/?&=%#+,;@~[]")
-    try:
-        with atomic_write(file) as part, urlopen(url, timeout=30) as answer:
-            size = int(answer.headers.get("Content-Length") or 0)
-            with open(part, "wb") as out, tqdm.wrapattr(answer, "read", size, desc=url) as bar:
-                shutil.copyfileobj(bar, out)
-            if part.stat().st_size < size:
-                raise OSError(f"broke off after {part.stat().st_size:,} of {size:,} bytes")
-    except (OSError, ValueError, HTTPException) as error:
-        raise BadInput(f"cannot fetch {url} ({first_line(error)}); check the address, the network "
-                       "and the disk, or give a file that you have") from error
-    return file
-
-
-def kind(path: Path) -> str:
-    """What a text file is, packed or not: .txt, .tsv ..."""
-    return Path(path.stem).suffix if path.suffix in OPEN else path.suffix
-
-
-def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
-              max_lines: int = 10**6) -> tuple[Counter, list[str]]:
-    """A text file, packed or not -> its sentences with their counts, notes on what was left out.
-
-    FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
-    in its last column. Raises BadInput if the file is missing, empty or not UTF-8.
-    """
-    is_table, found, reasons = kind(path) == ".tsv", Counter(), defaultdict(list)
-    if path.exists() and not is_table and not language:
-        raise BadInput(f"{path}: say its language, as in en={path}")
-    try:
-        with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as lines:
-            for n, line in enumerate(islice(lines, max_lines), 1):
-                code, *texts = line.rstrip("\n").split("\t") if is_table else (language, line)
-                try:
-                    if not texts and line.strip():
-                        raise BadInput("there is no tab between language and text")
-                    if line.strip():
-                        text = texts[-1] if language else " ".join(texts)
-                        found[make_sentence(text, language or code, whisper)] += 1
-                except BadInput as error:
-                    reasons[str(error)].append(n)
-            if next(lines, None):
-                reasons[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
-    except UnicodeDecodeError as error:
-        other = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the "
-                       f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"cannot read {path} ({first_line(error)}); give another file") from error
-    notes = [f"{path}, line {n[0]} is left out{f', and {len(n) - 1} more' * (len(n) > 1)}: {why}"
-             for why, n in reasons.items()]
-    if not found:
-        raise BadInput(f"{path} has no usable sentence; {(notes or ['it is empty'])[0]}")
-    return found, notes
-
-
-def read_source(source: str, whisper: FrozenWhisper, max_lines: int):
-    """One source of `load_data` -> its weight or None, sentences with their counts, notes."""
-    weight, language, place = re.fullmatch(r"(?:([^*]*)\*)?(?:([^=:/*]*)=)?(.*)", source).groups()
-    is_number = weight is None or re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight)
-    if not place or not is_number or not 0 < float(weight or 1) < 1e9:
-        raise BadInput(f"--data {source!r} cannot be used; give for example builtin, fr=FILE.txt, "
-                       "0.5*fr=FILE.txt or tatoeba:fr")
-    weight = weight and float(weight)
-    if place == "builtin":
-        return weight, Counter(s for s in builtin() if s.language in whisper.languages), []
-    language = language and whisper.check_language(language)
-    if place.startswith("tatoeba:"):
-        language = whisper.check_language(place.partition(":")[2])
-        place = TATOEBA.format(ISO_639_3[language])
-    path = download(place) if re.match("(?i)https?://", place) else Path(place)
-    if not path.is_dir():
-        return weight, *read_file(path, language, whisper, max_lines)
-    found, notes = Counter(), []
-    for file in sorted(p for p in path.iterdir() if kind(p) in (".txt", ".tsv")):
-        code = language or (file.name.partition(".")[0] if kind(file) == ".txt" else None)
-        try:  # fr.txt is French
-            more, problems = read_file(file, code, whisper, max_lines)
-            found, notes = found + more, notes + problems
-        except BadInput as error:
-            notes.append(str(error))
-    if not found:
-        raise BadInput("; ".join([f"{path} has no .txt or .tsv that can be used", *notes[:1]]))
-    return weight, found, notes
-
-
 def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
               temperature: float = 1.0, max_lines: int = 10**6) -> tuple[dict, list[str]]:
-    """Sources, each perhaps with a weight as in 0.5*builtin -> {Sentence: share of draws}, notes.
+    """Sources as text/sources.py reads them -> {Sentence: its share of the draws}, notes.
 
-    A source is "builtin", a file (see `read_file`) or a URL of one, LANGUAGE=FILE, a folder of
-    such files, or tatoeba:LANGUAGE. Weights are shares of the draws; the sources without one are
-    one together, of weight 1. In each, languages count with the number of their sentences to the
-    power of 1 / temperature. Texts that are too long are split.
+    A source's weight, as in 0.5*builtin, is its share. In each, languages count with the number of
+    their sentences to the power of 1 / temperature. Texts that are too long are split.
     """
-    pools, notes, shares = defaultdict(Counter), [], Counter()
-    for i, source in enumerate(sources):
-        weight, found, problems = read_source(source, whisper, max_lines)
-        pools[None if weight is None else i, weight or 1.0].update(found)
-        notes += problems
-    n_long, too_long = 0, []
-    for (_, weight), pool in pools.items():
+    from text.sources import read_pools  # imports this file
+    pools, notes = read_pools(sources, whisper, max_lines)
+    shares, n_long, too_long = Counter(), 0, []
+    for weight, pool in pools:
         pieces, counts = Counter(), Counter()
         for sentence, n in pool.items():
             try:
@@ -228,12 +119,9 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: adding lines moves no other line.
-
-    At least one of each (in tiny sets that one may move); BadInput if there are less than two.
-    """
+    """Training and held-out sentences, by a hash of each: adding lines moves no other line."""
     shares = [hash_share(s) for s in sentences]
-    limit = max(HELD_OUT, min(shares, default=0))
+    limit = max(HELD_OUT, min(shares, default=0))  # at least one; in tiny sets that one may move
     training = [s for s, share in zip(sentences, shares) if share > limit]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
@@ -245,15 +133,12 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
 
 
 def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
-    """The length rule: how many latent frames the sentence takes when spoken; more when slower.
-
-    speed: 1 is natural, 0.1 to 10 is possible. At least a frame a character.
-    """
+    """The length rule: how many frames the sentence lasts, at least one a character."""
     if not 0.1 <= speed <= 10:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
     language, text = sentence
-    default = DEFAULT_CHARACTERS if language in UNSPACED else DEFAULT_WORDS
-    seconds = max(len(words(text, language)) / PACE.get(language, default), MIN_SECONDS) / speed
+    pace = PACE.get(language, DEFAULT_CHARACTERS if language in UNSPACED else DEFAULT_WORDS)
+    seconds = max(len(words(text, language)) / pace, MIN_SECONDS) / speed
     return max(math.ceil(seconds * FRAMES_PER_SECOND), len(strip_unspoken(text)))
 
 
@@ -278,9 +163,10 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
     language, text = sentence
     if fits(sentence, whisper, speed, durations):
         return [sentence]
-    splits = ((cut, list(filter(None, re.split(cut, text)))) for cut in CUTS)
-    cut, parts = next((found for found in splits if len(found[1]) > 1), (None, []))
-    if not parts:
+    for cut in CUTS:
+        if len(parts := re.split(f"(?:{cut})(?!$)", text)) > 1:
+            break
+    else:
         raise BadInput(f"{text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} can "
                        "hear, and cannot be cut; shorten it, or raise --speed")
     pieces = parts[:1]
@@ -290,7 +176,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
         if is_whole or not fits(longer, whisper, speed, durations):
             pieces.append(part)
         else:
-            pieces[-1] += part
+            pieces[-1] = longer.text
     return [short for piece in pieces if words(piece, language)  # not a lonely bracket
             for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
 
@@ -299,12 +185,10 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
 
 
 def characters(text: str) -> Tensor:
-    """Numbers whose embeddings add up to each character (S, BYTES + 1), 0 adds nothing.
-
-    The UTF-8 bytes of its lower case, each by its place, and whether it is a capital.
-    """
+    """Numbers whose embeddings add up to each character (S, BYTES + 1), 0 adds nothing."""
     rows = []
     for c in strip_unspoken(text):
+        # The UTF-8 bytes of its lower case, each by its place, and whether it is a capital.
         numbers = [1 + 256 * i + byte for i, byte in enumerate(c.lower()[0].encode())]
         is_capital = 256 * BYTES + 1 + (c != c.lower())
         rows.append([*numbers, *[0] * (BYTES - len(numbers)), is_capital])
@@ -314,11 +198,11 @@ def characters(text: str) -> Tensor:
 def char_tokens(text: str, language: str, whisper: FrozenWhisper) -> Tensor:
     """The token in which each character of `characters` begins (S,)."""
     tokens, encoding = whisper.encode(text, language), whisper.tokenizer("en").encoding
-    ends = np.cumsum([len(encoding.decode_single_token_bytes(token)) for token in tokens])
+    of_byte = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]
     n_bytes = [len(c.encode()) for c in strip_unspoken(text)]
     # The first token may hold a blank more than the text.
-    starts = ends[-1] - sum(n_bytes) + np.cumsum([0, *n_bytes[:-1]])
-    return torch.tensor(tokens)[np.searchsorted(ends, starts, side="right")]
+    starts = len(of_byte) - sum(n_bytes) + np.cumsum([0, *n_bytes[:-1]])
+    return torch.tensor(of_byte)[starts]
 
 
 def align(durations: np.ndarray, frames: int) -> Tensor:
@@ -355,11 +239,8 @@ def count_frames(durations: np.ndarray) -> int:
 
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
-    """Sentences, frames that their characters last (S,) each -> a batch, padded, on the CPU.
-
-    x1: latents of recordings (T, C) each, T being the sum of their durations.
-    """
-    texts, codes = [s.text for s in sentences], [s.language for s in sentences]
+    """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
+    codes, texts = zip(*sentences)
     frames = [min(count_frames(d), whisper.max_frames) for d in durations]
     cond = dict(
         chars=pad_sequence([characters(text) for text in texts], True),
@@ -369,15 +250,13 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
         language=torch.tensor([whisper.language_token(code) for code in codes]),
         drop=torch.zeros(len(texts), dtype=torch.bool),
     )
-    x1 = None if x1 is None else pad_sequence(x1, True)
-    return Batch(list(sentences), cond, whisper.target_tokens(texts, codes), x1)
+    return Batch(list(sentences), cond, whisper.target_tokens(texts, codes),
+                 None if x1 is None else pad_sequence(x1, True))
 
 
 def draw_alike(weights: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
-    """n items of like length, by their weights (N,) and frames (N,), so that little is padded.
-
-    Four batches are drawn and sorted by length, and one of them is taken.
-    """
+    """n items, by their weights (N,), of like length in frames (N,): less padding."""
+    # Four batches are drawn and sorted by length, and one of them is taken.
     picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
     picks = picks[frames[picks].argsort(stable=True)]
     first = n * int(torch.randint(4, (), generator=rng))
@@ -429,17 +308,15 @@ def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
     """8-bit log-mel of a clip, 0.5 dB a step, (M, n) -> log-mel, silence behind it (M, window)."""
     mel = torch.from_numpy(mel).float() / 85 - 1.5
     # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
-    padding = (0, window - mel.shape[1])
-    return torch.nn.functional.pad(mel, padding, value=float(mel.max()) - 2)
+    return torch.nn.functional.pad(mel, (0, window - mel.shape[1]), value=float(mel.max()) - 2)
 
 
 def spoken_clips(whisper: FrozenWhisper) -> tuple[list[Sentence], list[Tensor]]:
-    """Test sentences that the checkpoint can hear, their log-mel as espeak-ng said them (M, 2P)."""
-    sentences, mels, window = [], [], 2 * whisper.max_frames
+    """Test sentences that the checkpoint can hear, their log-mel as espeak-ng said them (M, n)."""
     with np.load(POCKET / "speech.npz") as file:
         clips = np.split(file["mel"].T, np.cumsum(file["n_frames"])[:-1], axis=1)
-        for language, text, clip in zip(file["language"].tolist(), file["text"].tolist(), clips):
-            if language in whisper.languages and len(clip) == whisper.dims.n_mels:
-                mels.append(mel_from_bytes(clip[:, :window], window))
-                sentences.append(Sentence(language, text))
-    return sentences, mels
+        sentences = map(Sentence, file["language"].tolist(), file["text"].tolist())
+    known = [(sentence, clip) for sentence, clip in zip(sentences, clips)
+             if sentence.language in whisper.languages and len(clip) == whisper.dims.n_mels]
+    window = 2 * whisper.max_frames
+    return [s for s, _ in known], [mel_from_bytes(clip[:, :window], window) for _, clip in known]

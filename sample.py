@@ -67,8 +67,9 @@ def read_texts(args, whisper) -> list[Sentence]:
     """Texts of the command line, a file or standard input."""
     notes = []
     if args.text_file:
-        language = None if data.kind(args.text_file) == ".tsv" else args.language
-        counts, notes = data.read_file(args.text_file, language, whisper)
+        from text.sources import kind, read_file
+        language = None if kind(args.text_file) == ".tsv" else args.language
+        counts, notes = read_file(args.text_file, language, whisper)
         texts = list(counts)
     else:
         lines = args.text or sys.stdin.buffer.read().decode("utf-8-sig").splitlines()

@@ -17,6 +17,7 @@ import sample
 import whisper_decoder
 from data import Sentence
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
+from text import sources
 from whisper_decoder import BadInput, FrozenWhisper, edit_distance, error_rates
 
 
@@ -47,8 +48,8 @@ def test_every_source_gives_the_same_sentences(tmp_path, pocket, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(data, "TATOEBA", address + "/{0}.tsv.bz2")
-        monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+        monkeypatch.setattr(sources, "TATOEBA", address + "/{0}.tsv.bz2")
+        monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
         Server.pages, Server.most = files, 100
         urls = [f"fr={address}/a.txt.gz", f"{address}/c.tsv.bz2", "tatoeba:fr", "tatoeba:French"]
         for url in [*urls, f"fr={address}/missing.txt"]:
@@ -70,7 +71,7 @@ def test_bad_lines_are_named_and_the_others_read(tmp_path, pocket):
     path = tmp_path / "a.tsv"
     path.write_bytes("en\tCafe\u0301  one\n\nno tab\nxx\tunknown\nen\t...\nGerman\tHallo Welt\n"
                      "en\tCafé one\r\nen\tthe rest".encode())
-    counts, notes = data.read_file(path, None, pocket, max_lines=7)
+    counts, notes = sources.read_file(path, None, pocket, max_lines=7)
     assert counts == {Sentence("en", "Café one"): 2, Sentence("de", "Hallo Welt"): 1}
     reasons = ("line 3 is left out: there is no tab", "line 4 is left out: pocket does not know",
                "line 5 is left out: there is no word", "line 8 is left out: --max_lines is 7")

@@ -1,0 +1,157 @@
+"""Where text comes from: the built-in sentences, files, folders of files, URLs, Tatoeba.
+
+`data.load_data` and `sample.py --text_file` read text with these functions.
+"""
+import bz2
+import gzip
+import hashlib
+import os
+import re
+import shutil
+import zlib
+from collections import Counter, defaultdict
+from http.client import HTTPException
+from itertools import islice
+from pathlib import Path
+from typing import Sequence
+from urllib.parse import quote
+from urllib.request import urlopen
+
+from tqdm import tqdm
+
+from data import LANGUAGES, Sentence, atomic_write, builtin, make_sentence
+from whisper_decoder import BadInput, FrozenWhisper, first_line
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
+TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
+ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGES}
+OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
+
+Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
+
+
+# ---- one file --------------------------------------------------------------------------------
+
+
+def download(url: str) -> Path:
+    """URL -> its file in CACHE, fetched unless it is there already; whole or not at all."""
+    name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rpartition("/")[2])[-80:]
+    file = CACHE / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
+    if file.exists():
+        return file
+    url = quote(url, safe=":/?&=%#+,;@~[]")
+    try:
+        with atomic_write(file) as part, urlopen(url, timeout=30) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with open(part, "wb") as out, tqdm.wrapattr(answer, "read", size, desc=url) as bar:
+                shutil.copyfileobj(bar, out)
+            if part.stat().st_size < size:
+                raise OSError(f"broke off after {part.stat().st_size:,} of {size:,} bytes")
+    except (OSError, ValueError, HTTPException) as error:
+        raise BadInput(f"cannot fetch {url} ({first_line(error)}); check the address, the network "
+                       "and the disk, or give a file that you have") from error
+    return file
+
+
+def kind(path: Path) -> str:
+    """What a text file is, packed or not: .txt, .tsv ..."""
+    return Path(path.stem).suffix if path.suffix in OPEN else path.suffix
+
+
+def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWhisper) -> Sentence:
+    """A line that is not blank -> its sentence; BadInput says why there is none."""
+    if not is_table:
+        return make_sentence(line, language, whisper)
+    code, *columns = line.rstrip("\n").split("\t")
+    if not columns:
+        raise BadInput("there is no tab between language and text")
+    if language:
+        return make_sentence(columns[-1], language, whisper)
+    return make_sentence(" ".join(columns), code, whisper)
+
+
+def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
+              max_lines: int = 10**6) -> Texts:
+    """A text file, packed or not -> its sentences with their counts, notes on what was left out.
+
+    FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
+    in its last column. Raises BadInput if the file is missing, empty or not UTF-8.
+    """
+    is_table, counts, left_out = kind(path) == ".tsv", Counter(), defaultdict(list)
+    if path.exists() and not is_table and not language:
+        raise BadInput(f"{path}: say its language, as in en={path}")
+    try:
+        with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as lines:
+            for n, line in enumerate(islice(lines, max_lines), 1):
+                try:
+                    if line.strip():
+                        counts[read_line(line, is_table, language, whisper)] += 1
+                except BadInput as error:
+                    left_out[str(error)].append(n)
+            if next(lines, None):
+                left_out[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
+    except UnicodeDecodeError as error:
+        other = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+        raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the "
+                       f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"cannot read {path} ({first_line(error)}); give another file") from error
+    notes = [f"{path}, line {n[0]} is left out{f', and {len(n) - 1} more' * (len(n) > 1)}: {why}"
+             for why, n in left_out.items()]
+    if not counts:
+        raise BadInput(f"{path} has no usable sentence; {(notes or ['it is empty'])[0]}")
+    return counts, notes
+
+
+# ---- all sources -----------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper,
+                max_lines: int) -> Texts:
+    """All .txt and .tsv of a folder, packed or not; with no language given fr.txt is French."""
+    counts, notes = Counter(), []
+    for file in sorted(path for path in folder.iterdir() if kind(path) in (".txt", ".tsv")):
+        code = language or (file.name.partition(".")[0] if kind(file) == ".txt" else None)
+        try:
+            more, problems = read_file(file, code, whisper, max_lines)
+            counts.update(more)
+            notes += problems
+        except BadInput as error:
+            notes.append(str(error))
+    if not counts:
+        raise BadInput("; ".join([f"{folder} has no .txt or .tsv that can be used", *notes[:1]]))
+    return counts, notes
+
+
+def read_source(source: str, language: str | None, whisper: FrozenWhisper, max_lines: int) -> Texts:
+    """"builtin", a file (see `read_file`), a URL of one, a folder, or tatoeba:LANGUAGE."""
+    if source == "builtin":
+        return Counter(s for s in builtin() if s.language in whisper.languages), []
+    language = language and whisper.check_language(language)
+    if source.startswith("tatoeba:"):
+        language = whisper.check_language(source.partition(":")[2])
+        source = TATOEBA.format(ISO_639_3[language])
+    path = download(source) if re.match("(?i)https?://", source) else Path(source)
+    read = read_folder if path.is_dir() else read_file
+    return read(path, language, whisper, max_lines)
+
+
+def read_pools(sources: Sequence[str], whisper: FrozenWhisper,
+               max_lines: int) -> tuple[list[tuple[float, Counter[Sentence]]], list[str]]:
+    """[WEIGHT*][LANGUAGE=]SOURCE ... -> weight and sentences with their counts of each, notes.
+
+    Those without a weight are put together, as one pool of weight 1.
+    """
+    pools, notes = {}, []
+    for i, text in enumerate(sources):
+        parts = re.fullmatch(r"(?:([^*]*)\*)?(?:([^=:/*]*)=)?(.*)", text)
+        weight, language, source = parts.groups()
+        is_number = weight is None or re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight)
+        if not source or not is_number or not 0 < float(weight or 1) < 1e9:
+            raise BadInput(f"--data {text!r} cannot be used; give for example builtin, fr=FILE.txt,"
+                           " 0.5*fr=FILE.txt or tatoeba:fr")
+        counts, problems = read_source(source, language, whisper, max_lines)
+        number = None if weight is None else i
+        pools.setdefault(number, (float(weight or 1), Counter()))[1].update(counts)
+        notes += problems
+    return list(pools.values()), notes
