@@ -1,11 +1,10 @@
 """Text in, batches out: sentences, hold-out split, length rule, characters over frames, batches.
 
-B batch, S characters, T latent frames, L prompt + text + end tokens, C channels, M mel bins.
+B batch, S characters, T latent frames, L prompt + text + end tokens, C channels.
 """
 import hashlib
 import math
 import os
-import re
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager
@@ -30,9 +29,6 @@ LANGUAGES = [line.split("\t") for line in
              (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
 PACE = {code: float(pace) for code, _, pace, _ in LANGUAGES if pace != "-"}
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # of the others per second: a mean; a guess
-# Where a text that is too long may be cut, the best place first. Never before a combining mark.
-CUTS = (r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
-        r"(?<=.)(?=[\w\U00010000-\U0010ffff])")
 
 
 class Sentence(NamedTuple):
@@ -86,7 +82,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
     A source's weight, as in 0.5*builtin, is its share. In each, languages count with the number of
     their sentences to the power of 1 / temperature. Texts that are too long are split.
     """
-    from text.sources import read_pools  # imports this file
+    from text.long import split_long  # these import this file
+    from text.sources import read_pools
     pools, notes = read_pools(sources, whisper, max_lines)
     shares, n_long, too_long = Counter(), 0, []
     for weight, pool in pools:
@@ -146,39 +143,6 @@ def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     """Frames that each character lasts by the length rule, all equally long (S,)."""
     n_chars = len(strip_unspoken(sentence.text))
     return np.full(n_chars, n_frames(sentence, speed) / n_chars)
-
-
-def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
-         durations: Callable = char_durations) -> bool:
-    """Whether the decoder can hear and write it at once."""
-    language, text = sentence
-    return (count_frames(durations(sentence, speed)) <= whisper.max_frames
-            and (len(text.encode()) < whisper.max_tokens  # a token is a byte or more
-                 or len(whisper.encode(text, language)) <= whisper.max_tokens))
-
-
-def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
-               durations: Callable = char_durations) -> list[Sentence]:
-    """A text too long for the decoder -> pieces that fit: sentences, else as long as possible."""
-    language, text = sentence
-    if fits(sentence, whisper, speed, durations):
-        return [sentence]
-    for cut in CUTS:
-        if len(parts := re.split(f"(?:{cut})(?!$)", text)) > 1:
-            break
-    else:
-        raise BadInput(f"{text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} can "
-                       "hear, and cannot be cut; shorten it, or raise --speed")
-    pieces = parts[:1]
-    for part in parts[1:]:
-        is_whole = cut == CUTS[0] and len(words(pieces[-1], language)) > 2  # not just "Dr."
-        longer = Sentence(language, pieces[-1] + part)
-        if is_whole or not fits(longer, whisper, speed, durations):
-            pieces.append(part)
-        else:
-            pieces[-1] = longer.text
-    return [short for piece in pieces if words(piece, language)  # not a lonely bracket
-            for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -302,21 +266,3 @@ def noise(batch: Batch, channels: int, seed: int) -> Tensor:
     items = [torch.randn(n, channels, generator=sentence_generator(sentence, seed))
              for sentence, n in zip(batch.sentences, batch.cond["frames"].tolist())]
     return pad_sequence(items, True).to(batch.targets.device)
-
-
-def mel_from_bytes(mel: np.ndarray, window: int) -> Tensor:
-    """8-bit log-mel of a clip, 0.5 dB a step, (M, n) -> log-mel, silence behind it (M, window)."""
-    mel = torch.from_numpy(mel).float() / 85 - 1.5
-    # Log-mel spans 8 decades, 2.0 after Whisper's scaling: its floor is silence.
-    return torch.nn.functional.pad(mel, (0, window - mel.shape[1]), value=float(mel.max()) - 2)
-
-
-def spoken_clips(whisper: FrozenWhisper) -> tuple[list[Sentence], list[Tensor]]:
-    """Test sentences that the checkpoint can hear, their log-mel as espeak-ng said them (M, n)."""
-    with np.load(POCKET / "speech.npz") as file:
-        clips = np.split(file["mel"].T, np.cumsum(file["n_frames"])[:-1], axis=1)
-        sentences = map(Sentence, file["language"].tolist(), file["text"].tolist())
-    known = [(sentence, clip) for sentence, clip in zip(sentences, clips)
-             if sentence.language in whisper.languages and len(clip) == whisper.dims.n_mels]
-    window = 2 * whisper.max_frames
-    return [s for s, _ in known], [mel_from_bytes(clip[:, :window], window) for _, clip in known]

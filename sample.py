@@ -17,6 +17,7 @@ import torch
 import data
 import flow
 from data import FRAMES_PER_SECOND, Sentence
+from text.long import split_long
 from train import (
     Settings, durations_by, generate, guard, load_checkpoint, load_critic, load_model, round_trips,
 )
@@ -48,7 +49,7 @@ def cut(texts: Sequence[Sentence], durations: Callable, whisper, args) -> list[P
             if not 0.1 <= speed <= 10:
                 raise BadInput(f"--seconds {args.seconds} cannot be used; {text.text[:60]!r} lasts "
                                f"{natural:.1f} s, and a tenth to ten times that is possible")
-        parts = data.split_long(text, whisper, speed, durations)
+        parts = split_long(text, whisper, speed, durations)
         pieces += [Piece(s, durations(s, speed), i) for s in parts]
     return pieces
 

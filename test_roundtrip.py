@@ -28,6 +28,7 @@ import train
 import whisper_decoder
 from data import Sentence
 from model import REACH, DiT, DiTConfig
+from pocket.clips import spoken_clips
 from speech.ear import Ear, Room
 from whisper_decoder import BadInput, FrozenWhisper
 
@@ -81,7 +82,7 @@ def batch_of(whisper: FrozenWhisper, sentences=SENTENCES) -> data.Batch:
 
 def spoken(whisper: FrozenWhisper, every: int):
     """Each `every`-th clip of real speech -> its sentences, log-mel (B, M, 2P)."""
-    sentences, mels = data.spoken_clips(whisper)
+    sentences, mels = spoken_clips(whisper)
     return sentences[::every], torch.stack(mels[::every])
 
 

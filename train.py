@@ -32,6 +32,7 @@ from tqdm import tqdm
 import data
 import flow
 from model import DiT, DiTConfig
+from pocket.clips import spoken_clips
 from speech.ear import Ear, Room
 from whisper_decoder import (
     BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
@@ -226,7 +227,7 @@ def evaluate(run: "Run", held_out: list) -> dict:
     features = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
     result["cer_x0"] = rates(some, whisper.transcribe(features, [s.language for s in some])).cer
     # What the decoder makes of real speech, where ours fits the checkpoint.
-    spoken, mels = data.spoken_clips(whisper)
+    spoken, mels = spoken_clips(whisper)
     every = max(1, len(spoken) // config.eval_sentences)
     spoken, mels = spoken[::every], mels[::every]
     hypotheses = [h for i in range(0, len(spoken), 25) for h in whisper.transcribe(

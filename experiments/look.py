@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import flow  # noqa: E402
 import train  # noqa: E402
+from pocket.clips import spoken_clips  # noqa: E402
 from whisper_decoder import BadInput  # noqa: E402
 
 
@@ -47,7 +48,7 @@ def main(argv=None) -> None:
     checkpoint = train.load_checkpoint(args.checkpoint)
     whisper = train.load_critic(checkpoint, torch.device("cpu"))
     language = whisper.check_language(args.language)
-    spoken = [pair for pair in zip(*data.spoken_clips(whisper)) if pair[0].language == language]
+    spoken = [pair for pair in zip(*spoken_clips(whisper)) if pair[0].language == language]
     if not spoken:
         raise BadInput(f"no spoken sentence in {args.language!r} of {whisper.dims.n_mels} mel "
                        "bins; try --language en")

@@ -46,6 +46,7 @@ from experiments.student import (  # noqa: E402
 from experiments.utterances import (  # noqa: E402
     Flow, Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
 )
+from pocket.clips import spoken_clips  # noqa: E402
 from speech import sound  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
@@ -177,7 +178,7 @@ class Study:
             known = {letters(s) for s in training}
             tests["human"] = people(self.args.recordings, languages, known, self.whisper)
         if is_pocket:
-            shipped = zip(*(pair for pair in zip(*data.spoken_clips(self.whisper))
+            shipped = zip(*(pair for pair in zip(*spoken_clips(self.whisper))
                             if pair[0].language in languages))
             sentences, mels = map(list, shipped)
             tests["student"] = Speech(sentences, encode(mels, self.whisper))

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
+from text.long import fits  # noqa: E402
 from whisper_decoder import BadInput, choose_device  # noqa: E402
 
 KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str)
@@ -30,7 +31,7 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
         reader = train.load_critic(checkpoint, device, value) if kind == "judge" else whisper
         settings = train.Settings(**({} if kind in ("speed", "judge") else {kind: value}))
         speed, hypotheses = value if kind == "speed" else 1.0, []
-        sentences = [s for s in held_out if data.fits(s, whisper, speed, durations)]
+        sentences = [s for s in held_out if fits(s, whisper, speed, durations)]
         for batch, x1, *_ in train.round_trips(model, whisper, sentences,
                                                [durations(s, speed) for s in sentences], settings):
             features = reader.features(x1, batch.cond["frames"])

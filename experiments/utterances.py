@@ -23,6 +23,7 @@ import make_pocket  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech, letters, resample  # noqa: E402
 from model import DiT  # noqa: E402
+from pocket.clips import mel_from_bytes  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
@@ -87,7 +88,7 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
     """espeak-ng says the sentences -> log-mel (M, 2P) each."""
     if whisper.dims.n_mels == 80 and whisper.max_frames == make_pocket.DIMS.n_audio_ctx:
         for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
-            yield data.mel_from_bytes(clip, 2 * whisper.max_frames)
+            yield mel_from_bytes(clip, 2 * whisper.max_frames)
         return
     say = partial(make_pocket.random_samples, variants=variants, seed=seed,
                   longest=n_samples(whisper))

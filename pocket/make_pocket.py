@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 SENTENCES, SPEECH = HERE / "sentences", HERE / "speech.npz"
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
+from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
 from whisper_decoder import POCKET, UNSPACED, FrozenWhisper, error_rates  # noqa: E402
@@ -131,7 +132,7 @@ def random_clip(sentence, variants, seed):
 
 
 def quantize(mel):
-    """Log-mel -> one byte a value, 0.5 dB a step; data.mel_from_bytes undoes it."""
+    """Log-mel -> one byte a value, 0.5 dB a step; pocket/clips.py undoes it."""
     return ((mel + 1.5) * 85).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
@@ -328,7 +329,7 @@ def adversary(loss, mel, size, rng):
 def training_batch(sentences, clips, vocabulary, most, size, rng):
     """Log-mel in random rooms (`most`: strength), now and then of silence, and what it says."""
     picks, window = draw(clips, size, rng)
-    mel = torch.stack([data.mel_from_bytes(warp(clips[i], window, rng), window) for i in picks])
+    mel = torch.stack([mel_from_bytes(warp(clips[i], window, rng), window) for i in picks])
     amount = most * torch.rand((), generator=rng).item()
     mel = augment(mel, amount, rng)
     rows = [vocabulary.tokens(*sentences[i]) for i in picks]
@@ -409,7 +410,7 @@ def check(whisper, sentences, clips):
     read, heard = [], []
     for start in tqdm(range(0, len(clips), 50), desc="checking"):
         part, some = sentences[start : start + 50], clips[start : start + 50]
-        mels = [data.mel_from_bytes(clip, 2 * whisper.max_frames) for clip in some]
+        mels = [mel_from_bytes(clip, 2 * whisper.max_frames) for clip in some]
         features = whisper.features_of_mel(torch.stack(mels))
         read += [t.text for t in whisper.transcribe(features, [s.language for s in part])]
         probabilities = whisper.model.detect_language(features)[1]

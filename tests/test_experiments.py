@@ -15,6 +15,7 @@ import data
 import train
 from data import Sentence
 from experiments import benchmark, look, pace, realism, rooms, seeds, student, sweep, utterances
+from pocket.clips import mel_from_bytes, spoken_clips
 from speech.ear import ROOM, VOICE, Ear
 from whisper_decoder import BadInput
 
@@ -65,7 +66,7 @@ def test_sentences_are_those_of_the_grammars_and_phases_follow_each_other(tmp_pa
 
 def test_a_byte_keeps_half_a_decibel_and_a_warp_moves_little():
     mel = 2 * torch.rand(80, 50, generator=rng()) - 1
-    back = data.mel_from_bytes(make_pocket.quantize(mel), 70)
+    back = mel_from_bytes(make_pocket.quantize(mel), 70)
     assert (back[:, :50] - mel).abs().max() < 0.5 / 85 + 1e-6
     assert (back[:, 50:] == back.max() - 2).all()
     bins = np.arange(80, dtype=np.uint8)[:, None].repeat(100, 1)
@@ -101,7 +102,7 @@ def test_small_vocabulary_is_the_full_softmax_and_its_file_loads(tmp_path, ear):
 
 
 def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
-    sentences, mels = (x[::25] for x in data.spoken_clips(ear))
+    sentences, mels = (x[::25] for x in spoken_clips(ear))
     targets = ear.target_tokens([s.text for s in sentences], [s.language for s in sentences])
     mel, size = torch.stack(mels), torch.linspace(0, 0.08, len(mels))[:, None, None]
     loss = lambda mel: ear.nll(ear.features_of_mel(mel), targets).sum()  # noqa: E731
@@ -114,7 +115,7 @@ def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
 
 
 def test_training_picks_up_its_state(tmp_path, monkeypatch, ear):
-    sentences, mels = (x[:8] for x in data.spoken_clips(ear))
+    sentences, mels = (x[:8] for x in spoken_clips(ear))
     clips, models = [make_pocket.quantize(mel) for mel in mels], []
     monkeypatch.setattr(make_pocket, "PHASES", ((2, 0.1, 0.3, 1.0, 0.08),))
     monkeypatch.setattr(make_pocket, "SILENT_SHARE", 0.5)

@@ -11,6 +11,7 @@ import torch
 import data
 import train
 from data import Sentence
+from pocket.clips import spoken_clips
 from speech import align, recordings, sound
 from speech.ear import Ear
 from whisper_decoder import BadInput, FrozenWhisper
@@ -27,7 +28,7 @@ def pocket():
 @pytest.fixture(scope="module")
 def spoken(pocket):
     """espeak-ng in English, Spanish, German and French -> sentences, samples."""
-    sentences, mels = (items[:161:40] for items in data.spoken_clips(pocket))
+    sentences, mels = (items[:161:40] for items in spoken_clips(pocket))
     samples = [sound.griffin_lim(mel[:, :300]).numpy() for mel in mels]
     return sentences, [x / np.abs(x).max() for x in samples]
 

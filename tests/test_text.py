@@ -18,6 +18,7 @@ import whisper_decoder
 from data import Sentence
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
 from text import sources
+from text.long import fits, split_long
 from whisper_decoder import BadInput, FrozenWhisper, edit_distance, error_rates
 
 
@@ -124,8 +125,8 @@ def test_length_rule(language, text, speed, frames):
     ("zh", "老师在教室里吃饺子，" * 9), ("zh", "老师在教室里吃饺子" * 9 + "。"),
     ("en", "The dog sleeps, and the cat eats an apple now. " * 3 + '"'), ("de", "a\u0301" * 400)])
 def test_long_texts_are_split_and_nothing_is_lost(pocket, language, text):
-    pieces = data.split_long(Sentence(language, text.strip()), pocket)
-    assert len(pieces) > 1 and all(data.fits(p, pocket, 1.0) for p in pieces)
+    pieces = split_long(Sentence(language, text.strip()), pocket)
+    assert len(pieces) > 1 and all(fits(p, pocket, 1.0) for p in pieces)
     assert all(data.words(p.text, language) and p.text[0] != "\u0301" for p in pieces)
     joined = sample.join(text, [p.text for p in pieces], [p.text for p in pieces])
     assert joined == text.strip(' "')
@@ -165,7 +166,7 @@ def test_every_language_comes_through(tmp_path):
     assert {row[0] for row in data.LANGUAGES} == set(whisper.languages)
     for code, _, _, text in data.LANGUAGES:
         sentence = data.make_sentence(text, code, whisper)
-        pieces = data.split_long(sentence, whisper)  # Georgian and Burmese: a token a byte
+        pieces = split_long(sentence, whisper)  # Georgian and Burmese: a token a byte
         assert "".join(p.text for p in pieces).replace(" ", "") == text.replace(" ", ""), code
         assert 2 < data.n_frames(sentence) / data.FRAMES_PER_SECOND < 12, code
         said, tokens = whisper_decoder.strip_unspoken(text), whisper.encode(text, code)
