@@ -102,9 +102,6 @@ def write_features(path: Path, pieces: Sequence[Piece], text_of: np.ndarray) -> 
                             text_of=text_of)
 
 
-# ---- the command -----------------------------------------------------------------------------
-
-
 def show(text: Sentence, whole: str, pieces: Sequence[Piece], args) -> None:
     """Print the round trip of a text: what was read, and lengths and scores of its pieces."""
     cer, wer, _ = error_rates([text.text], [whole], [text.language])

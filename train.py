@@ -122,12 +122,9 @@ def draw_noise(batch: data.Batch, channels: int, drop_text: float,
 
 
 def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
-    """Where an ear hears the spectrograms of a step.
-
-    Rooms grow during the run, and in each step they are weaker by a random factor: a flow that
-    trained in strong rooms only is read worse without one.
-    """
+    """Where an ear hears a step: in rooms that grow during the run."""
     most = float(np.interp(step / n_steps, RAMP, (0, 1)))
+    # Weaker by a random factor: a flow that trained in strong rooms only is read worse without one.
     return Room(most * torch.rand((), generator=rng, device=rng.device).item(), rng)
 
 
@@ -363,10 +360,7 @@ def average_gradients(model: DiT, stop: bool, n_ranks: int) -> bool:
 
 def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
           n_ranks: int = 1) -> None:
-    """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves.
-
-    steps: step -> batch, the same for every rank, see data.Steps.
-    """
+    """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
     config, whisper, device = run.config, run.whisper, run.whisper.device
     is_gpu, workers, start = device.type == "cuda", {}, time.time()
     if is_gpu and hasattr(os, "fork"):  # other processes make the batches ahead
@@ -376,7 +370,7 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
     with open_log(run, rank) as log, catch_interrupts() as stops:
         for batch in bar:
-            batch = shard_batch(batch, rank, n_ranks).to(whisper)
+            batch = shard_batch(batch, rank, n_ranks).to(whisper)  # all ranks make the same one
             # Other numbers than those that drew the batch, and of this process alone.
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
@@ -483,9 +477,9 @@ def main(argv=None) -> dict:
         dist.destroy_process_group()
     if rank > 0:
         return {}
-    result = evaluate(run, held_out)
+    figures = evaluate(run, held_out)
     result = dict(device=device, seconds=time.time() - start, steps=run.step,
-                  parameters=n_parameters) | result
+                  parameters=n_parameters, **figures)
     report(result, run.path.with_name("result.txt"))
     return result
 
