@@ -153,20 +153,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--text_file", type=Path, help="FILE.txt, or FILE.tsv (language<TAB>text); equal lines are "
         "read once")
     add("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
-    add("--steps", type=int, default=4, help="steps of the ODE solver (default: 4)")
-    add("--method", choices=list(flow.ORDER), default="euler", help="solver (default: euler)")
-    add("--guidance", type=float, default=1.0, help="1 is off (default: 1)")
-    add("--sway", type=float, default=0.0, help="-1: small steps first (default: 0)")
+    add("--steps", type=int, help="steps of the ODE solver (default: 4)")
+    add("--method", choices=list(flow.ORDER), help="solver (default: euler)")
+    add("--guidance", type=float, help="1 is off (default: 1)")
+    add("--sway", type=float, help="-1: small steps first (default: 0)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
     length.add_argument("--seconds", type=float, help="that each text lasts, in place of --speed")
-    add("--seed", type=int, default=0, help="of the noise (default: 0)")
+    add("--seed", type=int, help="of the noise (default: 0)")
     add("--rooms", type=float, default=0.0, help="spectrograms only; 1: another voice for every "
         "seed and text; 0.5: less different (default: 0)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--out", type=Path, help="write the features here, as .npz")
     add("--wav", type=Path, help="write what it sounds like here: FILE.wav, or a folder for a file "
         "of each text")
+    parser.set_defaults(**Settings()._asdict())
     args = parser.parse_args(argv)
     args.solver = Settings(args.steps, args.method, args.guidance, args.sway, args.seed)
     return args
