@@ -7,12 +7,14 @@
 """
 import argparse
 import sys
-from collections import defaultdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+from whisper.decoding import DecodingResult
 
 import data
 import flow
@@ -24,34 +26,29 @@ from train import (
 from whisper_decoder import BadInput, choose_device, error_rates
 
 
-# ---- texts and pieces ------------------------------------------------------------------------
-
-
 class Piece(NamedTuple):
     """A text, or the part of a long one that fits the decoder, and its round trip."""
 
     sentence: Sentence
-    durations: np.ndarray
-    text_of: int  # number of its text
+    x1: Tensor  # (T, C)
+    features: Tensor  # (P, E)
+    read: DecodingResult
 
 
-def cut(texts: Sequence[Sentence], durations: Callable, whisper, args) -> list[Piece]:
-    """Texts -> pieces that fit the decoder, as fast as --speed, --seconds and --rooms say."""
-    pieces = []
-    for i, text in enumerate(texts):
-        speed = args.speed
-        if args.rooms:
-            from speech.sound import pace
-            speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
-        if args.seconds is not None:
-            natural = durations(text).sum() / FRAMES_PER_SECOND
-            speed = natural / max(args.seconds, 1e-9)
-            if not 0.1 <= speed <= 10:
-                raise BadInput(f"--seconds {args.seconds} cannot be used; {text.text[:60]!r} lasts "
-                               f"{natural:.1f} s, and a tenth to ten times that is possible")
-        parts = split_long(text, whisper, speed, durations)
-        pieces += [Piece(s, durations(s, speed), i) for s in parts]
-    return pieces
+def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple]:
+    """A text -> parts that fit the decoder, each with its durations (S,), as the flags say."""
+    speed = args.speed
+    if args.rooms:
+        from speech.sound import pace
+        speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
+    if args.seconds is not None:
+        natural = durations(text).sum() / FRAMES_PER_SECOND
+        speed = natural / max(args.seconds, 1e-9)
+        if not 0.1 <= speed <= 10:
+            raise BadInput(f"--seconds {args.seconds} cannot be used; {text.text[:60]!r} lasts "
+                           f"{natural:.1f} s, and a tenth to ten times that is possible")
+    parts = split_long(text, whisper, speed, durations)
+    return [(part, durations(part, speed)) for part in parts]
 
 
 def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
@@ -66,24 +63,23 @@ def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
 
 def read_texts(args, whisper) -> list[Sentence]:
     """Texts of the command line, a file or standard input."""
-    notes = []
     if args.text_file:
         from text.sources import kind, read_file
         language = None if kind(args.text_file) == ".tsv" else args.language
         counts, notes = read_file(args.text_file, language, whisper)
         texts = list(counts)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     else:
         lines = args.text or sys.stdin.buffer.read().decode("utf-8-sig").splitlines()
         texts = [data.make_sentence(x, args.language, whisper) for x in lines if x.strip()]
     if not texts:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
     return texts
 
 
-def round_trip(model, whisper, pieces: Sequence[Piece], args):
-    """Pieces -> x1 (T, C) each, features (P, E) each, hypotheses."""
+def round_trip(model, whisper, parts: Sequence[tuple], args) -> list[Piece]:
+    """Make and read what `cut` made of the texts."""
     def change(x1, batch):
         if not args.rooms:
             return x1
@@ -91,45 +87,46 @@ def round_trip(model, whisper, pieces: Sequence[Piece], args):
         return another_voice(whisper, x1, batch.cond["frames"], batch.sentences, args.seed,
                              args.rooms)
 
-    latents, features, hypotheses = [], [], []
-    sentences, durations, _ = zip(*pieces)
-    for batch, x1, seen, some in round_trips(model, whisper, sentences, durations, solver(args),
-                                             change):
-        latents += [x[:n].clone() for x, n in zip(x1.cpu(), batch.cond["frames"].tolist())]
-        features += seen.cpu()
-        hypotheses += some
-    return latents, features, hypotheses
+    pieces = []
+    for batch, x1, features, read in round_trips(model, whisper, *zip(*parts), args.solver, change):
+        latents = [x[:n].clone() for x, n in zip(x1.cpu(), batch.cond["frames"].tolist())]
+        pieces += map(Piece, batch.sentences, latents, features.cpu(), read)
+    return pieces
 
 
-def solver(args) -> Settings:
-    return Settings(*(getattr(args, name) for name in Settings._fields))
+def write_features(path: Path, pieces: Sequence[Piece], text_of: np.ndarray) -> None:
+    """The data set: features (N, P, E), the first `frames` are speech; see docs/usage.md."""
+    sentences, latents, features, read = zip(*pieces)
+    languages, texts = zip(*sentences)
+    with data.atomic_write(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, features=torch.stack(features), language=languages, text=texts,
+                            frames=[len(x) for x in latents], hypothesis=[r.text for r in read],
+                            text_of=text_of)
 
 
-# ---- the command -----------------------------------------------------------------------------
-
-
-def show(text: Sentence, hypothesis: str, frames: int, read: Sequence, args) -> None:
+def show(text: Sentence, whole: str, pieces: Sequence[Piece], args) -> None:
     """Print the round trip of a text: what was read, and lengths and scores of its pieces."""
-    cer, wer, _ = error_rates([text.text], [hypothesis], [text.language])
+    cer, wer, _ = error_rates([text.text], [whole], [text.language])
+    read, frames = [piece.read for piece in pieces], sum(len(piece.x1) for piece in pieces)
     nfe = flow.nfe(args.steps, args.method, args.guidance)
-    pieces = f" in {len(read)} pieces" if len(read) > 1 else ""
+    in_pieces = f" in {len(pieces)} pieces" if len(pieces) > 1 else ""
     print(f"text         {text.text}  [{text.language}]")
-    print(f"read back    {hypothesis}")
+    print(f"read back    {whole}")
     print(f"errors       CER {cer:.1%}, WER {wer:.1%}")
     print(f"confidence   mean log-probability {np.mean([r.avg_logprob for r in read]):.2f}, no "
           f"speech {max(r.no_speech_prob for r in read):.2f}, compression "
           f"{max(r.compression_ratio for r in read):.2f}")
-    print(f"flow         {frames / FRAMES_PER_SECOND:.2f} s, {frames} frames{pieces}, {args.steps} "
-          f"{args.method} steps, NFE {nfe}, seed {args.seed}")
+    print(f"flow         {frames / FRAMES_PER_SECOND:.2f} s, {frames} frames{in_pieces}, "
+          f"{args.steps} {args.method} steps, NFE {nfe}, seed {args.seed}")
 
 
-def show_forming(model, whisper, piece: Piece, args) -> None:
+def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args) -> None:
     """Print what the decoder reads at every step of the ODE, from x0 to x1."""
-    batch = data.make_batch([piece.sentence], whisper, [piece.durations]).to(whisper)
+    batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
     times = flow.schedule(args.steps, args.sway).tolist()
-    for t, x in zip(times, generate(model, whisper, batch, solver(args))):
+    for t, x in zip(times, generate(model, whisper, batch, args.solver)):
         features = whisper.features(x, batch.cond["frames"])
-        read = whisper.transcribe(features, [piece.sentence.language])[0]
+        read = whisper.transcribe(features, [sentence.language])[0]
         print(f"  t = {t:.2f}     {read.text[:70]}")
 
 
@@ -152,27 +149,30 @@ def check(args, latent: str, n_texts: int) -> None:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("text", nargs="*", help="texts; none: from --text_file or standard input")
-    parser.add_argument("--language", default="en", help="of the texts (default: en)")
-    parser.add_argument("--text_file", type=Path, help="FILE.txt, or FILE.tsv (language<TAB>text); "
-                        "equal lines are read once")
-    parser.add_argument("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
-    parser.add_argument("--steps", type=int, help="steps of the ODE solver (default: 4)")
-    parser.add_argument("--method", choices=list(flow.ORDER), help="solver (default: euler)")
-    parser.add_argument("--guidance", type=float, help="1 is off (default: 1)")
-    parser.add_argument("--sway", type=float, help="-1: small steps first (default: 0)")
+    add = parser.add_argument
+    add("text", nargs="*", help="texts; none: from --text_file or standard input")
+    add("--language", default="en", help="of the texts (default: en)")
+    add("--text_file", type=Path, help="FILE.txt, or FILE.tsv (language<TAB>text); equal lines are "
+        "read once")
+    add("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
+    add("--steps", type=int, help="steps of the ODE solver (default: 4)")
+    add("--method", choices=list(flow.ORDER), help="solver (default: euler)")
+    add("--guidance", type=float, help="1 is off (default: 1)")
+    add("--sway", type=float, help="-1: small steps first (default: 0)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
     length.add_argument("--seconds", type=float, help="that each text lasts, in place of --speed")
-    parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
-    parser.add_argument("--rooms", type=float, default=0.0, help="spectrograms only; 1: another "
-                        "voice for every seed and text; 0.5: less different (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--out", type=Path, help="write the features here, as .npz")
-    parser.add_argument("--wav", type=Path, help="write what it sounds like here: FILE.wav, or a "
-                        "folder for a file of each text")
+    add("--seed", type=int, help="of the noise (default: 0)")
+    add("--rooms", type=float, default=0.0, help="spectrograms only; 1: another voice for every "
+        "seed and text; 0.5: less different (default: 0)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--out", type=Path, help="write the features here, as .npz")
+    add("--wav", type=Path, help="write what it sounds like here: FILE.wav, or a folder for a file "
+        "of each text")
     parser.set_defaults(**Settings()._asdict())
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.solver = Settings(args.steps, args.method, args.guidance, args.sway, args.seed)
+    return args
 
 
 def main(argv=None) -> None:
@@ -183,40 +183,28 @@ def main(argv=None) -> None:
     whisper, model = load_critic(checkpoint, device), load_model(checkpoint, device)
     texts = read_texts(args, whisper)
     check(args, checkpoint["config"]["latent"], len(texts))
-    pieces = cut(texts, durations_by(checkpoint["rhythm"]), whisper, args)
-    latents, features, hypotheses = round_trip(model, whisper, pieces, args)
+    durations = durations_by(checkpoint["rhythm"])
+    parts = [cut(text, durations, whisper, args) for text in texts]
+    pieces = round_trip(model, whisper, list(chain(*parts)), args)
     if args.out:
-        write_features(args.out, pieces, latents, features, hypotheses)
-    whole, pieces_of = [], defaultdict(list)
-    for j, piece in enumerate(pieces):
-        pieces_of[piece.text_of].append(j)
+        text_of = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
+        write_features(args.out, pieces, text_of)
+    hypotheses, remaining = [], iter(pieces)
     for i, text in enumerate(texts):
-        mine = pieces_of[i]
-        read = [hypotheses[j] for j in mine]
-        whole.append(join(text.text, [pieces[j].sentence.text for j in mine],
-                          [r.text for r in read]))
-        show(text, whole[-1], sum(len(latents[j]) for j in mine), read, args)
+        group = list(islice(remaining, len(parts[i])))
+        hypotheses.append(join(text.text, [piece.sentence.text for piece in group],
+                               [piece.read.text for piece in group]))
+        show(text, hypotheses[-1], group, args)
         if i == 0 and not args.text_file:
-            show_forming(model, whisper, pieces[0], args)
+            show_forming(model, whisper, *parts[0][0], args)
         if args.wav:
             from speech.sound import write_wav
             path = args.wav if args.wav.suffix == ".wav" else args.wav / f"{i:04d}.wav"
-            write_wav(path, whisper, [latents[j].to(device) for j in mine])
-    cer, wer, exact = error_rates([s.text for s in texts], whole, [s.language for s in texts])
+            write_wav(path, whisper, [piece.x1.to(device) for piece in group])
+    cer, wer, exact = error_rates([s.text for s in texts], hypotheses, [s.language for s in texts])
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}")
     for path in filter(None, (args.wav, args.out)):
         print(f"wrote {path}: {len(texts)} texts")
-
-
-def write_features(path: Path, pieces, latents, features, hypotheses) -> None:
-    """The data set: features (N, P, E), the first `frames` are speech; see docs/usage.md."""
-    language, text = map(np.array, zip(*(piece.sentence for piece in pieces)))
-    with data.atomic_write(path) as part, open(part, "wb") as file:
-        np.savez_compressed(
-            file, features=torch.stack(features).numpy(), text=text, language=language,
-            frames=np.array([len(x) for x in latents]),
-            hypothesis=np.array([r.text for r in hypotheses]),
-            text_of=np.array([piece.text_of for piece in pieces]))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@
 """
 import argparse
 import copy
-import dataclasses
 import math
 import os
 import signal
-import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
@@ -80,7 +78,7 @@ class Config:
     def __post_init__(self):
         if self.latent not in LATENTS:
             raise BadInput(f"--latent {self.latent!r} is none of {', '.join(LATENTS)}")
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             low, below, value = f.metadata["low"], f.metadata["below"], getattr(self, f.name)
             if low is not None and not low <= value < below:
                 limit = f" and below {below}" if below < math.inf else ""
@@ -90,16 +88,13 @@ class Config:
 def parse_config(argv=None) -> Config:
     """The command line is made from the fields of Config."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        kind = dict(type=type(f.default))
-        if isinstance(f.default, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(f.default, tuple):
-            kind = dict(nargs="+")
+    special = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}
+    for f in fields(Config):
+        kind = special.get(type(f.default), dict(type=type(f.default)))
         help = f"{f.metadata['help']} (default: {f.default})"
         parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
     args = vars(parser.parse_args(argv))
-    return Config(**{**args, "data": tuple(args["data"])})
+    return Config(**args | dict(data=tuple(args["data"])))
 
 
 # ---- the method ------------------------------------------------------------------------------
@@ -129,13 +124,9 @@ def draw_noise(batch: data.Batch, channels: int, drop_text: float,
 
 
 def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
-    """Where an ear hears the spectrograms of a step.
-
-    Rooms grow during the run, and in each step they are weaker by a random factor: a flow that
-    trained in strong rooms only is read worse without one.
-    """
-    first, last = RAMP
-    most = min(max((step / n_steps - first) / (last - first), 0.0), 1.0)
+    """Where an ear hears a step: in rooms that grow during the run."""
+    most = float(np.interp(step / n_steps, RAMP, (0, 1)))
+    # Weaker by a random factor: a flow that trained in strong rooms only is read worse without one.
     return Room(most * torch.rand((), generator=rng, device=rng.device).item(), rng)
 
 
@@ -183,13 +174,8 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
         x1 = change(generate(model, whisper, batch, settings)[-1], batch)
         features = whisper.features(x1, batch.cond["frames"])
-        yield batch, x1, features, whisper.transcribe(
-            features, [s.language for s in batch.sentences])
-
-
-def transcribe_samples(*args) -> list:
-    """What the frozen decoder reads in all of the `round_trips`."""
-    return [hypothesis for *_, some in round_trips(*args) for hypothesis in some]
+        languages = [s.language for s in batch.sentences]
+        yield batch, x1, features, whisper.transcribe(features, languages)
 
 
 def rates(sentences: Sequence[data.Sentence], hypotheses: Sequence) -> ErrorRates:
@@ -207,33 +193,29 @@ def per_language(sentences: list, n: int) -> list:
 
 def evaluate(run: "Run", held_out: list) -> dict:
     """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
-    whisper, config = run.whisper, run.config
-    sentences = per_language(held_out, config.eval_sentences)
-    read = lambda sentences, *rest: transcribe_samples(  # noqa: E731
-        run.ema, whisper, sentences, [run.durations(s, config.speed) for s in sentences], *rest)
+    whisper, n = run.whisper, run.config.eval_sentences
+    sentences = per_language(held_out, n)
     result = {"val_sentences": len(sentences)}
     for steps in (1, 4):
-        hypotheses = read(sentences, Settings(steps))
+        hypotheses = run.transcribe_samples(sentences, Settings(steps))
         for name, rate in rates(sentences, hypotheses)._asdict().items():
             result[f"val_{name}_{steps}step"] = rate
         for code in dict.fromkeys(s.language for s in sentences):
             pairs = [pair for pair in zip(sentences, hypotheses) if pair[0].language == code]
             result[f"val_cer_{steps}step_{code}"] = rates(*zip(*pairs)).cer
-    # Chance: the text of another sentence, and x0 in place of x1.
-    result["cer_shuffled_text"] = rates(sentences, read(sentences[1:] + sentences[:1])).cer
+    # Chance: what was read for another sentence, and in x0.
+    result["cer_shuffled_text"] = rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
     some = per_language(sentences, 50)
-    durations = [run.durations(s, config.speed) for s in some]
-    batch = data.make_batch(some, whisper, durations).to(whisper)
-    features = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
-    result["cer_x0"] = rates(some, whisper.transcribe(features, [s.language for s in some])).cer
+    hypotheses = run.transcribe_samples(
+        some, Settings(1), lambda x1, batch: data.noise(batch, whisper.channels, 0))
+    result["cer_x0"] = rates(some, hypotheses).cer
     # What the decoder makes of real speech, where ours fits the checkpoint.
-    spoken, mels = spoken_clips(whisper)
-    every = max(1, len(spoken) // config.eval_sentences)
-    spoken, mels = spoken[::every], mels[::every]
-    hypotheses = [h for i in range(0, len(spoken), 25) for h in whisper.transcribe(
-        whisper.features_of_mel(torch.stack(mels[i : i + 25])),
-        [s.language for s in spoken[i : i + 25]])]
-    return result | dict(cer_real_speech=rates(spoken, hypotheses).cer if spoken else math.nan)
+    clips, hypotheses = list(zip(*spoken_clips(whisper))), []
+    clips = clips[:: max(1, len(clips) // n)]
+    for spoken, mel in DataLoader(clips, 25):  # a Sentence of lists, (25, M, 2P)
+        hypotheses += whisper.transcribe(whisper.features_of_mel(mel), spoken.language)
+    real = rates([s for s, _ in clips], hypotheses).cer if clips else math.nan
+    return result | dict(cer_real_speech=real)
 
 
 def report(result: dict, path: Path) -> None:
@@ -242,10 +224,10 @@ def report(result: dict, path: Path) -> None:
     for steps in (1, 4):
         cers = {key: v for key, v in result.items() if key.startswith(f"val_cer_{steps}step_")}
         if len(cers) > 8:
-            best = sorted(cers, key=cers.get)[:-5]
-            shown = {key: v for key, v in shown.items() if key not in best}
-            shown[f"val_cer_{steps}step_mean"] = statistics.mean(cers.values())
-            shown[f"val_cer_{steps}step_median"] = statistics.median(cers.values())
+            for key in sorted(cers, key=cers.get)[:-5]:
+                del shown[key]
+            shown[f"val_cer_{steps}step_mean"] = np.mean([*cers.values()])
+            shown[f"val_cer_{steps}step_median"] = np.median([*cers.values()])
     text = lambda items: "".join(  # noqa: E731
         f"{k}: {v:.4f}\n" if isinstance(v, float) else f"{k}: {v}\n" for k, v in items.items())
     print(text(shown), end="")
@@ -256,9 +238,8 @@ def report(result: dict, path: Path) -> None:
 def show_samples(run: "Run", held_out: list) -> None:
     """One held-out sentence of each of up to five languages, with 4 steps."""
     sentences = per_language(held_out, 1)[:5]
-    durations = [run.durations(s, run.config.speed) for s in sentences]
     tqdm.write(f"step {run.step}", file=sys.stdout)
-    for s, read in zip(sentences, transcribe_samples(run.ema, run.whisper, sentences, durations)):
+    for s, read in zip(sentences, run.transcribe_samples(sentences)):
         tqdm.write(f"  {s.language}  {s.text}  ->  {read.text}", file=sys.stdout)
 
 
@@ -302,6 +283,12 @@ class Run:
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
 
+    def transcribe_samples(self, sentences: Sequence[data.Sentence], *args) -> list:
+        """What the decoder reads in all `round_trips` of the averaged network, which take args."""
+        durations = [self.durations(s, self.config.speed) for s in sentences]
+        trips = round_trips(self.ema, self.whisper, sentences, durations, *args)
+        return [hypothesis for *_, hypotheses in trips for hypothesis in hypotheses]
+
 
 def load_checkpoint(path: Path) -> dict:
     """What `Run.save` saved; BadInput if it is missing or something else."""
@@ -342,18 +329,18 @@ def durations_by(rhythm: dict | None) -> Callable:
     return Rhythm(**rhythm).durations
 
 
-# ---- several GPUs ----------------------------------------------------------------------------
+# ---- the run ---------------------------------------------------------------------------------
 
 
 def start_rank(device: torch.device) -> tuple[int, int]:
     """This process among those of torchrun, which start to work together: rank, number."""
-    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if n_ranks > 1 and not dist.is_initialized():
+    rank, n_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if n_ranks > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        patience = timedelta(days=1)  # while the first downloads
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return (dist.get_rank(), n_ranks) if n_ranks > 1 else (0, 1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # while the first downloads
+    return rank, n_ranks
 
 
 def shard_batch(batch: data.Batch, rank: int, n_ranks: int) -> data.Batch:
@@ -373,32 +360,24 @@ def average_gradients(model: DiT, stop: bool, n_ranks: int) -> bool:
     return bool(stops > 0)
 
 
-# ---- the run ---------------------------------------------------------------------------------
-
-
 def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
           n_ranks: int = 1) -> None:
-    """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves.
-
-    steps: step -> batch, the same for every rank, see data.Steps.
-    """
-    config, whisper, device, is_main = run.config, run.whisper, run.whisper.device, rank == 0
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    workers = {}  # make batches ahead, beside a GPU
-    if device.type == "cuda" and hasattr(os, "fork"):
+    """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
+    config, whisper, device = run.config, run.whisper, run.whisper.device
+    is_gpu, workers, start = device.type == "cuda", {}, time.time()
+    if is_gpu and hasattr(os, "fork"):  # other processes make the batches ahead
         workers = dict(num_workers=max(1, min(4, (os.cpu_count() or 1) // (2 * n_ranks))),
                        multiprocessing_context="fork")
     loader = DataLoader(steps, None, sampler=range(run.step, config.steps), **workers)
-    start = time.time()
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
     with open_log(run, rank) as log, catch_interrupts() as stops:
         for batch in bar:
-            batch = shard_batch(batch, rank, n_ranks).to(whisper)
+            batch = shard_batch(batch, rank, n_ranks).to(whisper)  # all ranks make the same one
             # Other numbers than those that drew the batch, and of this process alone.
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
-            with autocast:
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_gpu):
                 loss, nll, cfm = objective(run.model, whisper, batch, x0, t, drop, room,
                                            config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
@@ -418,13 +397,13 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
             log.write(",".join([str(run.step), *(f"{x:.6g}" for x in values)]) + "\n")
             bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}")
             run.step += 1
-            is_due = run.step % config.eval_every == 0
-            if is_main and (is_due or stopped or run.step == config.steps):
+            is_due = stopped or run.step % config.eval_every == 0 or run.step == config.steps
+            if is_due and rank == 0:
                 run.save()
                 show_samples(run, held_out)
-            if stopped and n_ranks > 1:
-                dist.barrier()  # until it is saved
             if stopped:
+                if n_ranks > 1:
+                    dist.barrier()  # until it is saved
                 raise BadInput(f"stopped and saved at step {run.step}; --resume goes on from there")
 
 
@@ -500,9 +479,9 @@ def main(argv=None) -> dict:
         dist.destroy_process_group()
     if rank > 0:
         return {}
-    result = evaluate(run, held_out)
+    figures = evaluate(run, held_out)
     result = dict(device=device, seconds=time.time() - start, steps=run.step,
-                  parameters=n_parameters) | result
+                  parameters=n_parameters, **figures)
     report(result, run.path.with_name("result.txt"))
     return result
 

@@ -85,7 +85,7 @@ def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_langu
 
 
 def test_a_long_sentence_before_fifty_short_ones_is_evaluated(pocket):
-    """The texts are evaluated in another order too, each with its own durations."""
+    """The second fifty are evaluated with durations of their own."""
     long = Sentence("en", "The old teacher reads a long letter to all the children in the garden.")
     run = train.Run(train.Config(depth=1, eval_sentences=52), pocket)
     result = train.evaluate(run, [long, *[Sentence("en", "Yes.")] * 51])
