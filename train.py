@@ -271,7 +271,7 @@ class Run:
     def load(self) -> None:
         """Go on from the checkpoint; BadInput if it was made with another configuration."""
         checkpoint = load_checkpoint(self.path)
-        free = {"out_dir", "device", "resume", "eval_every", "eval_sentences"}
+        free = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}
         for name, now in asdict(self.config).items():
             if name not in free and (before := checkpoint["config"].get(name)) != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
@@ -495,7 +495,7 @@ def guard(main: Callable) -> None:
     except (BadInput, OSError, UnicodeError) as error:
         why = str(error)
     except torch.OutOfMemoryError:
-        why = "out of GPU memory; try a smaller --batch_size, --depth or --eval_sentences"
+        why = "out of GPU memory; try a smaller --batch_size (--resume goes on with it) or --depth"
     except KeyboardInterrupt:
         why = "stopped; what is written is whole"
     is_main = os.environ.get("RANK", "0") == "0"
