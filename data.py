@@ -116,7 +116,10 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: adding lines moves no other line."""
+    """Training and held-out sentences, by a hash of each: adding lines moves no other line.
+
+    Raises BadInput for less than two.
+    """
     shares = [hash_share(s) for s in sentences]
     limit = max(HELD_OUT, min(shares, default=0))  # at least one; in tiny sets that one may move
     training = [s for s, share in zip(sentences, shares) if share > limit]
@@ -130,7 +133,7 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
 
 
 def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
-    """The length rule: how many frames the sentence lasts, at least one a character."""
+    """The length rule: frames that the sentence lasts, at least one a character; speed 2: half."""
     if not 0.1 <= speed <= 10:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
     language, text = sentence

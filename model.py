@@ -45,9 +45,9 @@ def rotations(n: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary position embedding, (..., N, D/H) -> (..., N, D/H). RoFormer, arXiv 2104.09864."""
-    (a, b), (cos, sin) = x.chunk(2, dim=-1), rotations.to(x.dtype)
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), turns.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
@@ -78,12 +78,12 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation[1].weight)
         nn.init.zeros_(self.modulation[1].bias)
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor, rotations: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor, turns: Tensor) -> Tensor:
         """(B, N, D), (B, 1, D), (B, 1, 1, N), (2, N, D/2H) -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         qkv = self.qkv(modulate(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H) each
-        q, k = rotate(qkv[:2], rotations)
+        q, k = rotate(qkv[:2], turns)
         y = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=mask)
         x = x + gate1 * self.out(y.transpose(1, 2).flatten(2))
         return x + gate2 * self.mlp(modulate(x, shift2, scale2))

@@ -171,7 +171,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "of each text")
     parser.set_defaults(**Settings()._asdict())
     args = parser.parse_args(argv)
-    args.solver = Settings(args.steps, args.method, args.guidance, args.sway, args.seed)
+    args.solver = Settings(*(getattr(args, name) for name in Settings._fields))
     return args
 
 

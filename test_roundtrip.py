@@ -320,8 +320,8 @@ def test_resumed_run_equals_straight_run(runs, tmp_path, monkeypatch, latent):
     with pytest.raises(BadInput, match="trained with --depth 1, not 2; give the same"):
         train.main([*flags, "--depth", "2", "--resume"])
     shutil.copytree(tmp_path, tmp_path / "again")  # out of memory: it goes on with another batch
-    smaller = ["--out_dir", str(tmp_path / "again"), "--batch_size", "8", "--resume"]
-    assert train.main([*flags, *smaller])["steps"] == 6
+    other = ["--out_dir", str(tmp_path / "again"), "--batch_size", "8", "--resume"]
+    assert train.main([*flags, *other])["steps"] == 6
     result = train.main([*flags, "--resume"])
     assert result | {"seconds": 0} == runs[1][latent] | {"seconds": 0}
     a, b = (train.load_checkpoint(x / "ckpt.pt") for x in (runs[0] / latent, tmp_path))

@@ -52,7 +52,7 @@ class Config:
     whisper: str = setting("pocket", "pocket, an official name, or a checkpoint file")
     latent: str = setting("features", "what the flow makes: features, which the decoder reads, or "
                           "mel, a spectrogram that the whole Whisper hears in random rooms")
-    data: tuple = setting(("builtin",), "sources of text, see data.load_data")
+    data: tuple = setting(("builtin",), "sources of text, see docs/usage.md")
     speech: str = setting("", "folder of recordings to learn from as well, see speech/")
     max_lines: int = setting(10**6, "lines of a file that are read", 1)
     temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
@@ -205,14 +205,14 @@ def evaluate(run: "Run", held_out: list) -> dict:
             result[f"val_cer_{steps}step_{code}"] = rates(*zip(*pairs)).cer
     # Chance: what was read for another sentence, and in x0.
     result["cer_shuffled_text"] = rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
-    some = per_language(sentences, 50)
+    some = per_language(sentences, 50)  # x1 is put aside
     hypotheses = run.transcribe_samples(
         some, Settings(1), lambda x1, batch: data.noise(batch, whisper.channels, 0))
     result["cer_x0"] = rates(some, hypotheses).cer
     # What the decoder makes of real speech, where ours fits the checkpoint.
     clips, hypotheses = list(zip(*spoken_clips(whisper))), []
     clips = clips[:: max(1, len(clips) // n)]
-    for spoken, mel in DataLoader(clips, 25):  # a Sentence of lists, (25, M, 2P)
+    for spoken, mel in DataLoader(clips, 25):  # Sentence(languages, texts), (25, M, 2P)
         hypotheses += whisper.transcribe(whisper.features_of_mel(mel), spoken.language)
     real = rates([s for s, _ in clips], hypotheses).cer if clips else math.nan
     return result | dict(cer_real_speech=real)
@@ -269,7 +269,7 @@ class Run:
             torch.save(dict(step=self.step, rhythm=self.rhythm, **configs, **states), file)
 
     def load(self) -> None:
-        """Go on from the checkpoint; BadInput if it was made with another configuration."""
+        """Go on from the checkpoint; BadInput if flags differ that are not free to."""
         checkpoint = load_checkpoint(self.path)
         free = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}
         for name, now in asdict(self.config).items():
@@ -297,6 +297,8 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         DiTConfig(**checkpoint["model_config"])
+        known = [f.name for f in fields(Config)]  # an earlier version may have had other flags
+        checkpoint["config"] = {k: v for k, v in checkpoint["config"].items() if k in known}
         Config(**checkpoint["config"])
         return checkpoint
     except Exception as error:
@@ -334,13 +336,13 @@ def durations_by(rhythm: dict | None) -> Callable:
 
 def start_rank(device: torch.device) -> tuple[int, int]:
     """This process among those of torchrun, which start to work together: rank, number."""
-    rank, n_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if n_ranks > 1:
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if n_ranks > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # while the first downloads
-    return rank, n_ranks
+    return (dist.get_rank(), n_ranks) if n_ranks > 1 else (0, 1)
 
 
 def shard_batch(batch: data.Batch, rank: int, n_ranks: int) -> data.Batch:
@@ -495,7 +497,8 @@ def guard(main: Callable) -> None:
     except (BadInput, OSError, UnicodeError) as error:
         why = str(error)
     except torch.OutOfMemoryError:
-        why = "out of GPU memory; try a smaller --batch_size (--resume goes on with it) or --depth"
+        why = ("out of GPU memory; try a smaller --batch_size (also with --resume, if there is a "
+               "checkpoint), or begin anew with a smaller --depth")
     except KeyboardInterrupt:
         why = "stopped; what is written is whole"
     is_main = os.environ.get("RANK", "0") == "0"

@@ -188,8 +188,11 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: cuda, else mps, else cpu; cuda is the one of this process of torchrun."""
-    torch.backends.cuda.matmul.allow_tf32 = True  # where bf16 would be too coarse
+    """auto: cuda, else mps, else cpu; cuda is the one of this process of torchrun.
+
+    Matrix products that are not in bf16, so all of sampling and reading, are TF32 on CUDA.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape: 0.3 s a step
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else

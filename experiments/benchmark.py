@@ -115,8 +115,9 @@ def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
         run.optimizer.step()
         run.optimizer.zero_grad()
     rate = args.steps / (clock(device) - start)
+    form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
     print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | "
-          f"{'bf16' if bf16 else 'fp32'}{', compiled' if compiled else ''} | "
+          f"{form}{', compiled' if compiled else ''} | "
           f"{held(frozen, trained):.1f} | {peak_memory(device):.1f} | {rate:.2f} |", flush=True)
 
 
