@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import unicodedata
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -73,41 +72,6 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     if not words(text, code):
         raise BadInput("there is no word in it")
     return Sentence(code, text)
-
-
-def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
-              temperature: float = 1.0, max_lines: int = 10**6) -> tuple[dict, list[str]]:
-    """Sources as text/sources.py reads them -> {Sentence: its share of the draws}, notes.
-
-    A source's weight, as in 0.5*builtin, is its share. In each, languages count with the number of
-    their sentences to the power of 1 / temperature. Texts that are too long are split.
-    """
-    from text.long import split_long  # these import this file
-    from text.sources import read_pools
-    pools, notes = read_pools(sources, whisper, max_lines)
-    shares, n_long, too_long = Counter(), 0, []
-    for weight, pool in pools:
-        pieces, counts = Counter(), Counter()
-        for sentence, n in pool.items():
-            try:
-                parts = split_long(sentence, whisper, speed)
-            except BadInput as error:
-                too_long.append(str(error))
-                continue
-            n_long += len(parts) > 1
-            for piece in parts:
-                pieces[piece] += n
-                counts[piece.language] += n
-        # Short sentences are rare in most texts and no easier, so they are drawn more often: with
-        # the inverse square of the length, which makes long and short ones about equally frequent.
-        often = {piece: n * counts[piece.language] ** (1 / temperature - 1) / n_frames(piece) ** 2
-                 for piece, n in pieces.items()}
-        total = sum(often.values())
-        for piece, n in often.items():
-            shares[piece] += weight * n / total
-    notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
-    notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
-    return dict(shares), notes
 
 
 def hash_share(sentence: Sentence) -> float:

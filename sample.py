@@ -20,6 +20,7 @@ import data
 import flow
 from data import FRAMES_PER_SECOND, Sentence
 from text.long import split_long
+from text.sources import kind, read_file
 from train import (
     Settings, durations_by, generate, guard, load_checkpoint, load_critic, load_model, round_trips,
 )
@@ -64,7 +65,6 @@ def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
 def read_texts(args, whisper) -> list[Sentence]:
     """Texts of the command line, a file or standard input."""
     if args.text_file:
-        from text.sources import kind, read_file
         language = None if kind(args.text_file) == ".tsv" else args.language
         counts, notes = read_file(args.text_file, language, whisper)
         texts = list(counts)

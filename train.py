@@ -32,6 +32,7 @@ import flow
 from model import DiT, DiTConfig
 from pocket.clips import spoken_clips
 from speech.ear import Ear, Room
+from text.sources import load_data
 from whisper_decoder import (
     BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
 )
@@ -205,10 +206,11 @@ def evaluate(run: "Run", held_out: list) -> dict:
             result[f"val_cer_{steps}step_{code}"] = rates(*zip(*pairs)).cer
     # Chance: what was read for another sentence, and in x0.
     result["cer_shuffled_text"] = rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
-    some = per_language(sentences, 50)  # x1 is put aside
-    hypotheses = run.transcribe_samples(
-        some, Settings(1), lambda x1, batch: data.noise(batch, whisper.channels, 0))
-    result["cer_x0"] = rates(some, hypotheses).cer
+    some = per_language(sentences, 50)
+    durations = [run.durations(s, run.config.speed) for s in some]
+    batch = data.make_batch(some, whisper, durations).to(whisper)
+    features = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
+    result["cer_x0"] = rates(some, whisper.transcribe(features, [s.language for s in some])).cer
     # What the decoder makes of real speech, where ours fits the checkpoint.
     clips, hypotheses = list(zip(*spoken_clips(whisper))), []
     clips = clips[:: max(1, len(clips) // n)]
@@ -452,7 +454,7 @@ def main(argv=None) -> dict:
     if rank > 0:
         dist.barrier()  # until the first has downloaded, and made the folder
     whisper = LATENTS[config.latent](config.whisper, device)
-    shares, notes = data.load_data(config.data, whisper, config.speed, config.temperature,
+    shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
                                    config.max_lines)
     training, held_out = data.split(list(shares))
     steps = data.Steps({s: shares[s] for s in training}, whisper, config.batch_size, config.seed,

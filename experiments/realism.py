@@ -50,6 +50,7 @@ from pocket.clips import spoken_clips  # noqa: E402
 from speech import sound  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
+from text.sources import load_data  # noqa: E402
 from train import Settings, per_language  # noqa: E402
 from whisper_decoder import BadInput, FrozenWhisper, choose_device  # noqa: E402
 
@@ -147,7 +148,7 @@ class Study:
         strength = {name: VOICE[name] * (name in args.voice) for name in VOICE}
         self.voice = Voice(args.rooms, strength, "pace" in args.voice)
         sources = args.data or config["data"]
-        training, held_out = data.split(list(data.load_data(sources, self.whisper)[0]))
+        training, held_out = data.split(list(load_data(sources, self.whisper)[0]))
         if len(training) < 50:
             raise BadInput(f"--data {' '.join(sources)} has {len(training)} sentences to learn "
                            "from; give at least 50")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from text.long import fits  # noqa: E402
+from text.sources import load_data  # noqa: E402
 from whisper_decoder import BadInput, choose_device  # noqa: E402
 
 KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str)
@@ -25,7 +26,7 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
     """CER of n held-out sentences at each value, 4 Euler steps but for what is swept."""
     device, durations = choose_device("auto"), train.durations_by(checkpoint["rhythm"])
     whisper, model = train.load_critic(checkpoint, device), train.load_model(checkpoint, device)
-    shares, _ = data.load_data(checkpoint["config"]["data"], whisper)
+    shares, _ = load_data(checkpoint["config"]["data"], whisper)
     held_out, rates = train.per_language(data.split(list(shares))[1], n), []
     for value in values:
         reader = train.load_critic(checkpoint, device, value) if kind == "judge" else whisper

@@ -192,7 +192,7 @@ class Steps(torch.utils.data.Dataset):
         if step >= SPEECH_ALONE * self.n_steps and step % 2:
             return self.text[step]
         rng, n = data.generator(self.text.seed, step), self.text.n
-        often = self.frames.double() ** -2  # short ones are rare, as in data.load_data
+        often = self.frames.double() ** -2  # short ones are rare, as in text.sources.load_data
         batch = [self.recordings[i] for i in data.draw_alike(often, self.frames, n, rng)]
         sentences, x1, durations = zip(*batch)
         return data.make_batch(sentences, self.text.whisper, durations, x1)

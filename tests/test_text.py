@@ -18,6 +18,7 @@ import whisper_decoder
 from data import Sentence
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
 from text import sources
+from text.sources import load_data
 from text.long import fits, split_long
 from whisper_decoder import BadInput, FrozenWhisper, edit_distance, error_rates
 
@@ -55,16 +56,16 @@ def test_every_source_gives_the_same_sentences(tmp_path, pocket, monkeypatch):
         urls = [f"fr={address}/a.txt.gz", f"{address}/c.tsv.bz2", "tatoeba:fr", "tatoeba:French"]
         for url in [*urls, f"fr={address}/missing.txt"]:
             with pytest.raises(BadInput, match="cannot fetch .*; check the address"):
-                data.load_data([url], pocket)
+                load_data([url], pocket)
         assert not list((tmp_path / "cache").iterdir())  # nothing that is broken stays
         Server.most = 10**9
         paths = "fr={0}/fr.txt French={0}/a.txt.gz {0}/b.tsv {0}/c.tsv.bz2 fr={0}/bom.txt"
         for source in [*paths.split(), "{0}/folder", *urls]:
-            shares, notes = data.load_data([source.format(tmp_path)], pocket)
+            shares, notes = load_data([source.format(tmp_path)], pocket)
             assert sorted(shares) == sorted(Sentence("fr", text) for text in texts) and not notes
             assert math.isclose(sum(shares.values()), 1)
         Server.pages = {}  # what was fetched once is not fetched again
-        assert len(data.load_data(["tatoeba:fr"], pocket)[0]) == 50
+        assert len(load_data(["tatoeba:fr"], pocket)[0]) == 50
         server.shutdown()
 
 
@@ -87,7 +88,7 @@ def test_weights_and_temperature_of_a_mixture(tmp_path, pocket):
 
     def total(*sources, **settings):
         counts = Counter()
-        for s, share in data.load_data(sources, pocket, **settings)[0].items():
+        for s, share in load_data(sources, pocket, **settings)[0].items():
             counts[s.language] += share
         return counts
 
@@ -96,7 +97,7 @@ def test_weights_and_temperature_of_a_mixture(tmp_path, pocket):
         assert math.isclose(found["de"] / found["es"], ratio, rel_tol=0.1)
     weighted = total(f"2*{de}", f"0.5*{fr}", es)  # long or short, a source has its share
     assert {code: round(n, 6) for code, n in weighted.items()} == {"de": 2, "fr": 0.5, "es": 1}
-    long, short = data.load_data([fr], pocket)[0].values()
+    long, short = load_data([fr], pocket)[0].values()
     assert math.isclose(short / long, (10 / 3.8 / 0.6) ** 2, rel_tol=0.05)
 
 

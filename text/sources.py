@@ -1,6 +1,6 @@
 """Where text comes from: the built-in sentences, files, folders of files, URLs, Tatoeba.
 
-`data.load_data` and `sample.py --text_file` read text with these functions.
+train.py and the studies call `load_data`; `sample.py --text_file` calls `read_file`.
 """
 import bz2
 import gzip
@@ -19,7 +19,8 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from data import LANGUAGES, Sentence, atomic_write, builtin, make_sentence
+from data import LANGUAGES, Sentence, atomic_write, builtin, make_sentence, n_frames
+from text.long import split_long
 from whisper_decoder import BadInput, FrozenWhisper, first_line
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
@@ -155,3 +156,36 @@ def read_pools(sources: Sequence[str], whisper: FrozenWhisper,
         pools.setdefault(number, (float(weight or 1), Counter()))[1].update(counts)
         notes += problems
     return list(pools.values()), notes
+
+
+def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0,
+              temperature: float = 1.0, max_lines: int = 10**6) -> tuple[dict, list[str]]:
+    """Sources, see `read_pools` -> {Sentence: its share of the draws}, notes.
+
+    A source's weight, as in 0.5*builtin, is its share. In each, languages count with the number of
+    their sentences to the power of 1 / temperature. Texts that are too long are split.
+    """
+    pools, notes = read_pools(sources, whisper, max_lines)
+    shares, n_long, too_long = Counter(), 0, []
+    for weight, pool in pools:
+        pieces, counts = Counter(), Counter()
+        for sentence, n in pool.items():
+            try:
+                parts = split_long(sentence, whisper, speed)
+            except BadInput as error:
+                too_long.append(str(error))
+                continue
+            n_long += len(parts) > 1
+            for piece in parts:
+                pieces[piece] += n
+                counts[piece.language] += n
+        # Short sentences are rare in most texts and no easier, so they are drawn more often: with
+        # the inverse square of the length, which makes long and short ones about equally frequent.
+        often = {piece: n * counts[piece.language] ** (1 / temperature - 1) / n_frames(piece) ** 2
+                 for piece, n in pieces.items()}
+        total = sum(often.values())
+        for piece, n in often.items():
+            shares[piece] += weight * n / total
+    notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
+    notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
+    return dict(shares), notes
