@@ -4,9 +4,7 @@ B batch, S characters, T latent frames, L prompt + text + end tokens, C channels
 """
 import hashlib
 import math
-import os
 import unicodedata
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -16,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from model import BYTES
-from whisper_decoder import UNSPACED, BadInput, FrozenWhisper, strip_unspoken
+from plumbing.files import BadInput
+from whisper_decoder import UNSPACED, FrozenWhisper, strip_unspoken
 
 POCKET = Path(__file__).parent / "pocket"
 HELD_OUT = 0.1  # share of the sentences that training never sees
@@ -35,25 +34,7 @@ class Sentence(NamedTuple):
     text: str
 
 
-@contextmanager
-def atomic_write(file: Path):
-    """A temporary name that becomes `file` when all is written; if not, nothing stays."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # ---- sentences -------------------------------------------------------------------------------
-
-
-def builtin() -> list[Sentence]:
-    """The built-in sentences of every language, a file of lines each; make_pocket.py wrote them."""
-    files = sorted((POCKET / "sentences").glob("*.txt"))
-    return [Sentence(f.stem, line) for f in files for line in f.read_text("utf-8").splitlines()]
 
 
 def words(text: str, language: str) -> list[str]:
@@ -91,6 +72,13 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
                        "more, in languages that the decoder knows")
     return training, [s for s, share in zip(sentences, shares) if share <= limit]
+
+
+def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
+    """Equally many sentences of every language, n in all (rounded up) or as many as there are."""
+    languages = list(dict.fromkeys(s.language for s in sentences))
+    share = math.ceil(n / len(languages))
+    return [s for c in languages for s in [s for s in sentences if s.language == c][:share]]
 
 
 # ---- length ----------------------------------------------------------------------------------
@@ -154,6 +142,13 @@ class Batch(NamedTuple):
         """True in the frames of an item, (B, T)."""
         position = torch.arange(self.cond["alignment"].shape[1], device=self.targets.device)
         return position < self.cond["frames"][:, None]
+
+    def shard(self, rank: int, n_ranks: int) -> "Batch":
+        """Every n_ranks-th item."""
+        part = slice(rank, None, n_ranks)
+        cond = {name: x[part] for name, x in self.cond.items()}
+        x1 = None if self.x1 is None else self.x1[part]
+        return Batch(self.sentences[part], cond, self.targets[part], x1)
 
     def to(self, whisper: FrozenWhisper) -> "Batch":
         """On the decoder's device, with Whisper's embeddings in place of token numbers; once."""

@@ -23,7 +23,7 @@ x0, x1, x_t, u_t: (B, T, C) for B items, T frames, C channels; t: (B,); mask: (B
 of an item, False behind it.
 """
 import math
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ from torch import Tensor
 Model = Callable[[Tensor, Tensor, dict], Tensor]  # (x_t, t, cond) -> x1_hat
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> v, (B, T, C), (B,) -> (B, T, C)
 ORDER = {"euler": 1, "midpoint": 2, "heun": 2}
+
+
+class Solver(NamedTuple):
+    """How the ODE is solved, and the seed of its x0."""
+
+    steps: int = 4
+    method: str = "euler"
+    guidance: float = 1.0
+    sway: float = 0.0
+    seed: int = 0
 
 
 def path(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:

@@ -7,41 +7,32 @@
 """
 import argparse
 import sys
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
-from whisper.decoding import DecodingResult
 
 import data
 import flow
 from data import FRAMES_PER_SECOND, Sentence
-from text.long import split_long
+from flow import Solver
+from plumbing.devices import choose_device
+from plumbing.files import BadInput, atomic_write, guard
+from speech.sound import another_voice, pace, write_wav
+from text.long import join, split_long
 from text.sources import kind, read_file
 from train import (
-    Settings, durations_by, generate, guard, load_checkpoint, load_critic, load_model, round_trips,
+    RoundTrip, durations_by, generate, load_checkpoint, load_critic, load_model, round_trips,
 )
-from whisper_decoder import BadInput, choose_device, error_rates
+from whisper_decoder import error_rates
 
 
-class Piece(NamedTuple):
-    """A text, or the part of a long one that fits the decoder, and its round trip."""
-
-    sentence: Sentence
-    x1: Tensor  # (T, C)
-    features: Tensor  # (P, E)
-    read: DecodingResult
-
-
-def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple]:
+def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
     """A text -> parts that fit the decoder, each with its durations (S,), as the flags say."""
-    speed = args.speed
-    if args.rooms:
-        from speech.sound import pace
-        speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
+    speed = args.speed * pace(text, args.seed, args.rooms)
     if args.seconds is not None:
         natural = durations(text).sum() / FRAMES_PER_SECOND
         speed = natural / max(args.seconds, 1e-9)
@@ -50,16 +41,6 @@ def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple]:
                            f"{natural:.1f} s, and a tenth to ten times that is possible")
     parts = split_long(text, whisper, speed, durations)
     return [(part, durations(part, speed)) for part in parts]
-
-
-def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
-    """What was read in the pieces of a text, joined where they were cut: in or between words."""
-    joined, end = "", 0
-    for piece, hypothesis in zip(pieces, hypotheses):
-        start = whole.index(piece, end)
-        joined += (" " if " " in whole[end:start] else "") + hypothesis
-        end = start + len(piece)
-    return joined
 
 
 def read_texts(args, whisper) -> list[Sentence]:
@@ -78,35 +59,19 @@ def read_texts(args, whisper) -> list[Sentence]:
     return texts
 
 
-def round_trip(model, whisper, parts: Sequence[tuple], args) -> list[Piece]:
-    """Make and read what `cut` made of the texts."""
-    def change(x1, batch):
-        if not args.rooms:
-            return x1
-        from speech.sound import another_voice
-        return another_voice(whisper, x1, batch.cond["frames"], batch.sentences, args.seed,
-                             args.rooms)
-
-    pieces = []
-    for batch, x1, features, read in round_trips(model, whisper, *zip(*parts), args.solver, change):
-        latents = [x[:n].clone() for x, n in zip(x1.cpu(), batch.cond["frames"].tolist())]
-        pieces += map(Piece, batch.sentences, latents, features.cpu(), read)
-    return pieces
-
-
-def write_features(path: Path, pieces: Sequence[Piece], text_of: np.ndarray) -> None:
+def write_features(path: Path, pieces: Sequence[RoundTrip], text_of: np.ndarray) -> None:
     """The data set: features (N, P, E), the first `frames` are speech; see docs/usage.md."""
     sentences, latents, features, read = zip(*pieces)
     languages, texts = zip(*sentences)
-    with data.atomic_write(path) as part, open(part, "wb") as file:
+    with atomic_write(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, features=torch.stack(features), language=languages, text=texts,
                             frames=[len(x) for x in latents], hypothesis=[r.text for r in read],
                             text_of=text_of)
 
 
-def show(text: Sentence, whole: str, pieces: Sequence[Piece], args) -> None:
+def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
     """Print the round trip of a text: what was read, and lengths and scores of its pieces."""
-    cer, wer, _ = error_rates([text.text], [whole], [text.language])
+    cer, wer, _ = error_rates([text], [whole])
     read, frames = [piece.read for piece in pieces], sum(len(piece.x1) for piece in pieces)
     nfe = flow.nfe(args.steps, args.method, args.guidance)
     in_pieces = f" in {len(pieces)} pieces" if len(pieces) > 1 else ""
@@ -169,9 +134,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", type=Path, help="write the features here, as .npz")
     add("--wav", type=Path, help="write what it sounds like here: FILE.wav, or a folder for a file "
         "of each text")
-    parser.set_defaults(**Settings()._asdict())
+    parser.set_defaults(**Solver()._asdict())
     args = parser.parse_args(argv)
-    args.solver = Settings(*(getattr(args, name) for name in Settings._fields))
+    args.solver = Solver(*(getattr(args, name) for name in Solver._fields))
     return args
 
 
@@ -185,7 +150,8 @@ def main(argv=None) -> None:
     check(args, checkpoint["config"]["latent"], len(texts))
     durations = durations_by(checkpoint["rhythm"])
     parts = [cut(text, durations, whisper, args) for text in texts]
-    pieces = round_trip(model, whisper, list(chain(*parts)), args)
+    change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
+    pieces = list(round_trips(model, whisper, *zip(*chain(*parts)), args.solver, change))
     if args.out:
         text_of = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
         write_features(args.out, pieces, text_of)
@@ -198,10 +164,9 @@ def main(argv=None) -> None:
         if i == 0 and not args.text_file:
             show_forming(model, whisper, *parts[0][0], args)
         if args.wav:
-            from speech.sound import write_wav
             path = args.wav if args.wav.suffix == ".wav" else args.wav / f"{i:04d}.wav"
             write_wav(path, whisper, [piece.x1.to(device) for piece in group])
-    cer, wer, exact = error_rates([s.text for s in texts], hypotheses, [s.language for s in texts])
+    cer, wer, exact = error_rates(texts, hypotheses)
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}")
     for path in filter(None, (args.wav, args.out)):
         print(f"wrote {path}: {len(texts)} texts")

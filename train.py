@@ -7,95 +7,70 @@
     torchrun --nproc_per_node=4 train.py --batch_size 96        # several GPUs
     python train.py --help              # every field of Config is a flag
 """
-import argparse
 import copy
 import math
 import os
-import signal
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from whisper.decoding import DecodingResult
 
 import data
 import flow
+from flow import Solver
 from model import DiT, DiTConfig
+from plumbing.devices import (
+    average_gradients, choose_device, first_rank_first, start_ranks, stop_ranks, world,
+)
+from plumbing.files import BadInput, atomic_write, first_line, guard
+from plumbing.flags import check_flags, flag, parse_flags
 from pocket.clips import spoken_clips
 from speech.ear import Ear, Room
 from text.sources import load_data
-from whisper_decoder import (
-    BadInput, ErrorRates, FrozenWhisper, choose_device, error_rates, first_line,
-)
+from whisper_decoder import FrozenWhisper, error_rates
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
-SPEED_RANGE = dict(features=1.7, mel=1.25)  # what one can still hear in rooms
+FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}  # on --resume
 RAMP = (0.08, 0.38)  # of the run, while the rooms grow: first the flow learns to be read at all
-
-
-def setting(default, help, low=None, below=math.inf):
-    """A field of Config; numbers must be at least low, and below `below`."""
-    return field(default=default, metadata=dict(help=help, low=low, below=below))
 
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = setting("out", "folder for ckpt.pt and log.csv")
-    whisper: str = setting("pocket", "pocket, an official name, or a checkpoint file")
-    latent: str = setting("features", "what the flow makes: features, which the decoder reads, or "
-                          "mel, a spectrogram that the whole Whisper hears in random rooms")
-    data: tuple = setting(("builtin",), "sources of text, see docs/usage.md")
-    speech: str = setting("", "folder of recordings to learn from as well, see speech/")
-    max_lines: int = setting(10**6, "lines of a file that are read", 1)
-    temperature: float = setting(3.0, "1: languages in proportion to their text; more: balanced", 1)
-    speed: float = setting(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = setting(0.0, "sentences are up to so many times slower or faster; 0: 1.7, "
-                                 "or 1.25 for spectrograms, as people do", 0, 10)
-    depth: int = setting(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
-    steps: int = setting(900, "training steps", 1)
-    batch_size: int = setting(24, "sentences per step, on all GPUs together", 4)
-    learning_rate: float = setting(2e-3, "peak, up to a width of 128; wider: in proportion less", 0)
-    warmup: int = setting(50, "steps to the peak; a cosine leads down from there", 1)
-    weight_decay: float = setting(0.01, "AdamW", 0)
-    clip: float = setting(1.0, "largest norm of the gradient", 1e-9)
-    ema: float = setting(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
-    flow_weight: float = setting(0.3, "weight of the flow loss", 0)
-    drop_text: float = setting(0.1, "share of items without text, for guidance", 0, 1)
-    eval_every: int = setting(300, "steps between samples and checkpoints", 1)
-    eval_sentences: int = setting(250, "held-out sentences of the final evaluation", 1)
-    seed: int = setting(0, "of everything random", 0, 2**31)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = setting(False, "go on from out_dir/ckpt.pt")
+    out_dir: str = flag("out", "folder for ckpt.pt and log.csv")
+    whisper: str = flag("pocket", "pocket, an official name, or a checkpoint file")
+    latent: str = flag("features", "features, that the decoder reads; or mel, a spectrogram that "
+                       "the whole Whisper hears in random rooms", choices=LATENTS)
+    data: tuple = flag(("builtin",), "sources of text, see docs/usage.md")
+    speech: str = flag("", "folder of recordings to learn from as well, see speech/")
+    max_lines: int = flag(10**6, "lines of a file that are read", 1)
+    temperature: float = flag(3.0, "1: languages in proportion to their text; more: balanced", 1)
+    speed: float = flag(1.0, "pace of the speech; 1 is natural", 0.1, 10)
+    speed_range: float = flag(0.0, "how many times faster or slower; 0: as the latent can", 0, 10)
+    depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
+    steps: int = flag(900, "training steps", 1)
+    batch_size: int = flag(24, "sentences per step, on all GPUs together", 4)
+    learning_rate: float = flag(2e-3, "peak, up to a width of 128; wider: in proportion less", 0)
+    warmup: int = flag(50, "steps to the peak; a cosine leads down from there", 1)
+    weight_decay: float = flag(0.01, "AdamW", 0)
+    clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
+    ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
+    flow_weight: float = flag(0.3, "weight of the flow loss", 0)
+    drop_text: float = flag(0.1, "share of items without text, for guidance", 0, 1)
+    eval_every: int = flag(100, "steps between samples and checkpoints", 1)
+    eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
+    seed: int = flag(0, "of everything random", 0, 2**31)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    resume: bool = flag(False, "go on from out_dir/ckpt.pt")
 
-    def __post_init__(self):
-        if self.latent not in LATENTS:
-            raise BadInput(f"--latent {self.latent!r} is none of {', '.join(LATENTS)}")
-        for f in fields(self):
-            low, below, value = f.metadata["low"], f.metadata["below"], getattr(self, f.name)
-            if low is not None and not low <= value < below:
-                limit = f" and below {below}" if below < math.inf else ""
-                raise BadInput(f"--{f.name} {value} cannot be used; at least {low}{limit}")
-
-
-def parse_config(argv=None) -> Config:
-    """The command line is made from the fields of Config."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    special = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(nargs="+")}
-    for f in fields(Config):
-        kind = special.get(type(f.default), dict(type=type(f.default)))
-        help = f"{f.metadata['help']} (default: {f.default})"
-        parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
-    args = vars(parser.parse_args(argv))
-    return Config(**args | dict(data=tuple(args["data"])))
+    __post_init__ = check_flags
 
 
 # ---- the method ------------------------------------------------------------------------------
@@ -149,74 +124,59 @@ def update_ema(ema: DiT, model: DiT, step: int, decay: float) -> None:
 # ---- evaluation ------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """How to solve the ODE, see flow.py."""
+class RoundTrip(NamedTuple):
+    """A text, what the flow made of it, and what the critic read."""
 
-    steps: int = 4
-    method: str = "euler"
-    guidance: float = 1.0
-    sway: float = 0.0
-    seed: int = 0
+    sentence: data.Sentence
+    x1: Tensor  # (T, C)
+    features: Tensor  # (P, E)
+    read: DecodingResult
 
 
 @torch.no_grad()
-def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch, settings: Settings) -> Tensor:
+def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch, solver: Solver) -> Tensor:
     """All states of the flow, noise first, (steps + 1, B, T, C)."""
-    velocity = flow.model_velocity(model, batch.cond, settings.guidance)
-    x0 = data.noise(batch, whisper.channels, settings.seed)
-    return flow.sample(velocity, x0, settings.steps, settings.method, settings.sway)
+    velocity = flow.model_velocity(model, batch.cond, solver.guidance)
+    x0 = data.noise(batch, whisper.channels, solver.seed)
+    return flow.sample(velocity, x0, solver.steps, solver.method, solver.sway)
 
 
 def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sentence],
-                durations: Sequence[np.ndarray], settings: Settings = Settings(),
-                change: Callable = lambda x1, batch: x1) -> Iterator[tuple]:
-    """Fifty sentences at a time: batch, x1 (B, T, C), features (B, P, E), greedy hypotheses."""
+                durations: Sequence[np.ndarray], solver: Solver = Solver(),
+                change: Callable = lambda x1, batch: x1) -> Iterator[RoundTrip]:
+    """Sentences, each with the durations of its characters (S,) -> greedy round trips, in order."""
     for i in range(0, len(sentences), 50):
         batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
-        x1 = change(generate(model, whisper, batch, settings)[-1], batch)
-        features = whisper.features(x1, batch.cond["frames"])
-        languages = [s.language for s in batch.sentences]
-        yield batch, x1, features, whisper.transcribe(features, languages)
-
-
-def rates(sentences: Sequence[data.Sentence], hypotheses: Sequence) -> ErrorRates:
-    """Error rates of what was read."""
-    texts, languages = [s.text for s in sentences], [s.language for s in sentences]
-    return error_rates(texts, [h.text for h in hypotheses], languages)
-
-
-def per_language(sentences: list, n: int) -> list:
-    """Equally many sentences of every language, n in all (rounded up) or as many as there are."""
-    languages = list(dict.fromkeys(s.language for s in sentences))
-    share = math.ceil(n / len(languages))
-    return [s for c in languages for s in [s for s in sentences if s.language == c][:share]]
+        frames = batch.cond["frames"]
+        x1 = change(generate(model, whisper, batch, solver)[-1], batch)
+        features = whisper.features(x1, frames)
+        read = whisper.transcribe(features, [s.language for s in batch.sentences])
+        x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
+        yield from map(RoundTrip, batch.sentences, x1, features.cpu(), read)
 
 
 def evaluate(run: "Run", held_out: list) -> dict:
     """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
     whisper, n = run.whisper, run.config.eval_sentences
-    sentences = per_language(held_out, n)
+    sentences = data.per_language(held_out, n)
     result = {"val_sentences": len(sentences)}
     for steps in (1, 4):
-        hypotheses = run.transcribe_samples(sentences, Settings(steps))
-        for name, rate in rates(sentences, hypotheses)._asdict().items():
+        hypotheses = run.transcribe_samples(sentences, Solver(steps))
+        for name, rate in error_rates(sentences, hypotheses)._asdict().items():
             result[f"val_{name}_{steps}step"] = rate
         for code in dict.fromkeys(s.language for s in sentences):
             pairs = [pair for pair in zip(sentences, hypotheses) if pair[0].language == code]
-            result[f"val_cer_{steps}step_{code}"] = rates(*zip(*pairs)).cer
+            result[f"val_cer_{steps}step_{code}"] = error_rates(*zip(*pairs)).cer
     # Chance: what was read for another sentence, and in x0.
-    result["cer_shuffled_text"] = rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
-    some = per_language(sentences, 50)
-    durations = [run.durations(s, run.config.speed) for s in some]
-    batch = data.make_batch(some, whisper, durations).to(whisper)
-    features = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
-    result["cer_x0"] = rates(some, whisper.transcribe(features, [s.language for s in some])).cer
+    result["cer_shuffled_text"] = error_rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
+    some = data.per_language(sentences, 50)
+    x0 = lambda x1, batch: data.noise(batch, whisper.channels, 0)  # noqa: E731
+    result["cer_x0"] = error_rates(some, run.transcribe_samples(some, Solver(1), x0)).cer
     # What the decoder makes of real speech, where ours fits the checkpoint.
-    clips, hypotheses = list(zip(*spoken_clips(whisper))), []
-    clips = clips[:: max(1, len(clips) // n)]
-    for spoken, mel in DataLoader(clips, 25):  # Sentence(languages, texts), (25, M, 2P)
-        hypotheses += whisper.transcribe(whisper.features_of_mel(mel), spoken.language)
-    real = rates([s for s, _ in clips], hypotheses).cer if clips else math.nan
+    spoken, hypotheses = spoken_clips(whisper, n), []
+    for (languages, _), mel in DataLoader(spoken, 25):  # (25, M, 2P)
+        hypotheses += [r.text for r in whisper.transcribe(whisper.features_of_mel(mel), languages)]
+    real = error_rates([s for s, _ in spoken], hypotheses).cer if spoken else math.nan
     return result | dict(cer_real_speech=real)
 
 
@@ -233,16 +193,16 @@ def report(result: dict, path: Path) -> None:
     text = lambda items: "".join(  # noqa: E731
         f"{k}: {v:.4f}\n" if isinstance(v, float) else f"{k}: {v}\n" for k, v in items.items())
     print(text(shown), end="")
-    with data.atomic_write(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text(result))
 
 
 def show_samples(run: "Run", held_out: list) -> None:
     """One held-out sentence of each of up to five languages, with 4 steps."""
-    sentences = per_language(held_out, 1)[:5]
+    sentences = data.per_language(held_out, 1)[:5]
     tqdm.write(f"step {run.step}", file=sys.stdout)
-    for s, read in zip(sentences, run.transcribe_samples(sentences)):
-        tqdm.write(f"  {s.language}  {s.text}  ->  {read.text}", file=sys.stdout)
+    for s, text in zip(sentences, run.transcribe_samples(sentences)):
+        tqdm.write(f"  {s.language}  {s.text}  ->  {text}", file=sys.stdout)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------
@@ -267,29 +227,26 @@ class Run:
         """There is always one whole checkpoint."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         configs = dict(model_config=asdict(self.model.config), config=asdict(self.config))
-        with data.atomic_write(self.path) as part, open(part, "wb") as file:
+        with atomic_write(self.path) as part, open(part, "wb") as file:
             torch.save(dict(step=self.step, rhythm=self.rhythm, **configs, **states), file)
 
     def load(self) -> None:
         """Go on from the checkpoint; BadInput if flags differ that are not free to."""
         checkpoint = load_checkpoint(self.path)
-        free = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}
-        for name, now in asdict(self.config).items():
-            if name not in free and (before := checkpoint["config"].get(name)) != now:
-                raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
-                               "the same, or another --out_dir")
-        if checkpoint["model_config"] != asdict(self.model.config):
-            raise BadInput(f"{self.path} belongs to another Whisper than {self.config.whisper} is "
-                           "now; give the same, or another --out_dir")
+        before = checkpoint["config"] | checkpoint["model_config"]
+        for name, now in (asdict(self.config) | asdict(self.model.config)).items():
+            if name not in FREE and before[name] != now:
+                raise BadInput(f"{self.path} was trained with {name} {before[name]}, not {now}; "
+                               "give the same, or another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
 
-    def transcribe_samples(self, sentences: Sequence[data.Sentence], *args) -> list:
-        """What the decoder reads in all `round_trips` of the averaged network, which take args."""
+    def transcribe_samples(self, sentences: Sequence[data.Sentence], *args) -> list[str]:
+        """What the critic reads in `round_trips` of the averaged network, which take args."""
         durations = [self.durations(s, self.config.speed) for s in sentences]
         trips = round_trips(self.ema, self.whisper, sentences, durations, *args)
-        return [hypothesis for *_, hypotheses in trips for hypothesis in hypotheses]
+        return [trip.read.text for trip in trips]
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -299,8 +256,6 @@ def load_checkpoint(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         DiTConfig(**checkpoint["model_config"])
-        known = [f.name for f in fields(Config)]  # an earlier version may have had other flags
-        checkpoint["config"] = {k: v for k, v in checkpoint["config"].items() if k in known}
         Config(**checkpoint["config"])
         return checkpoint
     except Exception as error:
@@ -336,47 +291,17 @@ def durations_by(rhythm: dict | None) -> Callable:
 # ---- the run ---------------------------------------------------------------------------------
 
 
-def start_rank(device: torch.device) -> tuple[int, int]:
-    """This process among those of torchrun, which start to work together: rank, number."""
-    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if n_ranks > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # while the first downloads
-    return (dist.get_rank(), n_ranks) if n_ranks > 1 else (0, 1)
-
-
-def shard_batch(batch: data.Batch, rank: int, n_ranks: int) -> data.Batch:
-    """Every n_ranks-th item of a batch."""
-    cond = {name: x[rank::n_ranks] for name, x in batch.cond.items()}
-    x1 = None if batch.x1 is None else batch.x1[rank::n_ranks]
-    return data.Batch(batch.sentences[rank::n_ranks], cond, batch.targets[rank::n_ranks], x1)
-
-
-def average_gradients(model: DiT, stop: bool, n_ranks: int) -> bool:
-    """Gradients become their mean over all GPUs; true if one of these is to stop."""
-    if n_ranks == 1:
-        return stop
-    stops = torch.tensor(float(stop), device=next(model.parameters()).device)
-    for x in [*(p.grad for p in model.parameters()), stops]:
-        dist.all_reduce(x.div_(n_ranks))
-    return bool(stops > 0)
-
-
-def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
-          n_ranks: int = 1) -> None:
+def train(run: Run, steps, held_out: list, objective=objective) -> None:
     """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
     config, whisper, device = run.config, run.whisper, run.whisper.device
-    is_gpu, workers, start = device.type == "cuda", {}, time.time()
+    is_gpu, workers, start, (rank, n_ranks) = device.type == "cuda", {}, time.time(), world()
     if is_gpu and hasattr(os, "fork"):  # other processes make the batches ahead
-        workers = dict(num_workers=max(1, min(4, (os.cpu_count() or 1) // (2 * n_ranks))),
-                       multiprocessing_context="fork")
+        workers = dict(num_workers=min(4, os.cpu_count()), multiprocessing_context="fork")
     loader = DataLoader(steps, None, sampler=range(run.step, config.steps), **workers)
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
-    with open_log(run, rank) as log, catch_interrupts() as stops:
+    with open_log(run, rank) as log:
         for batch in bar:
-            batch = shard_batch(batch, rank, n_ranks).to(whisper)  # all ranks make the same one
+            batch = batch.shard(rank, n_ranks).to(whisper)  # all ranks make the same one
             # Other numbers than those that drew the batch, and of this process alone.
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
@@ -386,7 +311,7 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
                                            config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            stopped = average_gradients(run.model, bool(stops), n_ranks)
+            average_gradients(run.model)
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
             if not math.isfinite(norm):
                 raise BadInput(f"the loss is {loss.item()} at step {run.step}, its gradient {norm};"
@@ -401,25 +326,9 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
             log.write(",".join([str(run.step), *(f"{x:.6g}" for x in values)]) + "\n")
             bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}")
             run.step += 1
-            is_due = stopped or run.step % config.eval_every == 0 or run.step == config.steps
-            if is_due and rank == 0:
+            if rank == 0 and (run.step % config.eval_every == 0 or run.step == config.steps):
                 run.save()
                 show_samples(run, held_out)
-            if stopped:
-                if n_ranks > 1:
-                    dist.barrier()  # until it is saved
-                raise BadInput(f"stopped and saved at step {run.step}; --resume goes on from there")
-
-
-@contextmanager
-def catch_interrupts():
-    """A list that Ctrl-C makes longer, so that the step can end and be saved."""
-    stops = []
-    before = signal.signal(signal.SIGINT, lambda *_: stops.append(True))
-    try:
-        yield stops
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,gradient_norm,"
@@ -428,83 +337,55 @@ LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_
 
 def open_log(run: Run, rank: int):
     """log.csv, one row a step; a resumed run cuts it back to its checkpoint and goes on."""
-    path = run.path.with_name(f"log{rank or ''}.csv")
+    path = run.path.with_name("log.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_text().splitlines()[1 : run.step + 1] if run.step and path.exists() else []
-    file = open(path, "w", buffering=1)
+    file = open(os.devnull if rank else path, "w", buffering=1)
     file.write("\n".join([LOG, *old, ""]))
     return file
 
 
-def keep_earlier_run(path: Path) -> None:
-    """ckpt.pt and log.csv become ckpt.old and log.old."""
-    for file in (path, path.with_name("log.csv")):
-        if file.exists():
-            os.replace(file, file.with_suffix(".old"))
-            print(f"note: {file} of an earlier run is kept as {file.with_suffix('.old')}")
-
-
 def main(argv=None) -> dict:
     """The run that the flags describe -> its figures."""
-    start, config = time.time(), parse_config(argv)
+    start, config = time.time(), parse_flags(Config, __doc__.splitlines()[0], argv)
+    if not config.resume and (path := Path(config.out_dir) / "ckpt.pt").exists():
+        raise BadInput(f"{path} is of an earlier run; --resume goes on with it, and another "
+                       "--out_dir begins anew")
     device = choose_device(config.device)
-    rank, n_ranks = start_rank(device)
+    start_ranks(device)
+    rank, n_ranks = world()
     if config.batch_size % n_ranks:
         raise BadInput(f"--batch_size {config.batch_size} cannot be shared by {n_ranks} processes; "
                        "give a multiple of their number")
-    if rank > 0:
-        dist.barrier()  # until the first has downloaded, and made the folder
-    whisper = LATENTS[config.latent](config.whisper, device)
-    shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
-                                   config.max_lines)
+    with first_rank_first():  # it downloads for all
+        whisper = LATENTS[config.latent](config.whisper, device)
+        shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
+                                  config.max_lines)
     training, held_out = data.split(list(shares))
     steps = data.Steps({s: shares[s] for s in training}, whisper, config.batch_size, config.seed,
-                       config.speed, config.speed_range or SPEED_RANGE[config.latent])
+                       config.speed, config.speed_range or whisper.speed_range)
     run_objective, rhythm = objective, None
     if config.speech:
         from speech import recordings
         steps, run_objective, rhythm, more = recordings.join(steps, config, whisper)
         notes += more
     run = Run(config, whisper, rhythm)
+    if config.resume:
+        run.load()
+    languages = ", ".join(sorted({s.language for s in shares}))
     n_parameters = sum(p.numel() for p in run.model.parameters())
     if rank == 0:
-        run.path.parent.mkdir(parents=True, exist_ok=True)
-        if not config.resume:
-            keep_earlier_run(run.path)
-        languages = ", ".join(sorted({s.language for s in shares}))
         print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device}; "
               f"{len(training)} sentences to train on, {len(held_out)} held out, in {languages}; "
               f"{n_parameters:,} parameters", sep="\n")
-        if n_ranks > 1:
-            dist.barrier()
-    if config.resume:
-        run.load()
-    train(run, steps, held_out, run_objective, rank, n_ranks)
-    if n_ranks > 1:
-        dist.destroy_process_group()
+    train(run, steps, held_out, run_objective)
+    stop_ranks()
     if rank > 0:
         return {}
-    figures = evaluate(run, held_out)
-    result = dict(device=device, seconds=time.time() - start, steps=run.step,
-                  parameters=n_parameters, **figures)
+    result = dict(device=device, seconds=0.0, steps=run.step, parameters=n_parameters)
+    result |= evaluate(run, held_out) | dict(seconds=time.time() - start)
     report(result, run.path.with_name("result.txt"))
     return result
-
-
-def guard(main: Callable) -> None:
-    """Run a command: what the user or the system did wrong becomes one sentence."""
-    try:
-        return main()
-    except BrokenPipeError:  # `| head`
-        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (BadInput, OSError, UnicodeError) as error:
-        why = str(error)
-    except torch.OutOfMemoryError:
-        why = ("out of GPU memory; try a smaller --batch_size (also with --resume, if there is a "
-               "checkpoint), or begin anew with a smaller --depth")
-    except KeyboardInterrupt:
-        why = "stopped; what is written is whole"
-    is_main = os.environ.get("RANK", "0") == "0"
-    sys.exit(f"{Path(sys.argv[0]).name}: {why}" if is_main else 1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ A critic, this or speech/ear.py's, has `channels`, `bound`, `latents`, `features
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V vocabulary.
 """
-import os
 import re
 from dataclasses import replace
 from functools import cache, cached_property
@@ -25,6 +24,7 @@ from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
+from plumbing.files import BadInput, first_line
 
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
 # Signs that `whisper.decode` never writes (suppress_tokens): inside words, and between words.
@@ -34,14 +34,11 @@ UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without 
 CHUNK = 512  # targets whose logits are in memory at once; all would be a step's largest tensor
 
 
-class BadInput(ValueError):
-    """What the user gave cannot be used; the message names it and a way out."""
-
-
 class FrozenWhisper:
     """A Whisper whose weights never change: pocket, an official name, or a checkpoint file."""
 
     bound = "sphere"  # of the endpoint, see model.DiTConfig
+    speed_range = 1.7  # in training: so many times slower or faster
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         self.name, self.device = name, torch.device(device)
@@ -187,29 +184,6 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     return model.to(device)
 
 
-def choose_device(name: str) -> torch.device:
-    """auto: cuda, else mps, else cpu; cuda is the one of this process of torchrun.
-
-    Matrix products that are not in bf16, so all of sampling and reading, are TF32 on CUDA.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape: 0.3 s a step
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
-                       ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, short enough for one sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
 def strip_unspoken(text: str) -> str:
     """A text without the signs that `whisper.decode` never writes."""
     return " ".join(re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text)).split())
@@ -238,11 +212,13 @@ class ErrorRates(NamedTuple):
     exact: float  # share of texts that come back letter by letter, punctuation included
 
 
-def error_rates(references: Sequence[str], hypotheses: Sequence[str],
-                languages: Sequence[str]) -> ErrorRates:
-    """Corpus error rates after Whisper's normaliser, as fractions (above 1 if too much is read)."""
+def error_rates(sentences: Sequence, hypotheses: Sequence[str]) -> ErrorRates:
+    """Of what was read, after Whisper's normaliser: fractions, above 1 if too much was read.
+
+    sentences: pairs of language and text.
+    """
     edits, total, exact = np.zeros(2), np.zeros(2), 0
-    for reference, hypothesis, language in zip(references, hypotheses, languages, strict=True):
+    for (language, reference), hypothesis in zip(sentences, hypotheses, strict=True):
         exact += reference == hypothesis
         ref, hyp = (normalizer(language)(text).split() for text in (reference, hypothesis))
         space = "" if language in UNSPACED else " "
@@ -250,4 +226,4 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str],
         edits += edit_distance(letters, space.join(hyp)), edit_distance(ref, hyp)
         total += len(letters), len(ref)
     cer, wer = edits / np.maximum(total, 1)
-    return ErrorRates(float(cer), float(wer), exact / max(len(references), 1))
+    return ErrorRates(float(cer), float(wer), exact / max(len(sentences), 1))

@@ -19,8 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
 import train  # noqa: E402
+from plumbing.files import BadInput, atomic_write, guard  # noqa: E402
+from text.sources import builtin  # noqa: E402
 from speech import recordings  # noqa: E402
-from whisper_decoder import BadInput  # noqa: E402
 
 MEAN_SECONDS = 2.25  # of a spoken sentence
 FIRST_SEED = 2000  # of speech; realism.py's voices have others
@@ -32,9 +33,9 @@ ARMS = {f"{kind}-{minutes}": (minutes, *arm) for minutes in (1, 7, 30, 110) for 
 
 def choose(minutes: float) -> list[data.Sentence]:
     """So many minutes of sentences, in equal parts of every language; few are among the many."""
-    sentences = data.split(data.builtin())[0]
+    sentences = data.split(builtin())[0]
     random.Random(2).shuffle(sentences)
-    most = train.per_language(sentences, round(110 * 60 / MEAN_SECONDS))
+    most = data.per_language(sentences, round(110 * 60 / MEAN_SECONDS))
     return most[:: max(1, round(110 / minutes))]
 
 
@@ -45,14 +46,14 @@ def write_speech(folder: Path, sentences: Sequence[data.Sentence], has_text: boo
         if not path.exists():
             samples = make_pocket.random_samples(
                 sentence, make_pocket.VARIANTS, FIRST_SEED, LONGEST, lead=0.1)
-            with data.atomic_write(path) as part:
+            with atomic_write(path) as part:
                 soundfile.write(part, np.clip(samples, -1, 1), 16000, format="WAV")
         return f"{path.name}\t{sentence.language}\t{sentence.text}\n"
 
     with ThreadPoolExecutor(2) as pool:
         lines = list(pool.map(write, range(len(sentences)), sentences))
     if has_text:
-        with data.atomic_write(folder / "manifest.tsv") as part:
+        with atomic_write(folder / "manifest.tsv") as part:
             part.write_text("".join(lines), "utf-8")
 
 
@@ -74,4 +75,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train.guard(main)
+    guard(main)

@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
-from whisper_decoder import BadInput, choose_device  # noqa: E402
+from plumbing.devices import choose_device  # noqa: E402
+from plumbing.files import BadInput, guard  # noqa: E402
+from text.sources import builtin  # noqa: E402
 
 # n_mels, width, heads, encoder layers, decoder layers, n_vocab of the official checkpoints
 SHAPES = {
@@ -99,8 +101,8 @@ def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
         run = train.Run(config, whisper)
     trained = n_parameters(run.model)
     frozen = n_parameters(whisper.model) + whisper.rows.numel()
-    shares = dict.fromkeys(data.split(data.builtin())[0], 1.0)
-    batches = data.Steps(shares, whisper, args.batch_size, 0, 1.0, train.SPEED_RANGE[args.latent])
+    shares = dict.fromkeys(data.split(builtin())[0], 1.0)
+    batches = data.Steps(shares, whisper, args.batch_size, 0, 1.0, whisper.speed_range)
     model = torch.compile(run.model, dynamic=True) if compiled else run.model
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     for step in range(args.warmup + args.steps):
@@ -152,4 +154,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    train.guard(main)
+    guard(main)

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import flow  # noqa: E402
 import train  # noqa: E402
+from plumbing.files import BadInput, atomic_write, guard  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
-from whisper_decoder import BadInput  # noqa: E402
 
 
 def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
@@ -34,7 +34,7 @@ def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("\n".join(textwrap.wrap(read, 26)), fontsize=8, loc="left", va="top")
     axes[0].set_ylabel("channel", fontsize=8)
-    with data.atomic_write(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png", dpi=80)
     pyplot.close(figure)
 
@@ -48,7 +48,7 @@ def main(argv=None) -> None:
     checkpoint = train.load_checkpoint(args.checkpoint)
     whisper = train.load_critic(checkpoint, torch.device("cpu"))
     language = whisper.check_language(args.language)
-    spoken = [pair for pair in zip(*spoken_clips(whisper)) if pair[0].language == language]
+    spoken = [pair for pair in spoken_clips(whisper) if pair[0].language == language]
     if not spoken:
         raise BadInput(f"no spoken sentence in {args.language!r} of {whisper.dims.n_mels} mel "
                        "bins; try --language en")
@@ -56,7 +56,7 @@ def main(argv=None) -> None:
     durations = train.durations_by(checkpoint["rhythm"])(sentence, checkpoint["config"]["speed"])
     batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
     states = train.generate(train.load_model(checkpoint, whisper.device), whisper, batch,
-                            train.Settings())
+                            flow.Solver())
     n = (int((mel > mel.min()).any(0).nonzero().max()) + 2) // 2  # what is behind is silence
     real = whisper.latents(mel[None])[:, :n]
     cases = [(f"t = {t:.2f}", x, batch.cond["frames"]) for t, x in
@@ -71,4 +71,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    train.guard(main)
+    guard(main)

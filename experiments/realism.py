@@ -40,19 +40,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
 import train  # noqa: E402
+from data import per_language  # noqa: E402
+from flow import Solver  # noqa: E402
 from experiments.student import (  # noqa: E402
     Speech, greedy_cer, letters, student_cer, train_student,
 )
 from experiments.utterances import (  # noqa: E402
     Flow, Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
 )
+from plumbing.devices import choose_device  # noqa: E402
+from plumbing.files import BadInput, atomic_write, guard  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech import sound  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
 from text.sources import load_data  # noqa: E402
-from train import Settings, per_language  # noqa: E402
-from whisper_decoder import BadInput, FrozenWhisper, choose_device  # noqa: E402
+from whisper_decoder import FrozenWhisper  # noqa: E402
 
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
 N_WAV, N_TEST, N_VERSIONS = 24, 250, 8  # files; clips of a test, at most; versions of a text
@@ -179,7 +182,7 @@ class Study:
             known = {letters(s) for s in training}
             tests["human"] = people(self.args.recordings, languages, known, self.whisper)
         if is_pocket:
-            shipped = zip(*(pair for pair in zip(*spoken_clips(self.whisper))
+            shipped = zip(*(pair for pair in spoken_clips(self.whisper)
                             if pair[0].language in languages))
             sentences, mels = map(list, shipped)
             tests["student"] = Speech(sentences, encode(mels, self.whisper))
@@ -262,9 +265,9 @@ class Study:
         return features_of(mels, whisper), (mel[:, : 2 * speech_span(mel).stop] for mel in mels)
 
     def made_readings(self, sentences: list, whisper: FrozenWhisper, flow: Flow,
-                      settings: Settings) -> tuple:
+                      solver: Solver) -> tuple:
         """What a flow makes, for `readings`."""
-        made = list(latents(flow, sentences, settings, Voice()))
+        made = list(latents(flow, sentences, solver, Voice()))
         return (whisper.features(*some) for some in made), (
             whisper.spectrogram(x[None, :n], frames[i : i + 1], n)[0]
             for x1, frames in made for i, (x, n) in enumerate(zip(x1, frames.tolist())))
@@ -287,13 +290,13 @@ class Study:
         """Students of what a checkpoint makes, and of the same with other texts, for each seed."""
         flow, voice = self.flows[path], self.voice
         for seed in self.args.seeds:
-            plain, other = (Settings(self.args.solver_steps, seed=n) for n in (seed, 1000 + seed))
+            plain, other = (Solver(self.args.solver_steps, seed=n) for n in (seed, 1000 + seed))
             takes = [(plain, Voice()), (other, voice)] if voice.amount else [(plain, Voice())]
             made = join(generate(flow, self.sentences, *take) for take in takes)
             own = generate(flow, self.held_out, plain, Voice())
             again = lambda v: generate(  # noqa: E731
                 flow, self.some, plain._replace(seed=N_VERSIONS * seed + v), voice).x1
-            speak = partial(self.made_readings, flow=flow, settings=plain)
+            speak = partial(self.made_readings, flow=flow, solver=plain)
             yield str(path), (self.readings(path, speak, f"{path.parent.name}_{seed}")
                               | self.student(made, own, seed)
                               | self.measures(made.x1, again, seed))
@@ -343,7 +346,7 @@ def picture(rows: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("character error rate, %")
     axes.legend()
-    with data.atomic_write(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png")
     pyplot.close(figure)
 
@@ -372,7 +375,7 @@ def check(args) -> None:
         raise BadInput("ffmpeg is missing, and Whisper reads .wav files with it; install it, e.g. "
                        "`apt-get install ffmpeg` or `brew install ffmpeg`")
     for folder in (args.work_dir, args.out.parent):  # better now than after an hour
-        with data.atomic_write(folder / "probe") as part:
+        with atomic_write(folder / "probe") as part:
             part.touch()
         (folder / "probe").unlink()
 
@@ -413,7 +416,7 @@ def main(argv=None) -> dict:
     for name, figures in (row for source in sources for row in source):
         rows.setdefault(name, []).append(figures)
         print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
-        with data.atomic_write(Path(f"{args.out}.md")) as part:
+        with atomic_write(Path(f"{args.out}.md")) as part:
             part.write_text(markdown(rows), "utf-8")
     print(markdown(rows))
     picture(rows, Path(f"{args.out}.png"))
@@ -421,4 +424,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    train.guard(main)
+    guard(main)

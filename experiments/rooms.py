@@ -18,12 +18,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+from data import per_language  # noqa: E402
 from experiments.student import greedy_cer  # noqa: E402
 from model import bounded  # noqa: E402
+from plumbing.devices import choose_device  # noqa: E402
+from plumbing.files import BadInput, guard  # noqa: E402
 from speech.ear import ROOM, Ear, Room  # noqa: E402
 from text.sources import load_data  # noqa: E402
-from train import guard, per_language  # noqa: E402
-from whisper_decoder import BadInput, choose_device  # noqa: E402
 
 RATE = 0.1  # of Adam, on x1
 JUDGE = ROOT / "pocket" / "judge.pt"

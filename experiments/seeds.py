@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from whisper_decoder import BadInput  # noqa: E402
+from plumbing.files import BadInput, guard  # noqa: E402
 
 
 def main(argv=None) -> None:
@@ -29,4 +29,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    train.guard(main)
+    guard(main)

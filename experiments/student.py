@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from model import mlp  # noqa: E402
-from train import rates  # noqa: E402
-from whisper_decoder import UNSPACED, FrozenWhisper, edit_distance  # noqa: E402
+from whisper_decoder import UNSPACED, FrozenWhisper, edit_distance, error_rates  # noqa: E402
 
 VALIDATION = 0.1  # share of a student's utterances that say when it has learned enough
 CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better
@@ -163,4 +162,4 @@ def greedy_cer(whisper: FrozenWhisper, sentences: list, features: Iterable[Tenso
     for some in features:
         codes = [s.language for s in sentences[len(found) : len(found) + len(some)]]
         found += whisper.transcribe(some, codes)
-    return rates(sentences, found).cer
+    return error_rates(sentences, [each.text for each in found]).cer

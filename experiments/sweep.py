@@ -12,12 +12,18 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
+from flow import Solver  # noqa: E402
+from plumbing.devices import choose_device  # noqa: E402
+from plumbing.files import BadInput, guard  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import load_data  # noqa: E402
-from whisper_decoder import BadInput, choose_device  # noqa: E402
+from whisper_decoder import error_rates  # noqa: E402
 
 KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str)
 
@@ -27,17 +33,21 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
     device, durations = choose_device("auto"), train.durations_by(checkpoint["rhythm"])
     whisper, model = train.load_critic(checkpoint, device), train.load_model(checkpoint, device)
     shares, _ = load_data(checkpoint["config"]["data"], whisper)
-    held_out, rates = train.per_language(data.split(list(shares))[1], n), []
+    held_out, rates = data.per_language(data.split(list(shares))[1], n), []
     for value in values:
         reader = train.load_critic(checkpoint, device, value) if kind == "judge" else whisper
-        settings = train.Settings(**({} if kind in ("speed", "judge") else {kind: value}))
-        speed, hypotheses = value if kind == "speed" else 1.0, []
+        solver = Solver(**({} if kind in ("speed", "judge") else {kind: value}))
+        speed = value if kind == "speed" else 1.0
         sentences = [s for s in held_out if fits(s, whisper, speed, durations)]
-        for batch, x1, *_ in train.round_trips(model, whisper, sentences,
-                                               [durations(s, speed) for s in sentences], settings):
-            features = reader.features(x1, batch.cond["frames"])
-            hypotheses += reader.transcribe(features, [s.language for s in batch.sentences])
-        rates.append(train.rates(sentences, hypotheses).cer)
+        lengths = [durations(s, speed) for s in sentences]
+        trips = list(train.round_trips(model, whisper, sentences, lengths, solver))
+        hypotheses = [trip.read for trip in trips]
+        if reader is not whisper:
+            x1 = [trip.x1.to(device) for trip in trips]
+            frames = torch.tensor([len(x) for x in x1], device=device)
+            features = reader.features(pad_sequence(x1, True), frames)
+            hypotheses = reader.transcribe(features, [s.language for s in sentences])
+        rates.append(error_rates(sentences, [h.text for h in hypotheses]).cer)
     return rates
 
 
@@ -61,4 +71,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    train.guard(main)
+    guard(main)

@@ -22,12 +22,14 @@ import data  # noqa: E402
 import make_pocket  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech, letters, resample  # noqa: E402
+from flow import Solver  # noqa: E402
 from model import DiT  # noqa: E402
+from plumbing.files import BadInput  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
-from whisper_decoder import BadInput, FrozenWhisper  # noqa: E402
+from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_PEOPLE = 250  # clips of a test, at most
 
@@ -133,24 +135,23 @@ def even(speech: Speech) -> Speech:
 
 
 @torch.no_grad()
-def latents(flow: Flow, sentences: list, settings: train.Settings,
+def latents(flow: Flow, sentences: list, solver: Solver,
             voice: Voice) -> Iterator[tuple[Tensor, Tensor]]:
     """The flow says some sentences at a time -> x1 (B, T, its channels), lengths (B,)."""
-    whisper, seed = flow.readers["critic"], settings.seed
+    whisper, seed = flow.readers["critic"], solver.seed
     for some in parts(sentences, whisper):
         durations = [flow.durations(s, flow.speed * voice.pace(s, seed)) for s in some]
         batch = data.make_batch(some, whisper, durations).to(whisper)
-        x1, frames = train.generate(flow.model, whisper, batch, settings)[-1], batch.cond["frames"]
-        if voice.amount:
-            x1 = sound.another_voice(whisper, x1, frames, some, seed, voice.amount, voice.strength)
-        yield x1, frames
+        x1 = train.generate(flow.model, whisper, batch, solver)[-1]
+        yield (sound.another_voice(x1, batch, whisper, seed, voice.amount, voice.strength),
+               batch.cond["frames"])
 
 
 @torch.no_grad()
-def generate(flow: Flow, sentences: list, settings: train.Settings, voice: Voice) -> Speech:
+def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice) -> Speech:
     """The flow says the sentences; spectrograms as the encoder hears them."""
     whisper, found = flow.readers["critic"], []
-    for x1, frames in latents(flow, sentences, settings, voice):
+    for x1, frames in latents(flow, sentences, solver, voice):
         if isinstance(whisper, Ear):
             window = min(x1.shape[1] + SILENT_FRAMES, whisper.max_frames)
             x1 = whisper.encode_mel(whisper.spectrogram(x1, frames, window))

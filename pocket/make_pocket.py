@@ -33,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 SENTENCES, SPEECH = HERE / "sentences", HERE / "speech.npz"
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
+from plumbing.files import atomic_write  # noqa: E402
+from text.sources import builtin  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
@@ -69,7 +71,7 @@ def write_sentences():
             words = expand(rules, "sentence", rng).split()
             if 2 <= len(words) <= 12:
                 texts[join_words(words, path.stem)] = None
-        with data.atomic_write(SENTENCES / path.name) as part:
+        with atomic_write(SENTENCES / path.name) as part:
             part.write_text("".join(f"{text}\n" for text in texts), "utf-8")
 
 
@@ -147,7 +149,7 @@ def speak_all(sentences, variants, seed, work, name, workers=2):
             if not path.exists():
                 part = sentences[start : start + SHARD]
                 made = list(pool.map(lambda s: random_clip(s, variants, seed), part))
-                with data.atomic_write(path) as unfinished, open(unfinished, "wb") as file:
+                with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
                     np.savez(file, *made)
             with np.load(path) as shard:
                 clips += [shard[f"arr_{i}"] for i in range(len(shard.files))]
@@ -377,7 +379,7 @@ def train(sentences, clips, vocabulary, args):
             bar.write(f"step {step:5d}  loss {loss.item():.4f}")
         if (step + 1) % 500 == 0 or is_last:
             state = {name: part.state_dict() for name, part in parts.items()}
-            with data.atomic_write(state_path) as part:
+            with atomic_write(state_path) as part:
                 torch.save({**state, "step": step + 1}, part)
     return model
 
@@ -386,7 +388,7 @@ def save_deflated(checkpoint, path):
     """torch.save, then the same zip with compression: the equal rows shrink to almost nothing."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    with (data.atomic_write(path) as part, zipfile.ZipFile(buffer) as plain,
+    with (atomic_write(path) as part, zipfile.ZipFile(buffer) as plain,
           zipfile.ZipFile(part, "w") as packed):
         for entry in plain.infolist():
             info = zipfile.ZipInfo(entry.filename)  # a fixed date: same weights, same bytes
@@ -399,7 +401,7 @@ def save_deflated(checkpoint, path):
 def save_speech(sentences, clips, path):
     """The spoken test sentences that are shipped: 8-bit log-mel, one after another."""
     language, text = map(np.array, zip(*sentences))
-    with data.atomic_write(path) as part, open(part, "wb") as file:
+    with atomic_write(path) as part, open(part, "wb") as file:
         np.savez_compressed(
             file, mel=np.concatenate([clip.T for clip in clips]),  # (all frames, n_mels) uint8
             n_frames=np.array([clip.shape[1] for clip in clips]), language=language, text=text)
@@ -419,8 +421,7 @@ def check(whisper, sentences, clips):
     print("| --- | --- | --- | --- | --- | --- |")
     for language in LANGUAGES:
         where = [i for i, s in enumerate(sentences) if s.language == language]
-        rates = error_rates([sentences[i].text for i in where], [read[i] for i in where],
-                            [language] * len(where))
+        rates = error_rates([sentences[i] for i in where], [read[i] for i in where])
         identified = sum(heard[i] == language for i in where) / len(where)
         print(f"| {language} | {len(where)} | {rates.wer:.2%} | {rates.cer:.2%} "
               f"| {rates.exact:.1%} | {identified:.1%} |")
@@ -439,7 +440,7 @@ def main():
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
     write_sentences()
-    everything = sorted(data.builtin(), key=lambda s: LANGUAGES.index(s.language))
+    everything = sorted(builtin(), key=lambda s: LANGUAGES.index(s.language))
     training, held_out = data.split(everything)
     vocabulary = Vocabulary(training)
     spoken, clips = [], []

@@ -38,6 +38,7 @@ class Ear(FrozenWhisper):
     """A frozen Whisper that hears: x1 (B, T, M) is Whisper's own log-mel / MEL_STD."""
 
     bound = "tanh"
+    speed_range = 1.25  # as people do; more cannot be heard in rooms
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         super().__init__(name, device)

@@ -22,9 +22,10 @@ from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 import data
 import flow
 from data import Sentence
+from plumbing.files import BadInput, atomic_write, first_line
 from speech.align import Rhythm, align_characters, fit_rhythm, spoken
 from speech.sound import resample
-from whisper_decoder import BadInput, FrozenWhisper, first_line
+from whisper_decoder import FrozenWhisper
 
 try:
     import soundfile
@@ -154,7 +155,7 @@ def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> di
         pass
     encoded = encode_recordings(entries, whisper) | dict(key=key)
     try:
-        with data.atomic_write(cache) as part, open(part, "wb") as file:
+        with atomic_write(cache) as part, open(part, "wb") as file:
             torch.save(encoded, file)
     except OSError as error:
         encoded["notes"].append(f"{cache} cannot be kept ({first_line(error)})")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_filters
 
-from data import Sentence, atomic_write, sentence_generator
+from data import Batch, Sentence, sentence_generator
+from plumbing.files import atomic_write
 from speech.ear import VOICE, Ear, Room, random_room
 
 
@@ -25,11 +26,13 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     return (np.fft.irfft(np.fft.rfft(samples), n) * n / len(samples)).astype(np.float32)
 
 
-def another_voice(ear: Ear, x1: Tensor, frames: Tensor, sentences: Sequence[Sentence], seed: int,
-                  amount: float, strength: dict[str, float] = VOICE) -> Tensor:
+def another_voice(x1: Tensor, batch: Batch, ear: Ear, seed: int, amount: float,
+                  strength: dict[str, float] = VOICE) -> Tensor:
     """x1 (B, T, M) as another speaker would say it: vocal tract, pace, loudness, tilt, hiss."""
-    moved = torch.zeros_like(x1)
-    for i, (n, sentence) in enumerate(zip(frames.tolist(), sentences)):
+    if not amount:
+        return x1
+    moved, frames = torch.zeros_like(x1), batch.cond["frames"]
+    for i, (n, sentence) in enumerate(zip(frames.tolist(), batch.sentences)):
         room = Room(amount, sentence_generator(sentence, seed, ear.device), strength)
         mel = ear.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)
         moved[i, :n] = ear.latents(random_room(mel, room))[0]

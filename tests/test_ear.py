@@ -113,10 +113,12 @@ def test_sound(ear, tmp_path):
         assert len(read_wav(wav)) == 320 * len(x1)
         mels.append(log_mel_spectrogram(read_wav(wav), 80))
     assert cer_of(ear, ear.features_of_mel(torch.stack(mels)), sentences) < real + 0.05
-    x1, frames = ear.latents(mel)[:4, :100], torch.full((4,), 100)
-    one, other = (sound.another_voice(ear, x1, frames, SENTENCES, seed, 1.0) for seed in (0, 1))
+    batch, alone = batch_of(ear), batch_of(ear, SENTENCES[1:2])
+    x1 = ear.latents(mel)[:4, : batch.mask.shape[1]]
+    one, other = (sound.another_voice(x1, batch, ear, seed, 1.0) for seed in (0, 1))
     assert all((x - y).abs().mean() > 0.1 for x, y in zip(one, other))
-    close(sound.another_voice(ear, x1[1:2], frames[1:2], SENTENCES[1:2], 0, 1.0)[0], one[1])
+    close(sound.another_voice(x1[1:2], alone, ear, 0, 1.0)[0], one[1])
+    assert torch.equal(sound.another_voice(x1, batch, ear, 0, 0.0), x1)
     run, texts = tmp_path / "run", ["The old man sleeps in the garden. " * 4, "Yes."]
     train.main([*FLAGS, "--latent", "mel", "--out_dir", str(run)])
     f = sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))

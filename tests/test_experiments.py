@@ -12,12 +12,14 @@ import torch.nn.functional as F
 import whisper as openai_whisper
 
 import data
+import flow
 import train
 from data import Sentence
 from experiments import benchmark, look, pace, realism, rooms, seeds, student, sweep, utterances
+from plumbing.files import BadInput
+from text.sources import builtin
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech.ear import ROOM, VOICE, Ear
-from whisper_decoder import BadInput
 
 make_pocket = realism.make_pocket
 needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is missing")
@@ -54,7 +56,7 @@ def test_sentences_are_those_of_the_grammars_and_phases_follow_each_other(tmp_pa
     for path in (data.POCKET / "sentences").iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
     # Short sentences are spoken more often.
-    takes = [make_pocket.takes(s) for s in sorted(data.builtin(), key=data.n_frames)]
+    takes = [make_pocket.takes(s) for s in sorted(builtin(), key=data.n_frames)]
     assert takes == sorted(takes, reverse=True)
     assert takes[0] == make_pocket.MAX_TAKES and takes[-1] == 1
     (n, *first), (_, *second) = make_pocket.PHASES[:2]
@@ -102,7 +104,7 @@ def test_small_vocabulary_is_the_full_softmax_and_its_file_loads(tmp_path, ear):
 
 
 def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
-    sentences, mels = (x[::25] for x in spoken_clips(ear))
+    sentences, mels = zip(*spoken_clips(ear)[::25])
     targets = ear.target_tokens([s.text for s in sentences], [s.language for s in sentences])
     mel, size = torch.stack(mels), torch.linspace(0, 0.08, len(mels))[:, None, None]
     loss = lambda mel: ear.nll(ear.features_of_mel(mel), targets).sum()  # noqa: E731
@@ -115,7 +117,7 @@ def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
 
 
 def test_training_picks_up_its_state(tmp_path, monkeypatch, ear):
-    sentences, mels = (x[:8] for x in spoken_clips(ear))
+    sentences, mels = zip(*spoken_clips(ear)[:8])
     clips, models = [make_pocket.quantize(mel) for mel in mels], []
     monkeypatch.setattr(make_pocket, "PHASES", ((2, 0.1, 0.3, 1.0, 0.08),))
     monkeypatch.setattr(make_pocket, "SILENT_SHARE", 0.5)
@@ -182,11 +184,11 @@ def test_student_reads_the_best_path_whatever_its_batch():
 
 def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear):
     model = train.load_model(train.load_checkpoint(utterances.Path(checkpoints["mel"])), ear.device)
-    flow = utterances.Flow(model, data.char_durations, 1.0, dict(critic=ear))
+    spoken = utterances.Flow(model, data.char_durations, 1.0, dict(critic=ear))
     none = dict.fromkeys(VOICE, 0.0)
     hiss = none | dict(noise=VOICE["noise"])
     (same, frames), (noisy, _), (again, _), (_, paced) = (
-        next(utterances.latents(flow, TEXTS, train.Settings(1), utterances.Voice(1.0, *voice)))
+        next(utterances.latents(spoken, TEXTS, flow.Solver(1), utterances.Voice(1.0, *voice)))
         for voice in ((none, False), (hiss, False), (hiss, False), (none,)))
     assert torch.equal(noisy, again) and (same - noisy).abs().mean() > 0.03
     assert frames.tolist() != paced.tolist()

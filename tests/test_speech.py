@@ -11,10 +11,12 @@ import torch
 import data
 import train
 from data import Sentence
+from plumbing.files import BadInput
+from text.sources import builtin
 from pocket.clips import spoken_clips
 from speech import align, recordings, sound
 from speech.ear import Ear
-from whisper_decoder import BadInput, FrozenWhisper
+from whisper_decoder import FrozenWhisper
 
 TEXTS = ["The dog sleeps in the garden.", "He drinks some cold milk.", "My mother works a lot.",
          "We walk to the old school."]  # none of them held out
@@ -28,7 +30,7 @@ def pocket():
 @pytest.fixture(scope="module")
 def spoken(pocket):
     """espeak-ng in English, Spanish, German and French -> sentences, samples."""
-    sentences, mels = (items[:161:40] for items in spoken_clips(pocket))
+    sentences, mels = zip(*spoken_clips(pocket)[:161:40])
     samples = [sound.griffin_lim(mel[:, :300]).numpy() for mel in mels]
     return sentences, [x / np.abs(x).max() for x in samples]
 
@@ -121,7 +123,7 @@ def test_every_bad_recording_is_named(tmp_path, pocket, monkeypatch):
         samples = np.pad(samples, ((11025 * (name == "a.flac"),), (0,)))  # in silence
         soundfile.write(tmp_path / name, samples, 22050)
     (tmp_path / "broken.wav").write_bytes(b"no audio")
-    held_out = data.split(data.builtin())[1][0].text
+    held_out = data.split(builtin())[1][0].text
     lines = [f"a.flac\ten\t{TEXTS[0]}", "no tab", "a.flac\txx\tunknown", "a.flac\ten\t...", "",
              "long.wav\ten\tA long one.", "none.wav\ten\tNothing.", "broken.wav\ten\tBroken.",
              "missing.wav\ten\tMissing.", f"{'Columns ' * 40}\ten\tswapped.",
@@ -176,7 +178,7 @@ def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
     assert len(calls) == 16
     other = FrozenWhisper("pocket")
     next(other.model.parameters()).data.mul_(1.01)
-    monkeypatch.setattr(data, "atomic_write", lambda file: open(folder / "no folder" / file.name))
+    monkeypatch.setattr(recordings, "atomic_write", lambda file: open(folder / "no" / file.name))
     assert "cannot be kept" in recordings.load_recordings(folder, other)[1][0]
     assert len(calls) == 20
 

@@ -16,11 +16,12 @@ import data
 import sample
 import whisper_decoder
 from data import Sentence
+from plumbing.files import BadInput
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
 from text import sources
-from text.sources import load_data
+from text.sources import builtin, load_data
 from text.long import fits, split_long
-from whisper_decoder import BadInput, FrozenWhisper, edit_distance, error_rates
+from whisper_decoder import FrozenWhisper, edit_distance, error_rates
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -102,7 +103,7 @@ def test_weights_and_temperature_of_a_mixture(tmp_path, pocket):
 
 
 def test_builtin_sentences_and_the_held_out_ones():
-    sentences = data.builtin()
+    sentences = builtin()
     assert len(set(sentences)) == len(sentences) == 5 * 6000
     training, held_out = data.split(sentences)
     assert sorted(training + held_out) == sorted(sentences) and 2700 < len(held_out) < 3300
@@ -202,7 +203,7 @@ def test_targets_are_what_decode_can_write(pocket, text, code, written):
 def test_error_rates():
     assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3
     assert edit_distance(["a", "b"], ["b"]) == 1 and edit_distance("same", "same") == 0
-    texts, languages = ["The colour is red.", "老师喝茶。"], ["en", "zh"]
-    found = error_rates(texts, ["the color is blue", "老师喝茶"], languages)
+    sentences = [Sentence("en", "The colour is red."), Sentence("zh", "老师喝茶。")]
+    found = error_rates(sentences, ["the color is blue", "老师喝茶"])
     assert found == (4 / (16 + 4), 1 / (4 + 4), 0)
-    assert error_rates(texts, [texts[0], "老师"], languages) == (2 / 20, 2 / 8, 1 / 2)
+    assert error_rates(sentences, [sentences[0].text, "老师"]) == (2 / 20, 2 / 8, 1 / 2)

@@ -1,9 +1,10 @@
-"""Texts that are too long for the decoder are cut into pieces that fit, never silently."""
+"""Texts too long for the decoder are cut into pieces that fit, and what was read is joined."""
 import re
-from typing import Callable
+from typing import Callable, Sequence
 
 from data import Sentence, char_durations, count_frames, words
-from whisper_decoder import BadInput, FrozenWhisper
+from plumbing.files import BadInput
+from whisper_decoder import FrozenWhisper
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
 CUTS = (r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
@@ -41,3 +42,13 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
             pieces[-1] = longer.text
     return [short for piece in pieces if words(piece, language)  # not a lonely bracket
             for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
+
+
+def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
+    """What was read in the pieces of a text, joined where they were cut: in or between words."""
+    joined, end = "", 0
+    for piece, hypothesis in zip(pieces, hypotheses):
+        start = whole.index(piece, end)
+        joined += (" " if " " in whole[end:start] else "") + hypothesis
+        end = start + len(piece)
+    return joined

@@ -19,9 +19,10 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from data import LANGUAGES, Sentence, atomic_write, builtin, make_sentence, n_frames
+from data import LANGUAGES, POCKET, Sentence, make_sentence, n_frames
+from plumbing.files import BadInput, atomic_write, first_line
 from text.long import split_long
-from whisper_decoder import BadInput, FrozenWhisper, first_line
+from whisper_decoder import FrozenWhisper
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
@@ -102,6 +103,12 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     if not counts:
         raise BadInput(f"{path} has no usable sentence; {(notes or ['it is empty'])[0]}")
     return counts, notes
+
+
+def builtin() -> list[Sentence]:
+    """The built-in sentences of every language, a file of lines each; make_pocket.py wrote them."""
+    files = sorted((POCKET / "sentences").glob("*.txt"))
+    return [Sentence(f.stem, line) for f in files for line in f.read_text("utf-8").splitlines()]
 
 
 # ---- all sources -----------------------------------------------------------------------------
