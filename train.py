@@ -30,7 +30,7 @@ from model import DiT, DiTConfig
 from plumbing.devices import (
     average_gradients, choose_device, first_rank_first, start_ranks, stop_ranks, world,
 )
-from plumbing.files import BadInput, atomic_write, first_line, guard
+from plumbing.files import BadInput, atomic_write, first_line, guard, open_log
 from plumbing.flags import check_flags, flag, parse_flags
 from pocket.clips import spoken_clips
 from speech.ear import Ear, Room
@@ -39,6 +39,8 @@ from whisper_decoder import FrozenWhisper, error_rates
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}  # on --resume
+LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,gradient_norm,"
+       "learning_rate")  # the flow loss also by quarters of t, nan where no item has such a t
 RAMP = (0.08, 0.38)  # of the run, while the rooms grow: first the flow learns to be read at all
 
 
@@ -299,7 +301,8 @@ def train(run: Run, steps, held_out: list, objective=objective) -> None:
         workers = dict(num_workers=min(4, os.cpu_count()), multiprocessing_context="fork")
     loader = DataLoader(steps, None, sampler=range(run.step, config.steps), **workers)
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
-    with open_log(run, rank) as log:
+    log_path = Path(os.devnull) if rank else run.path.with_name("log.csv")
+    with open_log(log_path, LOG, run.step) as log:
         for batch in bar:
             batch = batch.shard(rank, n_ranks).to(whisper)  # all ranks make the same one
             # Other numbers than those that drew the batch, and of this process alone.
@@ -329,20 +332,6 @@ def train(run: Run, steps, held_out: list, objective=objective) -> None:
             if rank == 0 and (run.step % config.eval_every == 0 or run.step == config.steps):
                 run.save()
                 show_samples(run, held_out)
-
-
-LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,gradient_norm,"
-       "learning_rate")  # the flow loss also by quarters of t, nan where no item has such a t
-
-
-def open_log(run: Run, rank: int):
-    """log.csv, one row a step; a resumed run cuts it back to its checkpoint and goes on."""
-    path = run.path.with_name("log.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_text().splitlines()[1 : run.step + 1] if run.step and path.exists() else []
-    file = open(os.devnull if rank else path, "w", buffering=1)
-    file.write("\n".join([LOG, *old, ""]))
-    return file
 
 
 def main(argv=None) -> dict:

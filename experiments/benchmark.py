@@ -1,11 +1,12 @@
 """Steps per second and memory, with random weights in the official shapes: no download.
 
     python experiments/benchmark.py memory                    # computed, of all shapes
-    python experiments/benchmark.py train tiny base           # on a GPU also with bf16 and compiled
+    python experiments/benchmark.py train tiny base           # on a GPU also with bf16
 
 Every figure is of this machine; the ratios in a table come from one run.
 """
 import argparse
+import itertools
 import resource
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
+def measure_training(name: str, bf16: bool, args) -> None:
     """One line of the table, in a process of its own: peak memory never falls."""
     device = choose_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +104,6 @@ def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
     frozen = n_parameters(whisper.model) + whisper.rows.numel()
     shares = dict.fromkeys(data.split(builtin())[0], 1.0)
     batches = data.Steps(shares, whisper, args.batch_size, 0, 1.0, whisper.speed_range)
-    model = torch.compile(run.model, dynamic=True) if compiled else run.model
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
@@ -112,14 +112,13 @@ def measure_training(name: str, bf16: bool, compiled: bool, args) -> None:
         noise = train.draw_noise(batch, whisper.channels, config.drop_text, rng)
         room = train.room_of_step(config.steps, config.steps, rng)
         with autocast:
-            loss, *_ = train.objective(model, whisper, batch, *noise, room, config.flow_weight)
+            loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight)
         loss.backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
     rate = args.steps / (clock(device) - start)
     form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
-    print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | "
-          f"{form}{', compiled' if compiled else ''} | "
+    print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | "
           f"{held(frozen, trained):.1f} | {peak_memory(device):.1f} | {rate:.2f} |", flush=True)
 
 
@@ -139,18 +138,15 @@ def main(argv=None) -> None:
     if args.what == "memory":
         return compute_memory()
     if args.one:
-        name, bf16, compiled = args.one.split(",")
-        return measure_training(name, bf16 == "True", compiled == "True", args)
+        return measure_training(args.names[0], args.one == "bf16", args)
     print("| shape | depth | DiT | arithmetic | GB held, computed | GB at most | steps/s |\n"
           "| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    forms = [(False, False)]
-    if choose_device(args.device).type == "cuda":
-        forms += [(True, False), (True, True)]
-    for name in args.names:
-        for bf16, compiled in forms:
-            one = f"{name},{bf16},{compiled}"
-            subprocess.run([sys.executable, __file__, *(argv or sys.argv[1:]), "--one", one],
-                           check=True)
+    forms = ["single"] + ["bf16"] * (choose_device(args.device).type == "cuda")
+    for name, one in itertools.product(args.names, forms):
+        command = [sys.executable, __file__, "train", name, "--one", one]
+        for flag in ("latent", "batch_size", "steps", "warmup", "device"):
+            command += [f"--{flag}", str(getattr(args, flag))]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -44,3 +44,12 @@ def atomic_write(file: Path):
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def open_log(path: Path, header: str, n_rows: int):
+    """A .csv to write rows to, which keeps the first n_rows that it has: those of a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = path.read_text().splitlines()[1 : n_rows + 1] if path.exists() else []
+    file = open(path, "w", buffering=1)
+    file.write("\n".join([header, *rows, ""]))
+    return file
