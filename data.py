@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from model import BYTES
-from plumbing.files import BadInput
+from plumbing.errors import BadInput
 from whisper_decoder import UNSPACED, FrozenWhisper, strip_unspoken
 
 POCKET = Path(__file__).parent / "pocket"

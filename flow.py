@@ -42,6 +42,11 @@ class Solver(NamedTuple):
     sway: float = 0.0
     seed: int = 0
 
+    @property
+    def nfe(self) -> int:
+        """Number of network evaluations per item."""
+        return self.steps * ORDER[self.method] * (1 if self.guidance == 1 else 2)
+
 
 def path(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
     """The point x_t of the straight path, (B, T, C), (B, T, C), (B,) -> (B, T, C). Eq. 22."""
@@ -76,11 +81,6 @@ def schedule(steps: int, sway: float = 0.0) -> Tensor:
     t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
     t[-1] = 1
     return t.float()
-
-
-def nfe(steps: int, method: str = "euler", guidance: float = 1.0) -> int:
-    """Number of network evaluations per item that `sample` makes."""
-    return steps * ORDER[method] * (1 if guidance == 1 else 2)
 
 
 def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:

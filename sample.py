@@ -20,7 +20,8 @@ import flow
 from data import FRAMES_PER_SECOND, Sentence
 from flow import Solver
 from plumbing.devices import choose_device
-from plumbing.files import BadInput, atomic_write, guard
+from plumbing.errors import BadInput, guard
+from plumbing.files import atomic_write
 from speech.sound import another_voice, pace, write_wav
 from text.long import join, split_long
 from text.sources import kind, read_file
@@ -32,7 +33,9 @@ from whisper_decoder import error_rates
 
 def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
     """A text -> parts that fit the decoder, each with its durations (S,), as the flags say."""
-    speed = args.speed * pace(text, args.seed, args.rooms)
+    speed = args.speed
+    if args.rooms:
+        speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
     if args.seconds is not None:
         natural = durations(text).sum() / FRAMES_PER_SECOND
         speed = natural / max(args.seconds, 1e-9)
@@ -73,7 +76,6 @@ def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
     """Print the round trip of a text: what was read, and lengths and scores of its pieces."""
     cer, wer, _ = error_rates([text], [whole])
     read, frames = [piece.read for piece in pieces], sum(len(piece.x1) for piece in pieces)
-    nfe = flow.nfe(args.steps, args.method, args.guidance)
     in_pieces = f" in {len(pieces)} pieces" if len(pieces) > 1 else ""
     print(f"text         {text.text}  [{text.language}]")
     print(f"read back    {whole}")
@@ -82,7 +84,7 @@ def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
           f"speech {max(r.no_speech_prob for r in read):.2f}, compression "
           f"{max(r.compression_ratio for r in read):.2f}")
     print(f"flow         {frames / FRAMES_PER_SECOND:.2f} s, {frames} frames{in_pieces}, "
-          f"{args.steps} {args.method} steps, NFE {nfe}, seed {args.seed}")
+          f"{args.steps} {args.method} steps, NFE {args.solver.nfe}, seed {args.seed}")
 
 
 def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args) -> None:
@@ -151,7 +153,9 @@ def main(argv=None) -> None:
     durations = durations_by(checkpoint["rhythm"])
     parts = [cut(text, durations, whisper, args) for text in texts]
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
-    pieces = list(round_trips(model, whisper, *zip(*chain(*parts)), args.solver, change))
+    sentences, lengths = zip(*chain(*parts))
+    pieces = [piece._replace(features=piece.features.cpu()) for piece in
+              round_trips(model, whisper, sentences, lengths, args.solver, change)]
     if args.out:
         text_of = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
         write_features(args.out, pieces, text_of)

@@ -30,7 +30,8 @@ import whisper_decoder
 from data import Sentence
 from flow import Solver
 from model import REACH, DiT, DiTConfig
-from plumbing.files import BadInput, atomic_write
+from plumbing.errors import BadInput
+from plumbing.files import atomic_write, keep_earlier_run
 from plumbing.flags import parse_flags
 from pocket.clips import spoken_clips
 from speech.ear import Ear, Room
@@ -173,7 +174,7 @@ def test_guided_endpoint_is_reached_in_any_number_of_steps(method, guidance):
         states = flow.sample(velocity, x0, steps, method, sway)
         assert states.shape == (steps + 1, 2, 3, 4) and torch.equal(states[0], x0)
         close(states[-1], without + guidance * (with_text - without))
-        assert sum(calls) == flow.nfe(steps, method, guidance)
+        assert sum(calls) == Solver(steps, method, guidance).nfe
 
 
 def test_schedule():
@@ -303,23 +304,23 @@ def runs(tmp_path_factory):
                                         str(folder / latent)]) for latent in train.LATENTS}
 
 
-def log_of(folder: Path) -> list[list[str]]:
+def log_of(folder: Path, name: str = "log.csv") -> list[list[str]]:
     """The log without its header and seconds."""
-    rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
+    rows = [line.split(",") for line in (folder / name).read_text().splitlines()[1:]]
     return [row[:1] + row[2:] for row in rows]
 
 
 @pytest.mark.parametrize("latent", train.LATENTS)
 def test_resumed_run_equals_straight_run(runs, tmp_path, monkeypatch, latent):
-    flags, update = [*FLAGS, "--latent", latent, "--out_dir", str(tmp_path)], train.update_ema
-    with monkeypatch.context() as patched:  # killed in step 5; the checkpoint is of step 4
-        patched.setattr(train, "update_ema", lambda ema, model, step, decay: (
-            signal.raise_signal(signal.SIGINT) if step == 4 else update(ema, model, step, decay)))
-        with pytest.raises(KeyboardInterrupt):
+    flags = [*FLAGS, "--latent", latent, "--out_dir", str(tmp_path)]
+    show, handler = train.show_samples, signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:  # Ctrl-C after step 4: step 5 ends, and is saved
+        patched.setattr(train, "show_samples", lambda run, held_out: (
+            show(run, held_out), run.step == 4 and signal.raise_signal(signal.SIGINT)))
+        with pytest.raises(BadInput, match="saved at step 5; --resume goes on"):
             train.main(flags)
-    with pytest.raises(BadInput, match="ckpt.pt is of an earlier run; --resume goes on with it"):
-        train.main(flags)
-    with pytest.raises(BadInput, match="trained with depth 1, not 2; give the same"):
+    assert signal.getsignal(signal.SIGINT) is handler
+    with pytest.raises(BadInput, match="trained with --depth 1, not 2; give the same"):
         train.main([*flags, "--depth", "2", "--resume"])
     shutil.copytree(tmp_path, tmp_path / "again")  # out of memory: it goes on with another batch
     other = ["--out_dir", str(tmp_path / "again"), "--batch_size", "8", "--resume"]
@@ -424,11 +425,18 @@ def test_bad_input_is_told_in_one_sentence(runs, command, words):
     assert "\n" not in str(error.value) and not list(runs[0].rglob("*.tmp"))
 
 
-def test_files_stay_whole_and_flags_are_known(tmp_path, pocket, capsys):
+def test_files_stay_whole_and_flags_are_known(tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("of a run that failed")
+    keep_earlier_run(tmp_path / "ckpt.pt", tmp_path / "log.csv")
+    assert [x.name for x in tmp_path.iterdir()] == ["log.csv"]
+    (tmp_path / "ckpt.pt").write_bytes(b"of an earlier run")
+    keep_earlier_run(tmp_path / "ckpt.pt", tmp_path / "log.csv")
     with pytest.raises(OSError), atomic_write(tmp_path / "x") as part:
         part.write_text("half")
         raise OSError("No space left")
-    assert not list(tmp_path.iterdir())
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["ckpt.old", "log.old"]
+    with pytest.raises(BadInput, match="--latent 'wav' is none of features, mel"):
+        train.Config(latent="wav")
     for argv in (["--no_such_flag", "1"], ["--steps", "many"], ["--help"]):
         with pytest.raises(SystemExit):
             parse_flags(train.Config, "", argv)

@@ -28,9 +28,11 @@ import flow
 from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import (
-    average_gradients, choose_device, first_rank_first, start_ranks, stop_ranks, world,
+    average_gradients, catch_interrupts, choose_device, first_rank_first, start_ranks, stop_ranks,
+    wait_for_all,
 )
-from plumbing.files import BadInput, atomic_write, first_line, guard, open_log
+from plumbing.errors import BadInput, first_line, guard
+from plumbing.files import atomic_write, keep_earlier_run, open_log
 from plumbing.flags import check_flags, flag, parse_flags
 from pocket.clips import spoken_clips
 from speech.ear import Ear, Room
@@ -38,7 +40,7 @@ from text.sources import load_data
 from whisper_decoder import FrozenWhisper, error_rates
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
-FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}  # on --resume
+FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,gradient_norm,"
        "learning_rate")  # the flow loss also by quarters of t, nan where no item has such a t
 RAMP = (0.08, 0.38)  # of the run, while the rooms grow: first the flow learns to be read at all
@@ -48,14 +50,15 @@ RAMP = (0.08, 0.38)  # of the run, while the rooms grow: first the flow learns t
 class Config:
     out_dir: str = flag("out", "folder for ckpt.pt and log.csv")
     whisper: str = flag("pocket", "pocket, an official name, or a checkpoint file")
-    latent: str = flag("features", "features, that the decoder reads; or mel, a spectrogram that "
-                       "the whole Whisper hears in random rooms", choices=LATENTS)
+    latent: str = flag("features", "what the flow makes: features, for the decoder; or mel, a "
+                       "spectrogram for all of Whisper, heard in random rooms", choices=LATENTS)
     data: tuple = flag(("builtin",), "sources of text, see docs/usage.md")
     speech: str = flag("", "folder of recordings to learn from as well, see speech/")
     max_lines: int = flag(10**6, "lines of a file that are read", 1)
     temperature: float = flag(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speed: float = flag(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = flag(0.0, "how many times faster or slower; 0: as the latent can", 0, 10)
+    speed_range: float = flag(0.0, "sentences are up to so many times slower or faster; 0: 1.7, "
+                              "or 1.25 for spectrograms, as people do", 0, 10)
     depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
     steps: int = flag(900, "training steps", 1)
     batch_size: int = flag(24, "sentences per step, on all GPUs together", 4)
@@ -66,7 +69,7 @@ class Config:
     ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     flow_weight: float = flag(0.3, "weight of the flow loss", 0)
     drop_text: float = flag(0.1, "share of items without text, for guidance", 0, 1)
-    eval_every: int = flag(100, "steps between samples and checkpoints", 1)
+    eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
     seed: int = flag(0, "of everything random", 0, 2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -154,7 +157,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         features = whisper.features(x1, frames)
         read = whisper.transcribe(features, [s.language for s in batch.sentences])
         x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
-        yield from map(RoundTrip, batch.sentences, x1, features.cpu(), read)
+        yield from map(RoundTrip, batch.sentences, x1, features, read)
 
 
 def evaluate(run: "Run", held_out: list) -> dict:
@@ -171,9 +174,12 @@ def evaluate(run: "Run", held_out: list) -> dict:
             result[f"val_cer_{steps}step_{code}"] = error_rates(*zip(*pairs)).cer
     # Chance: what was read for another sentence, and in x0.
     result["cer_shuffled_text"] = error_rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
-    some = data.per_language(sentences, 50)
-    x0 = lambda x1, batch: data.noise(batch, whisper.channels, 0)  # noqa: E731
-    result["cer_x0"] = error_rates(some, run.transcribe_samples(some, Solver(1), x0)).cer
+    few = data.per_language(sentences, 50)
+    durations = [run.durations(s, run.config.speed) for s in few]
+    batch = data.make_batch(few, whisper, durations).to(whisper)
+    features = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
+    read = whisper.transcribe(features, [s.language for s in few])
+    result["cer_x0"] = error_rates(few, [r.text for r in read]).cer
     # What the decoder makes of real speech, where ours fits the checkpoint.
     spoken, hypotheses = spoken_clips(whisper, n), []
     for (languages, _), mel in DataLoader(spoken, 25):  # (25, M, 2P)
@@ -232,20 +238,21 @@ class Run:
         with atomic_write(self.path) as part, open(part, "wb") as file:
             torch.save(dict(step=self.step, rhythm=self.rhythm, **configs, **states), file)
 
-    def load(self) -> None:
-        """Go on from the checkpoint; BadInput if flags differ that are not free to."""
-        checkpoint = load_checkpoint(self.path)
-        before = checkpoint["config"] | checkpoint["model_config"]
-        for name, now in (asdict(self.config) | asdict(self.model.config)).items():
-            if name not in FREE and before[name] != now:
-                raise BadInput(f"{self.path} was trained with {name} {before[name]}, not {now}; "
-                               "give the same, or another --out_dir")
+    def load(self, checkpoint: dict) -> None:
+        """Go on from a checkpoint; BadInput if flags differ that are not FREE to."""
+        for name, now in asdict(self.config).items():
+            if name not in FREE and (before := checkpoint["config"].get(name)) != now:
+                raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
+                               "the same, or another --out_dir")
+        if checkpoint["model_config"] != asdict(self.model.config):
+            raise BadInput(f"{self.path} belongs to another Whisper than {self.config.whisper} is "
+                           "now; give the same, or another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
 
     def transcribe_samples(self, sentences: Sequence[data.Sentence], *args) -> list[str]:
-        """What the critic reads in `round_trips` of the averaged network, which take args."""
+        """What the critic reads of the averaged network; args go to `round_trips`."""
         durations = [self.durations(s, self.config.speed) for s in sentences]
         trips = round_trips(self.ema, self.whisper, sentences, durations, *args)
         return [trip.read.text for trip in trips]
@@ -293,16 +300,18 @@ def durations_by(rhythm: dict | None) -> Callable:
 # ---- the run ---------------------------------------------------------------------------------
 
 
-def train(run: Run, steps, held_out: list, objective=objective) -> None:
+def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
+          n_ranks: int = 1) -> None:
     """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
     config, whisper, device = run.config, run.whisper, run.whisper.device
-    is_gpu, workers, start, (rank, n_ranks) = device.type == "cuda", {}, time.time(), world()
+    is_gpu, workers, start = device.type == "cuda", {}, time.time()
     if is_gpu and hasattr(os, "fork"):  # other processes make the batches ahead
-        workers = dict(num_workers=min(4, os.cpu_count()), multiprocessing_context="fork")
+        workers = dict(num_workers=max(1, min(4, (os.cpu_count() or 1) // (2 * n_ranks))),
+                       multiprocessing_context="fork")
     loader = DataLoader(steps, None, sampler=range(run.step, config.steps), **workers)
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
-    log_path = Path(os.devnull) if rank else run.path.with_name("log.csv")
-    with open_log(log_path, LOG, run.step) as log:
+    log_path = run.path.with_name(f"log{rank or ''}.csv")
+    with open_log(log_path, LOG, run.step) as log, catch_interrupts() as stops:
         for batch in bar:
             batch = batch.shard(rank, n_ranks).to(whisper)  # all ranks make the same one
             # Other numbers than those that drew the batch, and of this process alone.
@@ -314,7 +323,7 @@ def train(run: Run, steps, held_out: list, objective=objective) -> None:
                                            config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            average_gradients(run.model)
+            stopped = average_gradients(run.model, bool(stops))
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
             if not math.isfinite(norm):
                 raise BadInput(f"the loss is {loss.item()} at step {run.step}, its gradient {norm};"
@@ -329,51 +338,55 @@ def train(run: Run, steps, held_out: list, objective=objective) -> None:
             log.write(",".join([str(run.step), *(f"{x:.6g}" for x in values)]) + "\n")
             bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}")
             run.step += 1
-            if rank == 0 and (run.step % config.eval_every == 0 or run.step == config.steps):
+            is_due = stopped or run.step % config.eval_every == 0 or run.step == config.steps
+            if is_due and rank == 0:
                 run.save()
                 show_samples(run, held_out)
+            if stopped:
+                wait_for_all()  # until it is saved
+                raise BadInput(f"stopped and saved at step {run.step}; --resume goes on from there")
 
 
 def main(argv=None) -> dict:
     """The run that the flags describe -> its figures."""
     start, config = time.time(), parse_flags(Config, __doc__.splitlines()[0], argv)
-    if not config.resume and (path := Path(config.out_dir) / "ckpt.pt").exists():
-        raise BadInput(f"{path} is of an earlier run; --resume goes on with it, and another "
-                       "--out_dir begins anew")
-    device = choose_device(config.device)
-    start_ranks(device)
-    rank, n_ranks = world()
+    folder, device = Path(config.out_dir), choose_device(config.device)
+    checkpoint = load_checkpoint(folder / "ckpt.pt") if config.resume else None
+    rank, n_ranks = start_ranks(device)
     if config.batch_size % n_ranks:
         raise BadInput(f"--batch_size {config.batch_size} cannot be shared by {n_ranks} processes; "
                        "give a multiple of their number")
-    with first_rank_first():  # it downloads for all
+    run_objective, rhythm = objective, None
+    with first_rank_first(rank):  # it downloads, and encodes recordings, for all
         whisper = LATENTS[config.latent](config.whisper, device)
         shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
                                   config.max_lines)
-    training, held_out = data.split(list(shares))
-    steps = data.Steps({s: shares[s] for s in training}, whisper, config.batch_size, config.seed,
-                       config.speed, config.speed_range or whisper.speed_range)
-    run_objective, rhythm = objective, None
-    if config.speech:
-        from speech import recordings
-        steps, run_objective, rhythm, more = recordings.join(steps, config, whisper)
-        notes += more
+        training, held_out = data.split(list(shares))
+        steps = data.Steps({s: shares[s] for s in training}, whisper, config.batch_size,
+                           config.seed, config.speed, config.speed_range or whisper.speed_range)
+        if config.speech:
+            from speech import recordings
+            steps, run_objective, rhythm, more = recordings.join(steps, config, whisper)
+            notes += more
     run = Run(config, whisper, rhythm)
-    if config.resume:
-        run.load()
+    if checkpoint:
+        run.load(checkpoint)
+    elif rank == 0:
+        keep_earlier_run(run.path, folder / "log.csv")
     languages = ", ".join(sorted({s.language for s in shares}))
     n_parameters = sum(p.numel() for p in run.model.parameters())
     if rank == 0:
         print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device}; "
               f"{len(training)} sentences to train on, {len(held_out)} held out, in {languages}; "
               f"{n_parameters:,} parameters", sep="\n")
-    train(run, steps, held_out, run_objective)
+    train(run, steps, held_out, run_objective, rank, n_ranks)
     stop_ranks()
-    if rank > 0:
+    if rank > 0:  # the first evaluates alone
         return {}
-    result = dict(device=device, seconds=0.0, steps=run.step, parameters=n_parameters)
-    result |= evaluate(run, held_out) | dict(seconds=time.time() - start)
-    report(result, run.path.with_name("result.txt"))
+    rates = evaluate(run, held_out)
+    result = dict(device=device, seconds=time.time() - start, steps=run.step,
+                  parameters=n_parameters, **rates)
+    report(result, folder / "result.txt")
     return result
 
 

@@ -2,7 +2,8 @@
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
 and variance 1, as N(0, I) has; the decoder reads it.
-A critic, this or speech/ear.py's, has `channels`, `bound`, `latents`, `features` and `text_loss`.
+A critic, this or speech/ear.py's, has `channels`, `bound`, `speed_range`, `latents`, `features`,
+`text_loss`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V vocabulary.
@@ -24,7 +25,8 @@ from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
-from plumbing.files import BadInput, first_line
+
+from plumbing.errors import BadInput, first_line
 
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
 # Signs that `whisper.decode` never writes (suppress_tokens): inside words, and between words.
@@ -62,7 +64,7 @@ class FrozenWhisper:
     def silence(self) -> Tensor:
         """What the decoder sees of silence (P, E)."""
         samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
-        with torch.autocast(self.device.type, enabled=False):  # the first step may ask for it
+        with torch.autocast(self.device.type, enabled=False):  # may be asked for inside one
             return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
     def check_language(self, language: str) -> str:
@@ -154,9 +156,9 @@ class FrozenWhisper:
             return F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
-        """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses without them.
+        """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
 
-        A language of None is detected. avg_logprob is a mean over tokens, in nats; no_speech_prob
+        None: the language is detected. avg_logprob is a mean over tokens, in nats; no_speech_prob
         that of <|nospeech|> as the first token; a compression_ratio above 2.4 Whisper calls a loop.
         """
         result = {}
@@ -212,11 +214,9 @@ class ErrorRates(NamedTuple):
     exact: float  # share of texts that come back letter by letter, punctuation included
 
 
-def error_rates(sentences: Sequence, hypotheses: Sequence[str]) -> ErrorRates:
-    """Of what was read, after Whisper's normaliser: fractions, above 1 if too much was read.
-
-    sentences: pairs of language and text.
-    """
+def error_rates(sentences: Sequence[tuple[str, str]],  # (language, text)
+                hypotheses: Sequence[str]) -> ErrorRates:
+    """Corpus error rates after Whisper's normaliser, as fractions (above 1 if too much is read)."""
     edits, total, exact = np.zeros(2), np.zeros(2), 0
     for (language, reference), hypothesis in zip(sentences, hypotheses, strict=True):
         exact += reference == hypothesis

@@ -19,9 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
 import train  # noqa: E402
-from plumbing.files import BadInput, atomic_write, guard  # noqa: E402
-from text.sources import builtin  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.files import atomic_write  # noqa: E402
 from speech import recordings  # noqa: E402
+from text.sources import builtin  # noqa: E402
 
 MEAN_SECONDS = 2.25  # of a spoken sentence
 FIRST_SEED = 2000  # of speech; realism.py's voices have others

@@ -24,7 +24,7 @@ import data  # noqa: E402
 import train  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
-from plumbing.files import BadInput, guard  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
 from text.sources import builtin  # noqa: E402
 
 # n_mels, width, heads, encoder layers, decoder layers, n_vocab of the official checkpoints

@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import flow  # noqa: E402
 import train  # noqa: E402
-from plumbing.files import BadInput, atomic_write, guard  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.files import atomic_write  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 
 

@@ -49,7 +49,8 @@ from experiments.utterances import (  # noqa: E402
     Flow, Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
 )
 from plumbing.devices import choose_device  # noqa: E402
-from plumbing.files import BadInput, atomic_write, guard  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.files import atomic_write  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech import sound  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402

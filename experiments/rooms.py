@@ -22,7 +22,7 @@ from data import per_language  # noqa: E402
 from experiments.student import greedy_cer  # noqa: E402
 from model import bounded  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
-from plumbing.files import BadInput, guard  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import ROOM, Ear, Room  # noqa: E402
 from text.sources import load_data  # noqa: E402
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from plumbing.files import BadInput, guard  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
 
 
 def main(argv=None) -> None:

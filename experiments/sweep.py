@@ -20,7 +20,7 @@ import data  # noqa: E402
 import train  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
-from plumbing.files import BadInput, guard  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import load_data  # noqa: E402
 from whisper_decoder import error_rates  # noqa: E402
@@ -40,15 +40,23 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
         speed = value if kind == "speed" else 1.0
         sentences = [s for s in held_out if fits(s, whisper, speed, durations)]
         lengths = [durations(s, speed) for s in sentences]
-        trips = list(train.round_trips(model, whisper, sentences, lengths, solver))
-        hypotheses = [trip.read for trip in trips]
+        trips = train.round_trips(model, whisper, sentences, lengths, solver)
+        x1, hypotheses = zip(*((trip.x1, trip.read.text) for trip in trips))
         if reader is not whisper:
-            x1 = [trip.x1.to(device) for trip in trips]
-            frames = torch.tensor([len(x) for x in x1], device=device)
-            features = reader.features(pad_sequence(x1, True), frames)
-            hypotheses = reader.transcribe(features, [s.language for s in sentences])
-        rates.append(error_rates(sentences, [h.text for h in hypotheses]).cer)
+            hypotheses = read(reader, sentences, x1)
+        rates.append(error_rates(sentences, hypotheses).cer)
     return rates
+
+
+def read(whisper, sentences: list, x1: list[torch.Tensor]) -> list[str]:
+    """What a Whisper reads in x1, (T, C) each."""
+    hypotheses = []
+    for i in range(0, len(x1), 50):
+        frames = torch.tensor([len(x) for x in x1[i : i + 50]], device=whisper.device)
+        features = whisper.features(pad_sequence(x1[i : i + 50], True).to(whisper.device), frames)
+        languages = [s.language for s in sentences[i : i + 50]]
+        hypotheses += [each.text for each in whisper.transcribe(features, languages)]
+    return hypotheses
 
 
 def main(argv=None) -> None:

@@ -24,7 +24,7 @@ import train  # noqa: E402
 from experiments.student import Speech, letters, resample  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import DiT  # noqa: E402
-from plumbing.files import BadInput  # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402

@@ -1,12 +1,13 @@
 """Where a program runs: on which device, in how many processes of torchrun, one for each GPU."""
 import os
+import signal
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from plumbing.files import BadInput, first_line
+from plumbing.errors import BadInput, first_line
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,12 +28,16 @@ def choose_device(name: str) -> torch.device:
                        ) from error
 
 
-def start_ranks(device: torch.device) -> None:
-    """Under torchrun this process and the others begin to work together."""
-    if "RANK" in os.environ:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+def start_ranks(device: torch.device) -> tuple[int, int]:
+    """Under torchrun all processes begin to work together -> rank of this one, their number."""
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if n_ranks == 1:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
         dist.init_process_group(timeout=timedelta(days=1))  # while the first downloads
+    return dist.get_rank(), n_ranks
 
 
 def stop_ranks() -> None:
@@ -40,23 +45,39 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-def world() -> tuple[int, int]:
-    """Rank of this process, number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 @contextmanager
-def first_rank_first():
-    """The first process alone; then all others."""
-    rank, n_ranks = world()
+def first_rank_first(rank: int):
+    """The first process alone, then all others; those go on if it fails, and fail too."""
     if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and n_ranks > 1:
-        dist.barrier()
+        wait_for_all()
+    try:
+        yield
+    finally:
+        if rank == 0:
+            wait_for_all()
 
 
-def average_gradients(model: torch.nn.Module) -> None:
-    """Gradients become their mean over all processes."""
-    for p in model.parameters() if world()[1] > 1 else ():
-        dist.all_reduce(p.grad.div_(world()[1]))
+def average_gradients(model: torch.nn.Module, stop: bool) -> bool:
+    """Gradients become their mean over all processes -> whether one of these is to stop."""
+    if not dist.is_initialized():
+        return stop
+    stops = torch.tensor(float(stop), device=next(model.parameters()).device)
+    for x in [*(p.grad for p in model.parameters()), stops]:
+        dist.all_reduce(x.div_(dist.get_world_size()))
+    return bool(stops > 0)
+
+
+@contextmanager
+def catch_interrupts():
+    """A list that Ctrl-C makes longer, so that the step can end and be saved."""
+    stops = []
+    before = signal.signal(signal.SIGINT, lambda *_: stops.append(True))
+    try:
+        yield stops
+    finally:
+        signal.signal(signal.SIGINT, before)

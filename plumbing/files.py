@@ -1,37 +1,7 @@
-"""Faults are told in one sentence, and files are whole or not there."""
+"""Files are whole or not there, and those of an earlier run are kept."""
 import os
-import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
-
-import torch
-
-
-class BadInput(ValueError):
-    """What the user gave cannot be used; the message names it and a way out."""
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, short enough for one sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
-def guard(main: Callable) -> None:
-    """Run a command: what the user or the system did wrong becomes one sentence."""
-    try:
-        return main()
-    except BrokenPipeError:  # `| head`
-        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (BadInput, OSError, UnicodeError) as error:
-        why = str(error)
-    except torch.OutOfMemoryError:
-        why = ("out of GPU memory; try a smaller --batch_size (also with --resume, if there is a "
-               "checkpoint), or begin anew with a smaller --depth")
-    except KeyboardInterrupt:
-        why = "stopped; what is written is whole"
-    is_main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
-    sys.exit(f"{Path(sys.argv[0]).name}: {why}" if is_main else 1)
 
 
 @contextmanager
@@ -47,9 +17,16 @@ def atomic_write(file: Path):
 
 
 def open_log(path: Path, header: str, n_rows: int):
-    """A .csv to write rows to, which keeps the first n_rows that it has: those of a checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = path.read_text().splitlines()[1 : n_rows + 1] if path.exists() else []
-    file = open(path, "w", buffering=1)
-    file.write("\n".join([header, *rows, ""]))
-    return file
+    """A .csv that rows are added to, cut back to its first n_rows: those before a checkpoint."""
+    rows = path.read_text().splitlines()[1 : n_rows + 1] if n_rows and path.exists() else []
+    with atomic_write(path) as part:
+        part.write_text("\n".join([header, *rows, ""]))
+    return open(path, "a", buffering=1)
+
+
+def keep_earlier_run(checkpoint: Path, log: Path) -> None:
+    """Where there is a checkpoint, it and its log become .old files."""
+    for file in (checkpoint, log) if checkpoint.exists() else ():
+        if file.exists():
+            os.replace(file, file.with_suffix(".old"))
+            print(f"note: {file} of an earlier run is kept as {file.with_suffix('.old')}")

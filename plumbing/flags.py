@@ -3,7 +3,7 @@ import argparse
 import math
 from dataclasses import field, fields
 
-from plumbing.files import BadInput
+from plumbing.errors import BadInput
 
 
 def flag(default, help: str, low=None, below=math.inf, choices=None):

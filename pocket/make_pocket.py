@@ -34,10 +34,10 @@ SENTENCES, SPEECH = HERE / "sentences", HERE / "speech.npz"
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
-from text.sources import builtin  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
+from text.sources import builtin  # noqa: E402
 from whisper_decoder import POCKET, UNSPACED, FrozenWhisper, error_rates  # noqa: E402
 
 DIMS = ModelDimensions(

@@ -22,7 +22,8 @@ from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 import data
 import flow
 from data import Sentence
-from plumbing.files import BadInput, atomic_write, first_line
+from plumbing.errors import BadInput, first_line
+from plumbing.files import atomic_write
 from speech.align import Rhythm, align_characters, fit_rhythm, spoken
 from speech.sound import resample
 from whisper_decoder import FrozenWhisper

@@ -16,10 +16,10 @@ import flow
 import train
 from data import Sentence
 from experiments import benchmark, look, pace, realism, rooms, seeds, student, sweep, utterances
-from plumbing.files import BadInput
-from text.sources import builtin
+from plumbing.errors import BadInput
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech.ear import ROOM, VOICE, Ear
+from text.sources import builtin
 
 make_pocket = realism.make_pocket
 needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is missing")
@@ -289,7 +289,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     assert lines[2].split(" | ")[1:5:3] == ["12", "57 M"]  # 37 M, and the rows of the softmax
     monkeypatch.setitem(benchmark.SHAPES, "tiny", (80, 64, 2, 1, 1, 51865))
     args = argparse.Namespace(device="cpu", latent=latent, batch_size=4, steps=1, warmup=1)
-    benchmark.measure_training("tiny", False, False, args)
+    benchmark.measure_training("tiny", False, args)
     assert capsys.readouterr().out.startswith("| tiny | 2 | ")
     look.main([checkpoints[latent], "--out", str(tmp_path / "flow.png")])
     assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")

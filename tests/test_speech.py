@@ -11,11 +11,11 @@ import torch
 import data
 import train
 from data import Sentence
-from plumbing.files import BadInput
-from text.sources import builtin
+from plumbing.errors import BadInput
 from pocket.clips import spoken_clips
 from speech import align, recordings, sound
 from speech.ear import Ear
+from text.sources import builtin
 from whisper_decoder import FrozenWhisper
 
 TEXTS = ["The dog sleeps in the garden.", "He drinks some cold milk.", "My mother works a lot.",

@@ -16,7 +16,7 @@ import data
 import sample
 import whisper_decoder
 from data import Sentence
-from plumbing.files import BadInput
+from plumbing.errors import BadInput
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
 from text import sources
 from text.sources import builtin, load_data

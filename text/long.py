@@ -3,7 +3,7 @@ import re
 from typing import Callable, Sequence
 
 from data import Sentence, char_durations, count_frames, words
-from plumbing.files import BadInput
+from plumbing.errors import BadInput
 from whisper_decoder import FrozenWhisper
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.

@@ -20,7 +20,8 @@ from urllib.request import urlopen
 from tqdm import tqdm
 
 from data import LANGUAGES, POCKET, Sentence, make_sentence, n_frames
-from plumbing.files import BadInput, atomic_write, first_line
+from plumbing.errors import BadInput, first_line
+from plumbing.files import atomic_write
 from text.long import split_long
 from whisper_decoder import FrozenWhisper
 
