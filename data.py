@@ -26,7 +26,7 @@ MIN_SECONDS = 0.6
 LANGUAGES = [line.split("\t") for line in
              (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
 PACE = {code: float(pace) for code, _, pace, _ in LANGUAGES if pace != "-"}
-DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # of the others per second: a mean; a guess
+DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # per second, where it is not known: a mean; a guess
 
 
 class Sentence(NamedTuple):
@@ -106,7 +106,7 @@ def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
 def characters(text: str) -> Tensor:
     """Numbers whose embeddings add up to each character (S, BYTES + 1), 0 adds nothing."""
     rows = []
-    for c in strip_unspoken(text):
+    for c in strip_unspoken(text):  # one character a row: some, like "İ", have two in lower case
         # The UTF-8 bytes of its lower case, each by its place, and whether it is a capital.
         numbers = [1 + 256 * i + byte for i, byte in enumerate(c.lower()[0].encode())]
         is_capital = 256 * BYTES + 1 + (c != c.lower())
@@ -116,7 +116,8 @@ def characters(text: str) -> Tensor:
 
 def char_tokens(text: str, language: str, whisper: FrozenWhisper) -> Tensor:
     """The token in which each character of `characters` begins (S,)."""
-    tokens, encoding = whisper.encode(text, language), whisper.tokenizer("en").encoding
+    tokens = whisper.encode(text, language)
+    encoding = whisper.tokenizer("en").encoding  # the same for all languages
     of_byte = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]
     n_bytes = [len(c.encode()) for c in strip_unspoken(text)]
     # The first token may hold a blank more than the text.
@@ -167,7 +168,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
-    frames = [min(count_frames(d), whisper.max_frames) for d in durations]
+    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # longer: faster
     cond = dict(
         chars=pad_sequence([characters(text) for text in texts], True),
         tokens=pad_sequence([char_tokens(*item, whisper) for item in zip(texts, codes)], True),
@@ -213,7 +214,7 @@ class Steps(torch.utils.data.Dataset):
 
 
 def generator(seed: int, number: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Random numbers of a seed and a number; torch looks at 32 bits of what it is given only."""
+    """Random numbers of a seed and a number; torch uses only 32 bits of a seed."""
     return torch.Generator(device).manual_seed((2654435761 * seed + number) % 2**32)
 
 

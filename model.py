@@ -92,7 +92,7 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """model(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
 
-    cond["chars"]     (B, S, BYTES + 1)  numbers of `data.characters`, whose embeddings are added
+    cond["chars"]     (B, S, BYTES + 1)  ids of its UTF-8 bytes and of its case, 0: none
     cond["tokens"]    (B, S, E)          Whisper's own embedding of the token of each character
     cond["alignment"] (B, T)             which character sounds in each frame
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
@@ -120,11 +120,11 @@ class DiT(nn.Module):
         nn.init.zeros_(self.order_in.weight)
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
-        """Each character, repeated over its frames, (B, S, 5), (B, T) -> (B, T, D)."""
+        """Each character, repeated over its frames, (B, S, ...), (B, T) -> (B, T, D)."""
         text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, S, D)
         text = text * cond["chars"].any(2, keepdim=True)  # nothing leaks from padding
         text = text + F.silu(self.char_conv(text.transpose(1, 2))).transpose(1, 2)
-        # Every other one is marked: a character twice in a row is not one of double length.
+        # Mark odd characters: one twice in a row is not one of double length.
         text = text + self.parity * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
         text = text.gather(1, alignment[:, :, None].expand(-1, -1, text.shape[-1]))
@@ -144,7 +144,7 @@ class DiT(nn.Module):
         mask = torch.arange(n_frames + padding, device=x_t.device) < cond["frames"][:, None]
         x_t = F.pad(x_t, (0, 0, 0, padding)) * mask[:, :, None]  # (B, T + padding, C)
         text = self.embed_text(cond, mask).unflatten(1, (-1, patch))  # (B, N, patch, D)
-        # The mean of a patch learns faster; the order, from zero on, tells "ab" from "ba".
+        # The mean of a patch learns faster; order_in, zero at first, tells "ab" from "ba".
         x = text.mean(2) + self.order_in(text.flatten(2))  # (B, N, D)
         x = x + self.latent_in(x_t.unflatten(1, (-1, patch)).flatten(2))
         attention_mask = mask[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame

@@ -102,7 +102,7 @@ def check(args, latent: str, n_texts: int) -> None:
     try:
         flow.schedule(args.steps, args.sway)
     except ValueError as error:
-        raise BadInput(f"--{error}") from error
+        raise BadInput(f"--{error}") from error  # it begins with the name of the flag
     if args.out and (args.out.suffix != ".npz" or not args.out.parent.is_dir()):
         raise BadInput(f"--out {args.out} must end in .npz and lie in a folder that exists")
     if not 0 <= args.rooms <= 1:

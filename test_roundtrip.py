@@ -404,7 +404,7 @@ def test_long_texts_are_spoken_in_pieces_and_in_the_time_asked_for(runs, tmp_pat
     ("train --data {0}/one.txt", "say its language, as in en="),
     ("train --data 0*builtin", "--data '0*builtin' cannot be used; give for example"),
     ("train --data tatoeba:it", "pocket does not know the language 'it'; it knows en, "),
-    ("train --batch_size 0", "--batch_size 0 cannot be used; at least 4"),
+    ("train --batch_size 0", "--batch_size 0 cannot be used; at least 1"),
     ("train --resume", "no checkpoint {0}/o/ckpt.pt; `python train.py` makes one"),
     ("train --steps 40 --learning_rate 1e30 --clip 1e30", "try a smaller --learning_rate"),
     ("sample x --ckpt {0}/no.pt", "no.pt is not a checkpoint of this train.py"),

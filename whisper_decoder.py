@@ -58,7 +58,7 @@ class FrozenWhisper:
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
         is_own = self.row_count[self.row_of] == 1  # (V,)
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
-        self.n_prompt = len(self.prompt(self.languages[0]))
+        self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
     @cached_property
     def silence(self) -> Tensor:
@@ -153,6 +153,7 @@ class FrozenWhisper:
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
             log_count = self.row_count.log()
             logits = x @ self.rows.T + log_count
+            # The target is one of its k equal rows.
             return F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:

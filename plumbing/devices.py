@@ -11,7 +11,7 @@ from plumbing.errors import BadInput, first_line
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: cuda, else mps, else cpu; cuda is the one of this process of torchrun.
+    """auto: cuda, else mps, else cpu; cuda is this process's own GPU under torchrun.
 
     Matrix products that are not in bf16, so all of sampling and reading, are TF32 on CUDA.
     """

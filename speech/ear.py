@@ -72,14 +72,14 @@ class Ear(FrozenWhisper):
                   room: Room | None = None) -> Tensor:
         """How hard the text is to read where the encoder hears x1 in a random room, -> (B,).
 
-        The window is hardly longer than the speech, which begins a little later by chance.
+        The window is hardly longer than the speech, which begins after a short random delay.
         """
         window = min(x1.shape[1] + SILENT_FRAMES, self.max_frames)
         mel = self.spectrogram(x1, frames, window)
         if room and room.amount:
             spare = min(2 * (window - x1.shape[1]), 24)  # hops of silence that may stand in front
             shift = torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device)
-            mel = random_room(mel.roll(int(shift), 2), room)
+            mel = random_room(mel.roll(int(shift), 2), room)  # only silence comes round
         return self.nll(self.features_of_mel(mel), targets)
 
 
@@ -89,7 +89,7 @@ def smooth(mel: Tensor) -> Tensor:
 
 
 def upsample(mel: Tensor) -> Tensor:
-    """From 50 to 100 frames a second, smoothly, (B, M, n) -> (B, M, 2n)."""
+    """From 50 to 100 frames a second, smoothly, (B, M, T) -> (B, M, 2T)."""
     return smooth(F.interpolate(mel, scale_factor=2, mode="linear"))
 
 
