@@ -284,10 +284,11 @@ def test_nll_is_the_full_softmax(pocket, monkeypatch):
     monkeypatch.setattr(whisper_decoder, "CHUNK", 7)
     targets, n_prompt = batch_of(pocket).targets, pocket.n_prompt
     features = randn(4, pocket.max_frames, 128).requires_grad_()
-    logits = pocket.model.decoder(targets[:, :-1].clamp(min=0), features)[:, n_prompt - 1 :]
-    text = targets[:, n_prompt:]
-    plain = F.cross_entropy(logits.transpose(1, 2), text, ignore_index=-1, reduction="none")
-    plain, nll = plain.sum(1) / (text >= 0).sum(1), pocket.nll(features, targets)
+    logits = pocket.model.decoder(targets[:, :-1].clamp(min=0), features)
+    said = targets[:, 1:].clone()
+    said[:, 1 : n_prompt - 1] = -1  # of the prompt only the language is said by the speech
+    plain = F.cross_entropy(logits.transpose(1, 2), said, ignore_index=-1, reduction="none")
+    plain, nll = plain.sum(1) / (said >= 0).sum(1), pocket.nll(features, targets)
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])
     close(*(torch.autograd.grad(weight @ x, features)[0] for x in (nll, plain)), atol=1e-4)

@@ -130,19 +130,24 @@ class FrozenWhisper:
 
     def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
                   room: object = None) -> Tensor:
-        """Cross-entropy of the text in x1, alike in any room, (B, T, C), (B,), (B, L) -> (B,)."""
+        """`nll` of x1, alike in any room, (B, T, C), (B,), (B, L) -> (B,)."""
         return self.nll(self.features(x1, frames), targets)
 
     def nll(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Teacher-forced cross-entropy, nats per token, (B, any, E), (B, L) -> (B,)."""
+        """Teacher-forced cross-entropy of language and text, nats per token, -> (B,).
+
+        Features (B, any number, E), targets (B, L). Speech shows its language: without that token a
+        flow speaks Mandarin that Whisper takes for German.
+        """
         decoder, inputs = self.model.decoder, targets[:, :-1].clamp(min=0)
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
         for block in decoder.blocks:
             x = block(x, features, mask=decoder.mask)
-        mask = targets[:, self.n_prompt :] >= 0
-        # Position i predicts token i + 1, so the first text token is predicted at n_prompt - 1.
-        x = decoder.ln(x[:, self.n_prompt - 1 :][mask]).float()  # (all targets, E)
-        rows = self.row_of[targets[:, self.n_prompt :][mask]]
+        mask = targets[:, 1:] >= 0  # position i predicts token i + 1
+        mask[:, : self.n_prompt - 1] = False
+        mask[:, 0] = self.model.is_multilingual  # <|startoftranscript|> predicts the language
+        x = decoder.ln(x[mask]).float()  # (all predicted tokens, E)
+        rows = self.row_of[targets[:, 1:][mask]]
         parts = [checkpoint(self.token_nll, *part, use_reentrant=False)
                  for part in zip(x.split(CHUNK), rows.split(CHUNK))]
         nll = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, torch.cat(parts))

@@ -43,7 +43,7 @@ import train  # noqa: E402
 from data import per_language  # noqa: E402
 from flow import Solver  # noqa: E402
 from experiments.student import (  # noqa: E402
-    Speech, greedy_cer, letters, student_cer, train_student,
+    Speech, greedy_cer, language_accuracy, letters, student_cer, train_student,
 )
 from experiments.utterances import (  # noqa: E402
     Flow, Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
@@ -64,6 +64,8 @@ VOICES = [*(name for name, strength in VOICE.items() if strength), "pace"]
 COLUMNS = {  # name of a figure -> heading, format
     "critic": ("critic's CER", "{:.1%}"),
     "judge": ("judge's CER", "{:.1%}"),
+    "critic_language": ("critic hears the language", "{:.0%}"),
+    "judge_language": ("judge hears the language", "{:.0%}"),
     "critic_wav": ("critic, from .wav", "{:.1%}"),
     "judge_wav": ("judge, from .wav", "{:.1%}"),
     "human": ("student's CER on human speech", "{:.1%}"),
@@ -254,7 +256,10 @@ class Study:
         for who, whisper in self.flows[path].readers.items():
             sentences = self.readable(whisper)
             features, mels = speak(sentences, whisper)
+            features = list(features)
             found[who] = greedy_cer(whisper, sentences, features)
+            if whisper.model.is_multilingual:
+                found[f"{who}_language"] = language_accuracy(whisper, sentences, features)
             if isinstance(whisper, Ear):
                 read = features_of(through_wav(mels, whisper, self.args.work_dir / name), whisper)
                 found[f"{who}_wav"] = greedy_cer(whisper, sentences[:N_WAV], read)

@@ -158,8 +158,15 @@ def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
 @torch.no_grad()
 def greedy_cer(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
     """Character error rate of a Whisper in features of some sentences at a time, (B, P, E)."""
-    found = []
+    read = []
     for some in features:
-        codes = [s.language for s in sentences[len(found) : len(found) + len(some)]]
-        found += whisper.transcribe(some, codes)
-    return error_rates(sentences, [each.text for each in found]).cer
+        codes = [s.language for s in sentences[len(read) : len(read) + len(some)]]
+        read += [result.text for result in whisper.transcribe(some, codes)]
+    return error_rates(sentences, read).cer
+
+
+@torch.no_grad()
+def language_accuracy(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
+    """How often a Whisper hears the right language in features of some sentences, (B, P, E)."""
+    heard = [p for some in features for p in whisper.model.detect_language(some)[1]]
+    return sum(max(p, key=p.get) == s.language for p, s in zip(heard, sentences)) / len(sentences)

@@ -216,7 +216,8 @@ def test_table_has_a_row_for_each_checkpoint(checkpoints, tmp_path, monkeypatch,
     monkeypatch.setattr(realism, "N_WAV", 1)
     flags = "--no-real --no-measures --judge pocket --rooms 1 --voice gain".split()
     figures, = table(tmp_path, checkpoints["mel"], *flags)[checkpoints["mel"]]
-    assert list(figures) == ["critic", "critic_wav", "judge", "judge_wav", "student", "own"]
+    assert list(figures) == ["critic", "critic_language", "critic_wav", "judge", "judge_language",
+                             "judge_wav", "student", "own"]
     assert figures["critic"] == figures["judge"] and figures["critic_wav"] == figures["judge_wav"]
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "t.md").read_text() in capsys.readouterr().out
@@ -236,6 +237,7 @@ def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path)
     assert list(real) == list(made) and set(made) == set(realism.COLUMNS) - {
         "critic_wav", "judge_wav", "human"}
     assert real["critic"] < 0.1 < made["critic"] and real["frechet"] < 1 < made["frechet"]
+    assert real["critic_language"] == real["judge_language"] == 1
     assert abs(real["classifier"] - 0.5) < 0.03 and made["classifier"] > 0.9
     assert real["student"] + 0.1 < made["student"]  # who learned from what
 
