@@ -10,7 +10,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -446,10 +445,3 @@ def test_files_stay_whole_and_flags_are_known(tmp_path, capsys):
     argv = ["--steps", "7", "--resume", "--data", "builtin", "en=a.txt"]
     config = train.Config(steps=7, resume=True, data=("builtin", "en=a.txt"))
     assert parse_flags(train.Config, "", argv) == config
-
-
-def test_command_line_prints_one_line_for_an_error():
-    command = [sys.executable, "train.py", "--whisper", "nosuch"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stderr.startswith("train.py: no Whisper 'nosuch'")
-    assert done.stderr.count("\n") == 1

@@ -207,6 +207,9 @@ def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
     for batch in (b for b in batches if b.x1 is not None):
         for s, n, x1 in zip(batch.sentences, batch.cond["frames"].tolist(), batch.x1):
             assert n == len(recorded[s]) and torch.equal(x1[:n], recorded[s])
+        second = batch.shard(1, 2)
+        assert second.sentences == batch.sentences[1::2]
+        assert torch.equal(second.x1, batch.x1[1::2]) and len(second.mask) == len(second.targets)
     for s, found in zip(steps.text.sentences, steps.text.durations):
         assert np.array_equal(found, train.durations_by(rhythm)(s, 2.0))
         assert np.array_equal(found, data.char_durations(s) / 2) == (s.language == "fr")
