@@ -131,7 +131,7 @@ def diversity(versions: list[list[Tensor]]) -> float:
 
 
 def features_of(mels: Iterable[Tensor], whisper: FrozenWhisper) -> Iterator[Tensor]:
-    """Log-mel (n_mels, 2 n_audio_ctx) each -> features of some at a time."""
+    """Log-mel (n_mels, 2 n_audio_ctx) each -> features of a few at a time."""
     return (whisper.features_of_mel(torch.stack(part)) for part in parts(mels, whisper))
 
 
@@ -161,7 +161,7 @@ class Study:
         random.Random(0).shuffle(training)
         held_out.sort(key=data.hash_share)
         self.sentences = per_language(training, args.sentences)
-        self.some = per_language(training[::-1], 25)  # said again and again, for the diversity
+        self.repeated = per_language(training[::-1], 25)  # said again and again, for the diversity
         self.held_out = sorted(per_language(held_out, args.read), key=data.hash_share)
         seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
@@ -239,31 +239,31 @@ class Study:
         if not self.args.measures:
             return {}
         versions = [say(v) for v in range(N_VERSIONS)]
-        found = dict(lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
-                     diversity=diversity(versions),
-                     seconds=statistics.mean(map(len, x1)) / data.FRAMES_PER_SECOND)
+        figures = dict(lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
+                       diversity=diversity(versions),
+                       seconds=statistics.mean(map(len, x1)) / data.FRAMES_PER_SECOND)
         if self.has_voices:
-            found |= dict(frechet=frechet(torch.cat(x1), torch.cat(self.reference)),
-                          classifier=classifier_accuracy(x1, self.reference, seed))
-        return found
+            figures |= dict(frechet=frechet(torch.cat(x1), torch.cat(self.reference)),
+                            classifier=classifier_accuracy(x1, self.reference, seed))
+        return figures
 
     def readings(self, path: Path, speak: Callable, name: str) -> dict:
         """What critic and judge of a checkpoint read, from .wav files too if it has spectrograms.
 
-        speak(sentences, whisper) -> features of some at a time, log-mel (n_mels, 2T) each.
+        speak(sentences, whisper) -> features of a few at a time, log-mel (n_mels, 2T) each.
         """
-        found = {}
+        figures = {}
         for who, whisper in self.flows[path].readers.items():
             sentences = self.readable(whisper)
             features, mels = speak(sentences, whisper)
             features = list(features)
-            found[who] = greedy_cer(whisper, sentences, features)
+            figures[who] = greedy_cer(whisper, sentences, features)
             if whisper.model.is_multilingual:
-                found[f"{who}_language"] = language_accuracy(whisper, sentences, features)
+                figures[f"{who}_language"] = language_accuracy(whisper, sentences, features)
             if isinstance(whisper, Ear):
                 read = features_of(through_wav(mels, whisper, self.args.work_dir / name), whisper)
-                found[f"{who}_wav"] = greedy_cer(whisper, sentences[:N_WAV], read)
-        return found
+                figures[f"{who}_wav"] = greedy_cer(whisper, sentences[:N_WAV], read)
+        return figures
 
     def real_readings(self, sentences: list, whisper: FrozenWhisper) -> tuple:
         """Real speech, for `readings`."""
@@ -274,7 +274,7 @@ class Study:
                       solver: Solver) -> tuple:
         """What a flow makes, for `readings`."""
         made = list(latents(flow, sentences, solver, Voice()))
-        return (whisper.features(*some) for some in made), (
+        return (whisper.features(*batch) for batch in made), (
             whisper.spectrogram(x[None, :n], frames[i : i + 1], n)[0]
             for x1, frames in made for i, (x, n) in enumerate(zip(x1, frames.tolist())))
 
@@ -283,7 +283,7 @@ class Study:
         seeds = (0, 20) if self.args.rooms else (0,)
         real = join(self.say(self.sentences, seed) for seed in seeds)
         own = self.say(self.held_out, 2)
-        again = lambda v: self.say(self.some, 3 + v).x1  # noqa: E731
+        again = lambda v: self.say(self.repeated, 3 + v).x1  # noqa: E731
         figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")
         for seed in self.args.seeds:
             yield "real speech", figures | self.student(real, own, seed) | self.measures(
@@ -301,7 +301,7 @@ class Study:
             made = join(generate(flow, self.sentences, *take) for take in takes)
             own = generate(flow, self.held_out, plain, Voice())
             again = lambda v: generate(  # noqa: E731
-                flow, self.some, plain._replace(seed=N_VERSIONS * seed + v), voice).x1
+                flow, self.repeated, plain._replace(seed=N_VERSIONS * seed + v), voice).x1
             speak = partial(self.made_readings, flow=flow, solver=plain)
             yield str(path), (self.readings(path, speak, f"{path.parent.name}_{seed}")
                               | self.student(made, own, seed)

@@ -33,12 +33,12 @@ JUDGE = ROOT / "pocket" / "judge.pt"
 def rows(names: list[str]) -> dict[str, dict[str, float]]:
     """Name of a row -> the strengths of its transformations."""
     none = dict.fromkeys(ROOM, 0.0)
-    found = {"no room": none, "all": ROOM}
-    found |= {f"without {name}": ROOM | {name: 0.0} for name in ROOM}
-    found |= {f"{name} alone": none | {name: ROOM[name]} for name in ROOM}
-    if unknown := [name for name in names if name not in found]:
-        raise BadInput(f"no row {', '.join(unknown)}; there are {', '.join(found)}")
-    return {name: found[name] for name in names or found}
+    strengths = {"no room": none, "all": ROOM}
+    strengths |= {f"without {name}": ROOM | {name: 0.0} for name in ROOM}
+    strengths |= {f"{name} alone": none | {name: ROOM[name]} for name in ROOM}
+    if unknown := [name for name in names if name not in strengths]:
+        raise BadInput(f"no row {', '.join(unknown)}; there are {', '.join(strengths)}")
+    return {name: strengths[name] for name in names or strengths}
 
 
 def optimise(ear: Ear, batch: data.Batch, strength: dict, steps: int, seed: int) -> Tensor:
@@ -78,16 +78,16 @@ def main(argv=None) -> dict[str, tuple[float, float]]:
     if not short or args.sentences < 1 or args.steps < 1:
         raise BadInput(f"--longest {args.longest} --sentences {args.sentences} --steps {args.steps}"
                        " leave nothing to do; give more")
-    sentences, found = per_language(short, args.sentences), {}
+    sentences, rates = per_language(short, args.sentences), {}
     batch = data.make_batch(sentences, ear, [data.char_durations(s) for s in sentences]).to(ear)
     print(f"| {len(sentences)} held-out sentences | {args.whisper} | {args.judge} |\n"
           "| --- | --- | --- |")
     for name, strength in strengths.items():
         x1 = optimise(ear, batch, strength, args.steps, args.seed)
-        found[name] = tuple(greedy_cer(x, sentences, [x.features(x1, batch.cond["frames"])])
+        rates[name] = tuple(greedy_cer(x, sentences, [x.features(x1, batch.cond["frames"])])
                             for x in (ear, judge))
-        print(f"| {name} | {found[name][0]:.1%} | {found[name][1]:.1%} |", flush=True)
-    return found
+        print(f"| {name} | {rates[name][0]:.1%} | {rates[name][1]:.1%} |", flush=True)
+    return rates
 
 
 if __name__ == "__main__":

@@ -159,14 +159,14 @@ def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
 def greedy_cer(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
     """Character error rate of a Whisper in features of some sentences at a time, (B, P, E)."""
     read = []
-    for some in features:
-        codes = [s.language for s in sentences[len(read) : len(read) + len(some)]]
-        read += [result.text for result in whisper.transcribe(some, codes)]
+    for part in features:
+        codes = [s.language for s in sentences[len(read) : len(read) + len(part)]]
+        read += [result.text for result in whisper.transcribe(part, codes)]
     return error_rates(sentences, read).cer
 
 
 @torch.no_grad()
 def language_accuracy(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
     """How often a Whisper hears the right language in features of some sentences, (B, P, E)."""
-    heard = [p for some in features for p in whisper.model.detect_language(some)[1]]
+    heard = [p for part in features for p in whisper.model.detect_language(part)[1]]
     return sum(max(p, key=p.get) == s.language for p, s in zip(heard, sentences)) / len(sentences)

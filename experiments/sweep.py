@@ -55,7 +55,7 @@ def read(whisper, sentences: list, x1: list[torch.Tensor]) -> list[str]:
         frames = torch.tensor([len(x) for x in x1[i : i + 50]], device=whisper.device)
         features = whisper.features(pad_sequence(x1[i : i + 50], True).to(whisper.device), frames)
         languages = [s.language for s in sentences[i : i + 50]]
-        hypotheses += [each.text for each in whisper.transcribe(features, languages)]
+        hypotheses += [result.text for result in whisper.transcribe(features, languages)]
     return hypotheses
 
 

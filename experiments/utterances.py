@@ -139,9 +139,9 @@ def latents(flow: Flow, sentences: list, solver: Solver,
             voice: Voice) -> Iterator[tuple[Tensor, Tensor]]:
     """The flow says some sentences at a time -> x1 (B, T, its channels), lengths (B,)."""
     whisper, seed = flow.readers["critic"], solver.seed
-    for some in parts(sentences, whisper):
-        durations = [flow.durations(s, flow.speed * voice.pace(s, seed)) for s in some]
-        batch = data.make_batch(some, whisper, durations).to(whisper)
+    for group in parts(sentences, whisper):
+        durations = [flow.durations(s, flow.speed * voice.pace(s, seed)) for s in group]
+        batch = data.make_batch(group, whisper, durations).to(whisper)
         x1 = train.generate(flow.model, whisper, batch, solver)[-1]
         yield (sound.another_voice(x1, batch, whisper, seed, voice.amount, voice.strength),
                batch.cond["frames"])
@@ -150,10 +150,10 @@ def latents(flow: Flow, sentences: list, solver: Solver,
 @torch.no_grad()
 def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice) -> Speech:
     """The flow says the sentences; spectrograms as the encoder hears them."""
-    whisper, found = flow.readers["critic"], []
+    whisper, encoded = flow.readers["critic"], []
     for x1, frames in latents(flow, sentences, solver, voice):
         if isinstance(whisper, Ear):
             window = min(x1.shape[1] + SILENT_FRAMES, whisper.max_frames)
             x1 = whisper.encode_mel(whisper.spectrogram(x1, frames, window))
-        found += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
-    return Speech(sentences, found)
+        encoded += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
+    return Speech(sentences, encoded)

@@ -58,8 +58,8 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     is_table = (folder / "manifest.tsv").exists()
     manifest = folder / ("manifest.tsv" if is_table else "metadata.csv")
     if not manifest.exists():
-        found = (path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac"))
-        return [(path, None) for path in sorted(found)], []
+        paths = (path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac"))
+        return [(path, None) for path in sorted(paths)], []
     try:
         lines = manifest.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -132,7 +132,7 @@ def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
             x1.append(latents)
         except BadInput as error:
             notes.append(f"{path}: {error}")
-    durations = [torch.from_numpy(each) for each in align_characters(sentences, x1)]
+    durations = [torch.from_numpy(n) for n in align_characters(sentences, x1)]
     return dict(sentences=[*map(tuple, sentences)], x1=x1, durations=durations, notes=notes)
 
 
@@ -169,15 +169,15 @@ def load_recordings(folder: Path, whisper: FrozenWhisper) -> tuple[list[Recordin
     encoded = cached(folder, entries, whisper)
     notes += encoded["notes"]
     fields = zip(encoded["sentences"], encoded["x1"], encoded["durations"])
-    found = [Recording(Sentence(*s), x1, n.numpy()) for s, x1, n in fields]
-    training = [r for r in found if data.hash_share(r.sentence) > data.HELD_OUT]
+    known = [Recording(Sentence(*s), x1, n.numpy()) for s, x1, n in fields]
+    training = [r for r in known if data.hash_share(r.sentence) > data.HELD_OUT]
     if not training:
         raise BadInput(f"{folder} has no usable recording; {(notes or ['it is empty'])[0]}")
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"{len(notes) - MAX_NOTES} more recordings are left out"]
     minutes = sum(len(r.x1) for r in training) / data.FRAMES_PER_SECOND / 60
     return training, [*notes, f"{len(training)} recordings, {minutes:.1f} minutes of speech; "
-                              f"{len(found) - len(training)} of held-out sentences are left out"]
+                              f"{len(known) - len(training)} of held-out sentences are left out"]
 
 
 # ---- training --------------------------------------------------------------------------------
