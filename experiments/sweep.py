@@ -12,18 +12,15 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
+from experiments.student import greedy_cer  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import load_data  # noqa: E402
-from whisper_decoder import error_rates  # noqa: E402
 
 KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str)
 
@@ -40,23 +37,17 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
         speed = value if kind == "speed" else 1.0
         sentences = [s for s in held_out if fits(s, whisper, speed, durations)]
         lengths = [durations(s, speed) for s in sentences]
-        trips = train.round_trips(model, whisper, sentences, lengths, solver)
-        x1, hypotheses = zip(*((trip.x1, trip.read.text) for trip in trips))
-        if reader is not whisper:
-            hypotheses = read(reader, sentences, x1)
-        rates.append(error_rates(sentences, hypotheses).cer)
+        features = features_of(model, whisper, reader, sentences, lengths, solver)
+        rates.append(greedy_cer(reader, sentences, features))
     return rates
 
 
-def read(whisper, sentences: list, x1: list[torch.Tensor]) -> list[str]:
-    """What a Whisper reads in x1, (T, C) each."""
-    hypotheses = []
-    for i in range(0, len(x1), 50):
-        frames = torch.tensor([len(x) for x in x1[i : i + 50]], device=whisper.device)
-        features = whisper.features(pad_sequence(x1[i : i + 50], True).to(whisper.device), frames)
-        languages = [s.language for s in sentences[i : i + 50]]
-        hypotheses += [result.text for result in whisper.transcribe(features, languages)]
-    return hypotheses
+def features_of(model, whisper, reader, sentences: list, durations: list, solver: Solver):
+    """What the reader's decoder sees of 50 sentences at a time; whisper is the critic."""
+    for i in range(0, len(sentences), 50):
+        batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
+        x1 = train.generate(model, whisper, batch, solver)[-1]
+        yield reader.features(x1, batch.cond["frames"])
 
 
 def main(argv=None) -> None:
