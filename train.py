@@ -371,6 +371,7 @@ def main(argv=None) -> dict:
     run = Run(config, whisper, rhythm)
     if checkpoint:
         run.load(checkpoint)
+        checkpoint = None  # training needs the memory
     elif rank == 0:
         keep_earlier_run(run.path, folder / "log.csv")
     languages = ", ".join(sorted({s.language for s in shares}))
