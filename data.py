@@ -100,6 +100,14 @@ def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     return np.full(n_chars, n_frames(sentence, speed) / n_chars)
 
 
+def durations_by(rhythm: dict | None) -> Callable:
+    """(sentence, speed) -> frames of its characters: by the length rule, or as recordings say."""
+    if not rhythm:
+        return char_durations
+    from speech.align import Rhythm
+    return Rhythm(**rhythm).durations
+
+
 # ---- batches ---------------------------------------------------------------------------------
 
 

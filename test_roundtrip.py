@@ -33,7 +33,7 @@ from plumbing.errors import BadInput
 from plumbing.files import atomic_write, keep_earlier_run
 from plumbing.flags import parse_flags
 from pocket.clips import spoken_clips
-from speech.ear import Ear, Room
+from speech.ear import Ear, Room, room_of_step
 from whisper_decoder import FrozenWhisper, error_rates
 
 ROOT = Path(train.__file__).parent
@@ -338,7 +338,7 @@ def test_schedules_of_a_run(pocket):
     rates = [train.learning_rate(step, 128, config) for step in (0, 49, 100, 150)]
     np.testing.assert_allclose(rates, [1 / 50, 1, 0.05 + 0.95 / 2, 0.05])
     assert train.learning_rate(60, 32, config) == 4 * train.learning_rate(60, 512, config)
-    most = [max(train.room_of_step(step, 100, data.generator(0, i)).amount for i in range(200))
+    most = [max(room_of_step(step, 100, data.generator(0, i)).amount for i in range(200))
             for step in (8, 23, 50)]
     assert most[0] == 0 and 0.45 < most[1] <= 0.5 and 0.9 < most[2] < 1
     assert train.Run(train.Config(), pocket).model.config.width == pocket.channels  # depth 0

@@ -9,7 +9,6 @@
 """
 import copy
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -21,44 +20,38 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from whisper.decoding import DecodingResult
 
 import data
 import flow
 from flow import Solver
 from model import DiT, DiTConfig
-from plumbing.devices import (
-    average_gradients, catch_interrupts, choose_device, first_rank_first, start_ranks, stop_ranks,
-    wait_for_all,
-)
+from plumbing import devices
 from plumbing.errors import BadInput, first_line, guard
 from plumbing.files import atomic_write, keep_earlier_run, open_log
 from plumbing.flags import check_flags, flag, parse_flags
-from pocket.clips import spoken_clips
-from speech.ear import Ear, Room
+from plumbing.report import report
+from pocket.clips import real_speech_cer
+from speech.ear import Ear, Room, room_of_step
 from text.sources import load_data
-from whisper_decoder import FrozenWhisper, error_rates
+from whisper_decoder import DecodingResult, FrozenWhisper, error_rates
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}  # to differ
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,gradient_norm,"
        "learning_rate")  # the flow loss also by quarters of t, nan where no item has such a t
-RAMP = (0.08, 0.38)  # of the run, while the rooms grow: first the flow learns to be read at all
 
 
 @dataclass(frozen=True)
 class Config:
     out_dir: str = flag("out", "folder for ckpt.pt and log.csv")
     whisper: str = flag("pocket", "pocket, an official name, or a checkpoint file")
-    latent: str = flag("features", "what the flow makes: features, for the decoder; or mel, a "
-                       "spectrogram for all of Whisper, heard in random rooms", choices=LATENTS)
+    latent: str = flag("features", "or mel: spectrograms, heard in random rooms", choices=LATENTS)
     data: tuple = flag(("builtin",), "sources of text, see docs/usage.md")
     speech: str = flag("", "folder of recordings to learn from as well, see speech/")
     max_lines: int = flag(10**6, "lines of a file that are read", 1)
     temperature: float = flag(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speed: float = flag(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = flag(0.0, "sentences are up to so many times slower or faster; 0: 1.7, "
-                              "or 1.25 for spectrograms, as people do", 0, 10)
+    speed_range: float = flag(0.0, "up to so many times slower or faster; 0: 1.7; mel: 1.25", 0, 10)
     depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
     steps: int = flag(900, "training steps", 1)
     batch_size: int = flag(24, "sentences per step, on all GPUs together", 1)
@@ -102,13 +95,6 @@ def draw_noise(batch: data.Batch, channels: int, drop_text: float,
     uniform = torch.rand(2, n, generator=rng, device=rng.device)
     t = (torch.randperm(n, generator=rng, device=rng.device) + uniform[0]) / n
     return x0, t, uniform[1] < drop_text
-
-
-def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
-    """Where an ear hears a step: in rooms that grow during the run."""
-    most = float(np.interp(step / n_steps, RAMP, (0, 1)))
-    # Weaker by a random factor: a flow that trained in strong rooms only is read worse without one.
-    return Room(most * torch.rand((), generator=rng, device=rng.device).item(), rng)
 
 
 def learning_rate(step: int, width: int, config: Config) -> float:
@@ -175,34 +161,9 @@ def evaluate(run: "Run", held_out: list) -> dict:
     # Chance: what was read with 4 steps for another sentence, and in x0.
     result["cer_shuffled_text"] = error_rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
     few = data.per_language(sentences, 50)
-    durations = [run.durations(s, run.config.speed) for s in few]
-    batch = data.make_batch(few, whisper, durations).to(whisper)
-    features = whisper.features(data.noise(batch, whisper.channels, 0), batch.cond["frames"])
-    read = whisper.transcribe(features, [s.language for s in few])
-    result["cer_x0"] = error_rates(few, [r.text for r in read]).cer
-    # What the decoder makes of real speech, where ours fits the checkpoint.
-    spoken, hypotheses = spoken_clips(whisper, n), []
-    for (languages, _), mel in DataLoader(spoken, 25):  # (25, M, 2P)
-        hypotheses += [r.text for r in whisper.transcribe(whisper.features_of_mel(mel), languages)]
-    real = error_rates([s for s, _ in spoken], hypotheses).cer if spoken else math.nan
-    return result | dict(cer_real_speech=real)
-
-
-def report(result: dict, path: Path) -> None:
-    """Print the block `key: value`, and write it; of over eight languages print the worst only."""
-    shown = dict(result)
-    for steps in (1, 4):
-        cers = {key: v for key, v in result.items() if key.startswith(f"val_cer_{steps}step_")}
-        if len(cers) > 8:
-            for key in sorted(cers, key=cers.get)[:-5]:
-                del shown[key]
-            shown[f"val_cer_{steps}step_mean"] = np.mean([*cers.values()])
-            shown[f"val_cer_{steps}step_median"] = np.median([*cers.values()])
-    text = lambda items: "".join(  # noqa: E731
-        f"{k}: {v:.4f}\n" if isinstance(v, float) else f"{k}: {v}\n" for k, v in items.items())
-    print(text(shown), end="")
-    with atomic_write(path) as part:
-        part.write_text(text(result))
+    x0 = lambda x1, batch: data.noise(batch, whisper.channels, 0)  # noqa: E731
+    result["cer_x0"] = error_rates(few, run.transcribe_samples(few, Solver(1), x0)).cer
+    return result | dict(cer_real_speech=real_speech_cer(whisper, n))
 
 
 def show_samples(run: "Run", held_out: list) -> None:
@@ -224,7 +185,7 @@ class Run:
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, bound=whisper.bound)
         self.config, self.whisper, self.step, self.rhythm = config, whisper, 0, rhythm
-        self.durations = durations_by(rhythm)
+        self.durations = data.durations_by(rhythm)
         self.model = DiT(shape).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate,
@@ -240,13 +201,11 @@ class Run:
 
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; BadInput if flags differ that are not FREE."""
-        for name, now in asdict(self.config).items():
-            if name not in FREE and (before := checkpoint["config"].get(name)) != now:
-                raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
-                               "the same, or another --out_dir")
-        if checkpoint["model_config"] != asdict(self.model.config):
-            raise BadInput(f"{self.path} belongs to another Whisper than {self.config.whisper} is "
-                           "now; give the same, or another --out_dir")
+        before = checkpoint["config"] | checkpoint["model_config"]
+        for name, now in (asdict(self.config) | asdict(self.model.config)).items():
+            if name not in FREE and before.get(name) != now:
+                raise BadInput(f"{self.path} was trained with {name} {before.get(name)}, not {now};"
+                               " give the same, or another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -289,41 +248,30 @@ def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> Froze
     return whisper
 
 
-def durations_by(rhythm: dict | None) -> Callable:
-    """(sentence, speed) -> frames of its characters: by the length rule, or as recordings say."""
-    if not rhythm:
-        return data.char_durations
-    from speech.align import Rhythm
-    return Rhythm(**rhythm).durations
-
-
 # ---- the run ---------------------------------------------------------------------------------
 
 
 def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
           n_ranks: int = 1) -> None:
     """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
-    config, whisper, device = run.config, run.whisper, run.whisper.device
-    is_gpu, workers, start = device.type == "cuda", {}, time.time()
-    if is_gpu and hasattr(os, "fork"):  # other processes make the batches ahead
-        workers = dict(num_workers=max(1, min(4, (os.cpu_count() or 1) // (2 * n_ranks))),
-                       multiprocessing_context="fork")
-    loader = DataLoader(steps, None, sampler=range(run.step, config.steps), **workers)
+    config, whisper, device, start = run.config, run.whisper, run.whisper.device, time.time()
+    loader = DataLoader(steps, None, sampler=range(run.step, config.steps),
+                        **devices.workers(device, n_ranks))
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
     log_path = run.path.with_name(f"log{rank or ''}.csv")
-    with open_log(log_path, LOG, run.step) as log, catch_interrupts() as stops:
+    with open_log(log_path, LOG, run.step) as log, devices.catch_interrupts() as stops:
         for batch in bar:
             batch = batch.shard(rank, n_ranks).to(whisper)  # all ranks make the same one
             # Other numbers than those that drew the batch, and of this process alone.
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
-            with torch.autocast(device.type, torch.bfloat16, enabled=is_gpu):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, nll, cfm = objective(run.model, whisper, batch, x0, t, drop, room,
                                            config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            stopped = average_gradients(run.model, bool(stops))
+            stopped = devices.average_gradients(run.model, bool(stops))
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
             if not math.isfinite(norm):
                 raise BadInput(f"the loss is {loss.item()} at step {run.step}, its gradient {norm};"
@@ -343,21 +291,18 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
                 run.save()
                 show_samples(run, held_out)
             if stopped:
-                wait_for_all()  # until it is saved
+                devices.wait_for_all()  # until it is saved
                 raise BadInput(f"stopped and saved at step {run.step}; --resume goes on from there")
 
 
 def main(argv=None) -> dict:
     """The run that the flags describe -> its figures."""
     start, config = time.time(), parse_flags(Config, __doc__.splitlines()[0], argv)
-    folder, device = Path(config.out_dir), choose_device(config.device)
+    folder, device = Path(config.out_dir), devices.choose_device(config.device)
     checkpoint = load_checkpoint(folder / "ckpt.pt") if config.resume else None
-    rank, n_ranks = start_ranks(device)
-    if config.batch_size % n_ranks:
-        raise BadInput(f"--batch_size {config.batch_size} cannot be shared by {n_ranks} processes; "
-                       "give a multiple of their number")
+    rank, n_ranks = devices.start_ranks(device, config.batch_size)
     run_objective, rhythm = objective, None
-    with first_rank_first(rank):  # it downloads, and encodes recordings, for all
+    with devices.first_rank_first(rank):  # it downloads, and encodes recordings, for all
         whisper = LATENTS[config.latent](config.whisper, device)
         shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
                                   config.max_lines)
@@ -381,7 +326,7 @@ def main(argv=None) -> dict:
               f"{len(training)} sentences to train on, {len(held_out)} held out, in {languages}; "
               f"{n_parameters:,} parameters", sep="\n")
     train(run, steps, held_out, run_objective, rank, n_ranks)
-    stop_ranks()
+    devices.stop_ranks()
     if rank > 0:  # the first evaluates alone
         return {}
     rates = evaluate(run, held_out)

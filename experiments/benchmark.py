@@ -25,6 +25,7 @@ import train  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from speech.ear import room_of_step  # noqa: E402
 from text.sources import builtin  # noqa: E402
 
 # n_mels, width, heads, encoder layers, decoder layers, n_vocab of the official checkpoints
@@ -110,7 +111,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
             start = clock(device)
         batch, rng = batches[step].to(whisper), data.generator(0, step, device)
         noise = train.draw_noise(batch, whisper.channels, config.drop_text, rng)
-        room = train.room_of_step(config.steps, config.steps, rng)
+        room = room_of_step(config.steps, config.steps, rng)
         with autocast:
             loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight)
         loss.backward()

@@ -54,7 +54,7 @@ def main(argv=None) -> None:
         raise BadInput(f"no spoken sentence in {args.language!r} of {whisper.dims.n_mels} mel "
                        "bins; try --language en")
     sentence, mel = spoken[0]
-    durations = train.durations_by(checkpoint["rhythm"])(sentence, checkpoint["config"]["speed"])
+    durations = data.durations_by(checkpoint["rhythm"])(sentence, checkpoint["config"]["speed"])
     batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
     states = train.generate(train.load_model(checkpoint, whisper.device), whisper, batch,
                             flow.Solver())

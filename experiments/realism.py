@@ -208,7 +208,7 @@ class Study:
             if not self.readable(whisper):
                 raise BadInput(f"{whisper.name} knows no language of the text; give another judge")
         return Flow(train.load_model(checkpoint, self.device),
-                    train.durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"],
+                    data.durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"],
                     readers)
 
     def readable(self, whisper: FrozenWhisper) -> list:

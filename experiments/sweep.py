@@ -27,7 +27,7 @@ KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, jud
 
 def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
     """CER of n held-out sentences at each value, 4 Euler steps but for what is swept."""
-    device, durations = choose_device("auto"), train.durations_by(checkpoint["rhythm"])
+    device, durations = choose_device("auto"), data.durations_by(checkpoint["rhythm"])
     whisper, model = train.load_critic(checkpoint, device), train.load_model(checkpoint, device)
     shares, _ = load_data(checkpoint["config"]["data"], whisper)
     held_out, rates = data.per_language(data.split(list(shares))[1], n), []

@@ -28,9 +28,12 @@ def choose_device(name: str) -> torch.device:
                        ) from error
 
 
-def start_ranks(device: torch.device) -> tuple[int, int]:
+def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
     """Under torchrun all processes begin to work together -> rank of this one, their number."""
     n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % n_ranks:
+        raise BadInput(f"--batch_size {batch_size} cannot be shared by {n_ranks} processes; give a "
+                       "multiple of their number")
     if n_ranks == 1:
         return 0, 1
     if device.type == "cuda":
@@ -38,6 +41,14 @@ def start_ranks(device: torch.device) -> tuple[int, int]:
     if not dist.is_initialized():
         dist.init_process_group(timeout=timedelta(days=1))  # while the first downloads
     return dist.get_rank(), n_ranks
+
+
+def workers(device: torch.device, n_ranks: int) -> dict:
+    """For a DataLoader: beside a GPU other processes make the batches ahead."""
+    if device.type != "cuda" or not hasattr(os, "fork"):
+        return {}
+    n = max(1, min(4, (os.cpu_count() or 1) // (2 * n_ranks)))
+    return dict(num_workers=n, multiprocessing_context="fork")
 
 
 def stop_ranks() -> None:

@@ -12,6 +12,7 @@ of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width o
 """
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +24,7 @@ SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise the of
 # The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
 ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
+RAMP = (0.08, 0.38)  # of a run, while rooms grow: first the flow learns to be read at all
 VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --rooms`
 
 
@@ -32,6 +34,13 @@ class Room(NamedTuple):
     amount: float  # 0: none, 1: as strong as they get
     rng: torch.Generator  # on the device of what is heard
     strength: dict[str, float] = ROOM
+
+
+def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
+    """Where a step of training is heard: in rooms that grow during the run."""
+    most = float(np.interp(step / n_steps, RAMP, (0, 1)))
+    # Weaker by a random factor: a flow that trained in strong rooms only is read worse without one.
+    return Room(most * torch.rand((), generator=rng, device=rng.device).item(), rng)
 
 
 class Ear(FrozenWhisper):

@@ -14,7 +14,7 @@ from data import Sentence
 from plumbing.errors import BadInput
 from pocket.clips import spoken_clips
 from speech import align, recordings, sound
-from speech.ear import Ear
+from speech.ear import Ear, room_of_step
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
 
@@ -211,7 +211,7 @@ def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
         assert second.sentences == batch.sentences[1::2]
         assert torch.equal(second.x1, batch.x1[1::2]) and len(second.mask) == len(second.targets)
     for s, found in zip(steps.text.sentences, steps.text.durations):
-        assert np.array_equal(found, train.durations_by(rhythm)(s, 2.0))
+        assert np.array_equal(found, data.durations_by(rhythm)(s, 2.0))
         assert np.array_equal(found, data.char_durations(s) / 2) == (s.language == "fr")
         assert found.sum() in steps.text.frames
     assert "4 recordings, 0.2 minutes of speech; 0 of held-out" in notes[-1]
@@ -226,7 +226,7 @@ def test_recordings_teach_the_flow_and_the_decoder_only_the_text(folder, kind):
         batch, times = steps[step].to(whisper), []
         noise = train.draw_noise(batch, whisper.channels, 1.0, rng)
         hook = model.register_forward_pre_hook(lambda _, x: times.append(x[1][0].item()))
-        room = train.room_of_step(step, 16, rng)
+        room = room_of_step(step, 16, rng)
         loss, nll, cfm = objective(model, whisper, batch, *noise, room, 0.3)
         hook.remove()
         assert torch.isclose(loss, recordings.TEXT_WEIGHT * nll.mean() if is_text else cfm.mean())
@@ -259,5 +259,5 @@ def test_training_with_recordings_goes_on_where_it_stopped(folder, tmp_path, kin
     for name in ("model", "ema"):
         assert all(torch.equal(x, resumed[name][key]) for key, x in straight[name].items())
     sentence = Sentence("en", TEXTS[0])
-    found = train.durations_by(resumed["rhythm"])(sentence)
+    found = data.durations_by(resumed["rhythm"])(sentence)
     assert not np.allclose(found, data.char_durations(sentence))
