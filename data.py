@@ -4,6 +4,7 @@ B batch, S characters, T latent frames, L prompt + text + end tokens, C channels
 """
 import hashlib
 import math
+import re
 import unicodedata
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -21,11 +22,13 @@ POCKET = Path(__file__).parent / "pocket"
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 MIN_SECONDS = 0.6
+MAX_CHARACTERS = 20_000  # of a text
 # All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), words per second
 # (characters in UNSPACED; "-": not known), a sentence. experiments/pace.py measures the pace.
 LANGUAGES = [line.split("\t") for line in
              (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
 PACE = {code: float(pace) for code, _, pace, _ in LANGUAGES if pace != "-"}
+JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # per second, where it is not known: a mean; a guess
 
 
@@ -42,22 +45,37 @@ def words(text: str, language: str) -> list[str]:
     if language in UNSPACED:
         return [c for c in text if c.isalnum()]
     # Letters, digits, marks such as Hindi's vowel signs, and what joins or parts letters in a word.
-    parts = (c if unicodedata.category(c)[0] in "LMN" or c in "\u200c\u200d" else " " for c in text)
+    parts = (c if unicodedata.category(c)[0] in "LMN" or c in JOINERS else " " for c in text)
     return "".join(parts).split()
 
 
 def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
-    """Unicode NFC, every run of white space one blank; BadInput says what cannot be used."""
+    """Unicode NFC, white space one blank, nothing invisible; BadInput says what cannot be used."""
     code = whisper.check_language(language)
+    if len(text) > MAX_CHARACTERS:
+        raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` converts UTF-16")
+    if text.partition("\t")[0] in PACE and "\t" in text:
+        raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    if not words(text, code):
+    if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
+        text = "".join(c for c in text if c.isprintable() or c in JOINERS)
+    if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")
+    if text.isupper() and " " in text:  # Whisper writes what is said
+        text = text.capitalize()
     return Sentence(code, text)
 
 
 def hash_share(sentence: Sentence) -> float:
     """A number in [0, 1) that depends on the sentence alone."""
     return int(hashlib.sha256("\t".join(sentence).encode()).hexdigest()[:12], 16) / 16**12
+
+
+def fingerprint(things: object) -> str:
+    """It changes with what their `repr` says."""
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
@@ -67,11 +85,14 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     """
     shares = [hash_share(s) for s in sentences]
     limit = max(HELD_OUT, min(shares, default=0))  # at least one; in tiny sets that one may move
-    training = [s for s, share in zip(sentences, shares) if share > limit]
+    held_out = [s for s, share in zip(sentences, shares) if share <= limit]
+    key = lambda s: (s.language, *words(s.text.lower(), s.language))  # noqa: E731
+    known = set(map(key, held_out))  # nor does training see them with other signs or capitals
+    training = [s for s, share in zip(sentences, shares) if share > limit and key(s) not in known]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
                        "more, in languages that the decoder knows")
-    return training, [s for s, share in zip(sentences, shares) if share <= limit]
+    return training, held_out
 
 
 def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
@@ -90,7 +111,8 @@ def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
     language, text = sentence
     pace = PACE.get(language, DEFAULT_CHARACTERS if language in UNSPACED else DEFAULT_WORDS)
-    seconds = max(len(words(text, language)) / pace, MIN_SECONDS) / speed
+    n_words = sum(max(1, sum(map(str.isdigit, word))) for word in words(text, language))
+    seconds = max(n_words / pace, MIN_SECONDS) / speed  # a digit is said as a word
     return max(math.ceil(seconds * FRAMES_PER_SECOND), len(strip_unspoken(text)))
 
 

@@ -73,8 +73,8 @@ def schedule(steps: int, sway: float = 0.0) -> Tensor:
 
     t' = t + sway (cos(pi t / 2) - 1 + t), F5-TTS, arXiv 2410.06885, eq. 7. Raises ValueError.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"steps must be between 1 and 1000, not {steps}")
     if not -1 <= sway <= 2 / (math.pi - 2):
         raise ValueError(f"sway must be between -1 and 1.75 (else time runs backwards), not {sway}")
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)

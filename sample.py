@@ -19,16 +19,39 @@ import data
 import flow
 from data import FRAMES_PER_SECOND, Sentence
 from flow import Solver
+from model import DiT, DiTConfig
 from plumbing.devices import choose_device
 from plumbing.errors import BadInput, guard
 from plumbing.files import atomic_write
+from plumbing.flags import Parser
 from speech.sound import another_voice, pace, write_wav
 from text.long import join, split_long
 from text.sources import kind, read_file
-from train import (
-    RoundTrip, durations_by, generate, load_checkpoint, load_critic, load_model, round_trips,
-)
-from whisper_decoder import error_rates
+from train import LATENTS, RoundTrip, generate, load_checkpoint, round_trips
+from whisper_decoder import FrozenWhisper, error_rates
+
+SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # see FrozenWhisper.transcribe
+LOOP = 2.4  # compression: what is read repeats itself
+
+
+def load_model(checkpoint: dict, device: torch.device) -> DiT:
+    """The averaged weights of a checkpoint as a network, ready to sample."""
+    model = DiT(DiTConfig(**checkpoint["model_config"])).to(device).eval()
+    model.load_state_dict(checkpoint["ema"])
+    return model
+
+
+def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> FrozenWhisper:
+    """The Whisper that a checkpoint was trained with; or another, by name, to read x1."""
+    own = checkpoint["config"]["whisper"]
+    name = name or own
+    whisper = LATENTS[checkpoint["config"]["latent"]](name, device)
+    if (channels := checkpoint["model_config"]["channels"]) != whisper.channels:
+        raise BadInput(f"the checkpoint makes {channels} channels a frame and {name} reads "
+                       f"{whisper.channels}; give a Whisper of the same kind")
+    if name == own and checkpoint["origin"]["weights"] != whisper.fingerprint:
+        raise BadInput(f"{name} is not the Whisper any more that the checkpoint was trained with")
+    return whisper
 
 
 def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
@@ -36,12 +59,6 @@ def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Senten
     speed = args.speed
     if args.rooms:
         speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
-    if args.seconds is not None:
-        natural = durations(text).sum() / FRAMES_PER_SECOND
-        speed = natural / max(args.seconds, 1e-9)
-        if not 0.1 <= speed <= 10:
-            raise BadInput(f"--seconds {args.seconds} cannot be used; {text.text[:60]!r} lasts "
-                           f"{natural:.1f} s, and a tenth to ten times that is possible")
     parts = split_long(text, whisper, speed, durations)
     return [(part, durations(part, speed)) for part in parts]
 
@@ -55,7 +72,8 @@ def read_texts(args, whisper) -> list[Sentence]:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     else:
-        lines = args.text or sys.stdin.buffer.read().decode("utf-8-sig").splitlines()
+        stdin = sys.stdin.buffer.read() if sys.stdin and not args.text else b""
+        lines = args.text or stdin.decode("utf-8-sig").splitlines()
         texts = [data.make_sentence(x, args.language, whisper) for x in lines if x.strip()]
     if not texts:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
@@ -66,10 +84,11 @@ def write_features(path: Path, pieces: Sequence[RoundTrip], text_of: np.ndarray)
     """The data set: features (N, P, E), the first `frames` are speech; see docs/usage.md."""
     sentences, latents, features, read = zip(*pieces)
     languages, texts = zip(*sentences)
+    scores = {name: [getattr(r, name) for r in read] for name in SCORES}
     with atomic_write(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, features=torch.stack(features), language=languages, text=texts,
                             frames=[len(x) for x in latents], hypothesis=[r.text for r in read],
-                            text_of=text_of)
+                            text_of=text_of, **scores)
 
 
 def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
@@ -83,6 +102,8 @@ def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
     print(f"confidence   mean log-probability {np.mean([r.avg_logprob for r in read]):.2f}, no "
           f"speech {max(r.no_speech_prob for r in read):.2f}, compression "
           f"{max(r.compression_ratio for r in read):.2f}")
+    if max(r.compression_ratio for r in read) > LOOP:
+        print("note         what was read repeats itself; try another --seed")
     print(f"flow         {frames / FRAMES_PER_SECOND:.2f} s, {frames} frames{in_pieces}, "
           f"{args.steps} {args.method} steps, NFE {args.solver.nfe}, seed {args.seed}")
 
@@ -103,7 +124,10 @@ def check(args, latent: str, n_texts: int) -> None:
         flow.schedule(args.steps, args.sway)
     except ValueError as error:
         raise BadInput(f"--{error}") from error  # it begins with the name of the flag
-    if args.out and (args.out.suffix != ".npz" or not args.out.parent.is_dir()):
+    if not abs(args.guidance) <= 100:
+        raise BadInput(f"--guidance {args.guidance} cannot be used; -100 to 100, 1 is off")
+    is_file = args.out and args.out.suffix == ".npz" and not args.out.is_dir()
+    if args.out and not (is_file and args.out.parent.is_dir()):
         raise BadInput(f"--out {args.out} must end in .npz and lie in a folder that exists")
     if not 0 <= args.rooms <= 1:
         raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1")
@@ -115,27 +139,22 @@ def check(args, latent: str, n_texts: int) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("text", nargs="*", help="texts; none: from --text_file or standard input")
     add("--language", default="en", help="of the texts (default: en)")
-    add("--text_file", type=Path, help="FILE.txt, or FILE.tsv (language<TAB>text); equal lines are "
-        "read once")
+    add("--text_file", type=Path, help="FILE.txt, or FILE.tsv (language<TAB>text)")
     add("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
     add("--steps", type=int, help="steps of the ODE solver (default: 4)")
     add("--method", choices=list(flow.ORDER), help="solver (default: euler)")
     add("--guidance", type=float, help="1 is off (default: 1)")
     add("--sway", type=float, help="-1: small steps first (default: 0)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
-    length.add_argument("--seconds", type=float, help="that each text lasts, in place of --speed")
+    add("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
     add("--seed", type=int, help="of the noise (default: 0)")
-    add("--rooms", type=float, default=0.0, help="spectrograms only; 1: another voice for every "
-        "seed and text; 0.5: less different (default: 0)")
+    add("--rooms", type=float, default=0.0, help="up to 1: other voices (spectrograms only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--out", type=Path, help="write the features here, as .npz")
-    add("--wav", type=Path, help="write what it sounds like here: FILE.wav, or a folder for a file "
-        "of each text")
+    add("--wav", type=Path, help="write the sound here: FILE.wav, or a folder of files")
     parser.set_defaults(**Solver()._asdict())
     args = parser.parse_args(argv)
     args.solver = Solver(*(getattr(args, name) for name in Solver._fields))
@@ -150,7 +169,9 @@ def main(argv=None) -> None:
     whisper, model = load_critic(checkpoint, device), load_model(checkpoint, device)
     texts = read_texts(args, whisper)
     check(args, checkpoint["config"]["latent"], len(texts))
-    durations = durations_by(checkpoint["rhythm"])
+    for code in {t.language for t in texts} - {*checkpoint["origin"]["languages"]}:
+        print(f"note: {args.ckpt} was not trained in {code!r}", file=sys.stderr)
+    durations = data.durations_by(checkpoint["rhythm"])
     parts = [cut(text, durations, whisper, args) for text in texts]
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
     sentences, lengths = zip(*chain(*parts))

@@ -30,8 +30,6 @@ from data import Sentence
 from flow import Solver
 from model import REACH, DiT, DiTConfig
 from plumbing.errors import BadInput
-from plumbing.files import atomic_write, keep_earlier_run
-from plumbing.flags import parse_flags
 from pocket.clips import spoken_clips
 from speech.ear import Ear, Room, room_of_step
 from whisper_decoder import FrozenWhisper, error_rates
@@ -122,8 +120,8 @@ def test_four_sentences_come_back_exactly(pocket, tmp_path):
 def test_four_sentences_come_back_through_the_ear_and_another_whisper_reads_them(ear, tmp_path):
     overfit(ear, tmp_path, steps=800, speed_range=1.0)
     checkpoint = train.load_checkpoint(tmp_path / "ckpt.pt")
-    judge = train.load_critic(checkpoint, "cpu", str(ROOT / "pocket" / "judge.pt"))
-    batch, model = batch_of(ear), train.load_model(checkpoint, "cpu")
+    judge = sample.load_critic(checkpoint, "cpu", str(ROOT / "pocket" / "judge.pt"))
+    batch, model = batch_of(ear), sample.load_model(checkpoint, "cpu")
     x1 = train.generate(model, ear, batch, Solver())[-1]
     assert cer_of(judge, judge.features(x1, batch.cond["frames"]), SENTENCES) <= 0.5
 
@@ -320,7 +318,7 @@ def test_resumed_run_equals_straight_run(runs, tmp_path, monkeypatch, latent):
         with pytest.raises(BadInput, match="saved at step 5; --resume goes on"):
             train.main(flags)
     assert signal.getsignal(signal.SIGINT) is handler
-    with pytest.raises(BadInput, match="trained with --depth 1, not 2; give the same"):
+    with pytest.raises(BadInput, match="trained with depth 1, not 2; give the same"):
         train.main([*flags, "--depth", "2", "--resume"])
     shutil.copytree(tmp_path, tmp_path / "again")  # out of memory: it goes on with another batch
     other = ["--out_dir", str(tmp_path / "again"), "--batch_size", "8", "--resume"]
@@ -383,7 +381,7 @@ def test_data_set_is_what_whisper_decode_reads(runs, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("flags, seconds", [
-    ("", 30 / 3.2), ("--speed 0.6", 50 / 3.2), ("--seconds 7", 7), ("--seconds 20", 20)])
+    ("", 30 / 3.2), ("--speed 0.6", 50 / 3.2)])
 def test_long_texts_are_spoken_in_pieces_and_in_the_time_asked_for(runs, tmp_path, flags, seconds):
     text = "The dog sleeps. The cat eats an apple. The children play football in the park. " * 2
     f = sampled(tmp_path, runs[0] / "features", text, *flags.split())
@@ -406,10 +404,10 @@ def test_long_texts_are_spoken_in_pieces_and_in_the_time_asked_for(runs, tmp_pat
     ("train --data tatoeba:it", "pocket does not know the language 'it'; it knows en, "),
     ("train --batch_size 0", "--batch_size 0 cannot be used; at least 1"),
     ("train --resume", "no checkpoint {0}/o/ckpt.pt; `python train.py` makes one"),
-    ("train --steps 40 --learning_rate 1e30 --clip 1e30", "try a smaller --learning_rate"),
+    ("train --steps 40 --learning_rate 1e8 --clip 1e8", "try a smaller --learning_rate"),
     ("sample x --ckpt {0}/no.pt", "no.pt is not a checkpoint of this train.py"),
     ("sample ... --ckpt {0}/mel/ckpt.pt", "there is no word in it"),
-    ("sample x --ckpt {0}/mel/ckpt.pt --steps 0", "--steps must be at least 1, not 0"),
+    ("sample x --ckpt {0}/mel/ckpt.pt --steps 0", "--steps must be between 1 and 1000, not 0"),
     ("sample x --ckpt {0}/features/ckpt.pt --wav x.wav", "makes features, which have no sound"),
     ("sample x y --ckpt {0}/mel/ckpt.pt --wav x.wav", "2 texts cannot be one x.wav"),
 ])
@@ -419,29 +417,9 @@ def test_bad_input_is_told_in_one_sentence(runs, command, words):
     for name, content in contents.items():
         (runs[0] / name).write_bytes(content)
     program, *argv = command.format(runs[0]).split()
-    argv = [*FLAGS, "--out_dir", str(runs[0] / "o"), *argv] if program == "train" else argv
+    if program == "train":
+        flags = FLAGS[:-4] if "--data" in argv else FLAGS
+        argv = [*flags, "--out_dir", str(runs[0] / "o"), *argv]
     with pytest.raises(BadInput, match=re.escape(words.format(runs[0]))) as error:
         dict(train=train.main, sample=sample.main)[program](argv)
     assert "\n" not in str(error.value) and not list(runs[0].rglob("*.tmp"))
-
-
-def test_files_stay_whole_and_flags_are_known(tmp_path, capsys):
-    (tmp_path / "log.csv").write_text("of a run that failed")
-    keep_earlier_run(tmp_path / "ckpt.pt", tmp_path / "log.csv")
-    assert [x.name for x in tmp_path.iterdir()] == ["log.csv"]
-    (tmp_path / "ckpt.pt").write_bytes(b"of an earlier run")
-    keep_earlier_run(tmp_path / "ckpt.pt", tmp_path / "log.csv")
-    with pytest.raises(OSError), atomic_write(tmp_path / "x") as part:
-        part.write_text("half")
-        raise OSError("No space left")
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["ckpt.old", "log.old"]
-    with pytest.raises(BadInput, match="--latent 'wav' is none of features, mel"):
-        train.Config(latent="wav")
-    for argv in (["--no_such_flag", "1"], ["--steps", "many"], ["--help"]):
-        with pytest.raises(SystemExit):
-            parse_flags(train.Config, "", argv)
-    text = capsys.readouterr().out
-    assert all(f"--{name}" in text for name in vars(train.Config()))
-    argv = ["--steps", "7", "--resume", "--data", "builtin", "en=a.txt"]
-    config = train.Config(steps=7, resume=True, data=("builtin", "en=a.txt"))
-    assert parse_flags(train.Config, "", argv) == config

@@ -9,8 +9,10 @@
 """
 import copy
 import math
+import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
@@ -27,7 +29,7 @@ from flow import Solver
 from model import DiT, DiTConfig
 from plumbing import devices
 from plumbing.errors import BadInput, first_line, guard
-from plumbing.files import atomic_write, keep_earlier_run, open_log
+from plumbing.files import Log, atomic_write, locked
 from plumbing.flags import check_flags, flag, parse_flags
 from plumbing.report import report
 from pocket.clips import real_speech_cer
@@ -36,6 +38,7 @@ from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper, error_rates
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
+CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
 FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}  # to differ
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,gradient_norm,"
        "learning_rate")  # the flow loss also by quarters of t, nan where no item has such a t
@@ -52,9 +55,9 @@ class Config:
     temperature: float = flag(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speed: float = flag(1.0, "pace of the speech; 1 is natural", 0.1, 10)
     speed_range: float = flag(0.0, "up to so many times slower or faster; 0: 1.7; mel: 1.25", 0, 10)
-    depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0)
+    depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0, 65)
     steps: int = flag(900, "training steps", 1)
-    batch_size: int = flag(24, "sentences per step, on all GPUs together", 1)
+    batch_size: int = flag(24, "sentences per step, on all GPUs together", 1, 10**5)
     learning_rate: float = flag(2e-3, "peak, up to a width of 128; wider: in proportion less", 0)
     warmup: int = flag(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = flag(0.01, "AdamW", 0)
@@ -68,7 +71,10 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     resume: bool = flag(False, "go on from out_dir/ckpt.pt")
 
-    __post_init__ = check_flags
+    def __post_init__(self):
+        check_flags(self)
+        if Path(self.whisper).is_file():  # to be found from another folder too
+            object.__setattr__(self, "whisper", os.path.abspath(self.whisper))
 
 
 # ---- the method ------------------------------------------------------------------------------
@@ -136,7 +142,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
                 durations: Sequence[np.ndarray], solver: Solver = Solver(),
                 change: Callable = lambda x1, batch: x1) -> Iterator[RoundTrip]:
     """Sentences, each with the durations of its characters (S,) -> greedy round trips, in order."""
-    for i in range(0, len(sentences), 50):
+    for i in tqdm(range(0, len(sentences), 50), "round trips", leave=False, delay=1):
         batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
         frames = batch.cond["frames"]
         x1 = change(generate(model, whisper, batch, solver)[-1], batch)
@@ -178,14 +184,17 @@ def show_samples(run: "Run", held_out: list) -> None:
 
 
 class Run:
-    """Everything that a checkpoint keeps: network, its average, optimizer, step."""
+    """Everything that a checkpoint keeps: network, its average, optimizer, step; made of what."""
 
-    def __init__(self, config: Config, whisper: FrozenWhisper, rhythm: dict | None = None):
+    def __init__(self, config: Config, whisper: FrozenWhisper, rhythm: dict | None = None,
+                 texts: dict | None = None):
         torch.manual_seed(config.seed)  # the same weights in every process
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, bound=whisper.bound)
         self.config, self.whisper, self.step, self.rhythm = config, whisper, 0, rhythm
         self.durations = data.durations_by(rhythm)
+        self.origin = dict(weights=whisper.fingerprint, text=data.fingerprint(texts),
+                           languages=sorted({s.language for s in texts or ()}))
         self.model = DiT(shape).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate,
@@ -195,14 +204,16 @@ class Run:
     def save(self) -> None:
         """There is always one whole checkpoint."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
-        configs = dict(model_config=asdict(self.model.config), config=asdict(self.config))
+        states |= dict(step=self.step, rhythm=self.rhythm, origin=self.origin,
+                       config=asdict(self.config), model_config=asdict(self.model.config))
         with atomic_write(self.path) as part, open(part, "wb") as file:
-            torch.save(dict(step=self.step, rhythm=self.rhythm, **configs, **states), file)
+            torch.save(states, file)
 
     def load(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint; BadInput if flags differ that are not FREE."""
-        before = checkpoint["config"] | checkpoint["model_config"]
-        for name, now in (asdict(self.config) | asdict(self.model.config)).items():
+        """Go on from a checkpoint; BadInput if flags differ that are not FREE, or their files."""
+        before = checkpoint["config"] | checkpoint["model_config"] | checkpoint["origin"]
+        now_all = asdict(self.config) | asdict(self.model.config) | self.origin
+        for name, now in now_all.items():
             if name not in FREE and before.get(name) != now:
                 raise BadInput(f"{self.path} was trained with {name} {before.get(name)}, not {now};"
                                " give the same, or another --out_dir")
@@ -219,33 +230,21 @@ class Run:
 
 def load_checkpoint(path: Path) -> dict:
     """What `Run.save` saved; BadInput if it is missing or something else."""
+    path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}; `python train.py` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        DiTConfig(**checkpoint["model_config"])
         Config(**checkpoint["config"])
-        return checkpoint
+        with torch.device("meta"):
+            model = DiT(DiTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["ema"], assign=True)
+        if not all(x.isfinite().all() for x in checkpoint["ema"].values()):
+            raise ValueError("weights that are no numbers")
+        return {name: checkpoint[name] for name in CHECKPOINT}
     except Exception as error:
         raise BadInput(f"{path} is not a checkpoint of this train.py ({first_line(error)}); train "
                        "again") from error
-
-
-def load_model(checkpoint: dict, device: torch.device) -> DiT:
-    """The averaged weights of a checkpoint as a network, ready to sample."""
-    model = DiT(DiTConfig(**checkpoint["model_config"])).to(device).eval()
-    model.load_state_dict(checkpoint["ema"])
-    return model
-
-
-def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> FrozenWhisper:
-    """The Whisper that a checkpoint was trained with; or another, by name, to read x1."""
-    name = name or checkpoint["config"]["whisper"]
-    whisper = LATENTS[checkpoint["config"]["latent"]](name, device)
-    if (channels := checkpoint["model_config"]["channels"]) != whisper.channels:
-        raise BadInput(f"the checkpoint makes {channels} channels a frame and {name} reads "
-                       f"{whisper.channels}; give a Whisper of the same kind")
-    return whisper
 
 
 # ---- the run ---------------------------------------------------------------------------------
@@ -258,8 +257,8 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
     loader = DataLoader(steps, None, sampler=range(run.step, config.steps),
                         **devices.workers(device, n_ranks))
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
-    log_path = run.path.with_name(f"log{rank or ''}.csv")
-    with open_log(log_path, LOG, run.step) as log, devices.catch_interrupts() as stops:
+    log = Log(run.path.with_name("log.csv"), LOG, run.step) if rank == 0 else None
+    with devices.catch_interrupts() as stops:
         for batch in bar:
             batch = batch.shard(rank, n_ranks).to(whisper)  # all ranks make the same one
             # Other numbers than those that drew the batch, and of this process alone.
@@ -282,12 +281,13 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
             update_ema(run.ema, run.model, run.step, config.ema)
             quarters = [cfm[(4 * t).long() == i] for i in range(4)]
             losses = [x.mean().item() for x in (loss, nll, cfm, *quarters)]
-            values = [time.time() - start, *losses, norm.item(), rate]
-            log.write(",".join([str(run.step), *(f"{x:.6g}" for x in values)]) + "\n")
             bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}")
+            if log:
+                log.write(run.step, time.time() - start, *losses, norm.item(), rate)
             run.step += 1
             is_due = stopped or run.step % config.eval_every == 0 or run.step == config.steps
-            if is_due and rank == 0:
+            if is_due and log:
+                log.keep(run.path)
                 run.save()
                 show_samples(run, held_out)
             if stopped:
@@ -313,19 +313,18 @@ def main(argv=None) -> dict:
             from speech import recordings
             steps, run_objective, rhythm, more = recordings.join(steps, config, whisper)
             notes += more
-    run = Run(config, whisper, rhythm)
+    run = Run(config, whisper, rhythm, shares)
     if checkpoint:
         run.load(checkpoint)
         checkpoint = None  # training needs the memory
-    elif rank == 0:
-        keep_earlier_run(run.path, folder / "log.csv")
-    languages = ", ".join(sorted({s.language for s in shares}))
     n_parameters = sum(p.numel() for p in run.model.parameters())
     if rank == 0:
         print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device}; "
-              f"{len(training)} sentences to train on, {len(held_out)} held out, in {languages}; "
-              f"{n_parameters:,} parameters", sep="\n")
-    train(run, steps, held_out, run_objective, rank, n_ranks)
+              f"{len(training)} sentences to train on, {len(held_out)} held out, in "
+              f"{', '.join(run.origin['languages'])}; {n_parameters:,} parameters, checkpoints of "
+              f"{16 * n_parameters / 1e6:.0f} MB", sep="\n")
+    with locked(folder) if rank == 0 else nullcontext():
+        train(run, steps, held_out, run_objective, rank, n_ranks)
     devices.stop_ranks()
     if rank > 0:  # the first evaluates alone
         return {}
@@ -337,4 +336,4 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    guard(main)
+    guard(main, outlives_output=True)

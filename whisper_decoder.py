@@ -8,6 +8,7 @@ A critic, this or speech/ear.py's, has `channels`, `bound`, `speed_range`, `late
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V vocabulary.
 """
+import hashlib
 import re
 from dataclasses import replace
 from functools import cache, cached_property
@@ -29,9 +30,9 @@ from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokeni
 from plumbing.errors import BadInput, first_line
 
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
-# Signs that `whisper.decode` never writes (suppress_tokens): inside words, and between words.
-SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]|(?<!\S)[-']+"""
-PARTING_SIGNS = r"[#+/:;=@\\]"
+# Signs that `whisper.decode` never writes (suppress_tokens), and those that part words besides.
+SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]"""
+PARTING_SIGNS = r"[#+/:;=@\\]|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 CHUNK = 512  # targets whose logits are in memory at once; all would be a step's largest tensor
 
@@ -67,9 +68,16 @@ class FrozenWhisper:
         with torch.autocast(self.device.type, enabled=False):  # may be asked for inside one
             return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """It changes with the weights."""
+        first = torch.cat([p.flatten()[:1000].float().cpu() for p in self.model.parameters()])
+        return hashlib.sha256(first.numpy().tobytes()).hexdigest()[:16]
+
     def check_language(self, language: str) -> str:
         """A code or English name -> the code; BadInput if this checkpoint does not know it."""
-        code = TO_LANGUAGE_CODE.get(language.strip().lower(), language.strip().lower())
+        name = language.strip().lower()
+        code = TO_LANGUAGE_CODE.get(name, re.split("[-_]", name)[0])  # en-US, zh_CN
         if code not in self.languages:
             raise BadInput(f"{self.name} does not know the language {language!r}; it knows "
                            + ", ".join(self.languages))
@@ -194,7 +202,8 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
 
 def strip_unspoken(text: str) -> str:
     """A text without the signs that `whisper.decode` never writes."""
-    return " ".join(re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text)).split())
+    text = re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text))
+    return " ".join(re.sub(r"(?<!\S)[-']+", "", text).split())  # nor these before a word
 
 
 @cache
@@ -225,6 +234,7 @@ def error_rates(sentences: Sequence[tuple[str, str]],  # (language, text)
     """Corpus error rates after Whisper's normaliser, as fractions (above 1 if too much is read)."""
     edits, total, exact = np.zeros(2), np.zeros(2), 0
     for (language, reference), hypothesis in zip(sentences, hypotheses, strict=True):
+        reference = strip_unspoken(reference)  # what it was asked to write
         exact += reference == hypothesis
         ref, hyp = (normalizer(language)(text).split() for text in (reference, hypothesis))
         space = "" if language in UNSPACED else " "

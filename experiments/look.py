@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import flow  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
@@ -47,7 +48,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "flow.png")
     args = parser.parse_args(argv)
     checkpoint = train.load_checkpoint(args.checkpoint)
-    whisper = train.load_critic(checkpoint, torch.device("cpu"))
+    whisper = sample.load_critic(checkpoint, torch.device("cpu"))
     language = whisper.check_language(args.language)
     spoken = [pair for pair in spoken_clips(whisper) if pair[0].language == language]
     if not spoken:
@@ -56,7 +57,7 @@ def main(argv=None) -> None:
     sentence, mel = spoken[0]
     durations = data.durations_by(checkpoint["rhythm"])(sentence, checkpoint["config"]["speed"])
     batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
-    states = train.generate(train.load_model(checkpoint, whisper.device), whisper, batch,
+    states = train.generate(sample.load_model(checkpoint, whisper.device), whisper, batch,
                             flow.Solver())
     n = (int((mel > mel.min()).any(0).nonzero().max()) + 2) // 2  # what is behind is silence
     real = whisper.latents(mel[None])[:, :n]

@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
 import make_pocket  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from data import per_language  # noqa: E402
 from flow import Solver  # noqa: E402
@@ -196,10 +197,10 @@ class Study:
 
     def load(self, path: Path) -> Flow:
         checkpoint = train.load_checkpoint(path)
-        readers = dict(critic=train.load_critic(checkpoint, self.device))
+        readers = dict(critic=sample.load_critic(checkpoint, self.device))
         try:
             if self.judge:
-                readers["judge"] = train.load_critic(checkpoint, self.device, self.judge)
+                readers["judge"] = sample.load_critic(checkpoint, self.device, self.judge)
         except BadInput as error:
             if isinstance(readers["critic"], Ear) or "channels" not in str(error):
                 raise
@@ -207,7 +208,7 @@ class Study:
         for whisper in readers.values():
             if not self.readable(whisper):
                 raise BadInput(f"{whisper.name} knows no language of the text; give another judge")
-        return Flow(train.load_model(checkpoint, self.device),
+        return Flow(sample.load_model(checkpoint, self.device),
                     data.durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"],
                     readers)
 

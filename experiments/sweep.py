@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.student import greedy_cer  # noqa: E402
 from flow import Solver  # noqa: E402
@@ -28,11 +29,11 @@ KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, jud
 def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
     """CER of n held-out sentences at each value, 4 Euler steps but for what is swept."""
     device, durations = choose_device("auto"), data.durations_by(checkpoint["rhythm"])
-    whisper, model = train.load_critic(checkpoint, device), train.load_model(checkpoint, device)
+    whisper, model = sample.load_critic(checkpoint, device), sample.load_model(checkpoint, device)
     shares, _ = load_data(checkpoint["config"]["data"], whisper)
     held_out, rates = data.per_language(data.split(list(shares))[1], n), []
     for value in values:
-        reader = train.load_critic(checkpoint, device, value) if kind == "judge" else whisper
+        reader = sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
         solver = Solver(**({} if kind in ("speed", "judge") else {kind: value}))
         speed = value if kind == "speed" else 1.0
         sentences = [s for s in held_out if fits(s, whisper, speed, durations)]

@@ -22,7 +22,9 @@ def choose_device(name: str) -> torch.device:
                 "mps" if torch.backends.mps.is_available() else "cpu")
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        return torch.zeros(0, device=name).device
+        x = torch.zeros(1, device=name)
+        x.item()  # not on "meta"
+        return x.device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
                        ) from error
@@ -38,8 +40,12 @@ def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group(timeout=timedelta(days=1))  # while the first downloads
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group(timeout=timedelta(days=1))  # while the first downloads
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"WORLD_SIZE is {n_ranks}, but {first_line(error)}; start it by torchrun"
+                       ) from error
     return dist.get_rank(), n_ranks
 
 

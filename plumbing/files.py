@@ -1,7 +1,14 @@
-"""Files are whole or not there, and those of an earlier run are kept."""
+"""Files are whole or not there, an earlier run's are kept, and a run has its folder alone."""
 import os
 from contextlib import contextmanager
 from pathlib import Path
+
+from plumbing.errors import BadInput
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # Windows
+    flock = None
 
 
 @contextmanager
@@ -16,17 +23,43 @@ def atomic_write(file: Path):
         part.unlink(missing_ok=True)
 
 
-def open_log(path: Path, header: str, n_rows: int):
-    """A .csv that rows are added to, cut back to its first n_rows: those before a checkpoint."""
-    rows = path.read_text().splitlines()[1 : n_rows + 1] if n_rows and path.exists() else []
-    with atomic_write(path) as part:
-        part.write_text("\n".join([header, *rows, ""]))
-    return open(path, "a", buffering=1)
+@contextmanager
+def locked(folder: Path):
+    """One process at a time; what a killed one left half-written goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY) if flock else None
+    try:
+        if flock:
+            flock(lock, LOCK_EX | LOCK_NB)
+        for part in folder.glob("*.tmp"):
+            part.unlink()
+        yield
+    except BlockingIOError as error:
+        raise BadInput(f"another run writes to {folder}; give another --out_dir") from error
+    finally:
+        if flock:
+            os.close(lock)
 
 
-def keep_earlier_run(checkpoint: Path, log: Path) -> None:
-    """Where there is a checkpoint, it and its log become .old files."""
-    for file in (checkpoint, log) if checkpoint.exists() else ():
-        if file.exists():
-            os.replace(file, file.with_suffix(".old"))
-            print(f"note: {file} of an earlier run is kept as {file.with_suffix('.old')}")
+class Log:
+    """A .csv, a row a step. Until `keep` its name is .new, and that of an earlier run stays."""
+
+    def __init__(self, path: Path, header: str, n_rows: int):
+        """It goes on after its first n_rows: those before a checkpoint."""
+        rows = path.read_text().splitlines()[1 : n_rows + 1] if n_rows and path.exists() else []
+        self.path, self.now = path, path if n_rows else path.with_suffix(".new")
+        with atomic_write(self.now) as part:
+            part.write_text("\n".join([header, *rows, ""]))
+        self.file = open(self.now, "a", buffering=1)
+
+    def write(self, step: int, *values: float) -> None:
+        print(step, *(f"{x:.6g}" for x in values), sep=",", file=self.file)
+
+    def keep(self, checkpoint: Path) -> None:
+        """To be called before each checkpoint: those of an earlier run become .old, once."""
+        if self.now != self.path:
+            for file in (checkpoint, self.path):
+                if file.exists():
+                    os.replace(file, file.with_suffix(".old"))
+            os.replace(self.now, self.path)
+            self.now = self.path

@@ -8,7 +8,6 @@ writes the text of every .wav and .flac, and is believed where it is sure.
 
 B batch, S characters, T latent frames (20 ms), C latent channels, M mel bins, P positions.
 """
-import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -85,9 +84,12 @@ def read_audio(path: Path) -> np.ndarray:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError, TypeError) as error:
         raise BadInput(f"no audio that can be read ({first_line(error)})") from error
-    if not len(samples) or not np.isfinite(samples).all():
-        raise BadInput("no samples, or some that are no numbers")
-    return resample(samples.mean(1), rate)
+    samples = samples.mean(1)
+    loudest = abs(samples).max(initial=0)  # nan, if one is
+    if not 1e-6 < loudest < 100:
+        raise BadInput("no sound in it" if loudest <= 1e-6 else f"samples of up to {loudest:.3g}; "
+                       "1 is the loudest")
+    return resample(samples, rate)
 
 
 def log_mel(samples: np.ndarray, whisper: FrozenWhisper) -> Tensor:
@@ -140,10 +142,7 @@ def fingerprint(entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
     """It changes with the recordings, their texts, and who encodes them."""
     stats = [(path.stat().st_size, path.stat().st_mtime_ns) if os.path.isfile(path) else None
              for path, _ in entries]
-    digest = hashlib.sha256(repr((entries, stats)).encode())
-    for parameter in whisper.model.parameters():
-        digest.update(parameter.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return data.fingerprint((entries, stats, whisper.fingerprint))
 
 
 def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:

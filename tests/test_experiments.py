@@ -13,6 +13,7 @@ import whisper as openai_whisper
 
 import data
 import flow
+import sample
 import train
 from data import Sentence
 from experiments import benchmark, look, pace, realism, rooms, seeds, student, sweep, utterances
@@ -183,7 +184,8 @@ def test_student_reads_the_best_path_whatever_its_batch():
 
 
 def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear):
-    model = train.load_model(train.load_checkpoint(utterances.Path(checkpoints["mel"])), ear.device)
+    checkpoint = train.load_checkpoint(utterances.Path(checkpoints["mel"]))
+    model = sample.load_model(checkpoint, ear.device)
     spoken = utterances.Flow(model, data.char_durations, 1.0, dict(critic=ear))
     none = dict.fromkeys(VOICE, 0.0)
     hiss = none | dict(noise=VOICE["noise"])

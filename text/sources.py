@@ -58,6 +58,7 @@ def download(url: str) -> Path:
 
 def kind(path: Path) -> str:
     """What a text file is, packed or not: .txt, .tsv ..."""
+    path = Path(path.name.lower())
     return Path(path.stem).suffix if path.suffix in OPEN else path.suffix
 
 
@@ -84,7 +85,7 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     if path.exists() and not is_table and not language:
         raise BadInput(f"{path}: say its language, as in en={path}")
     try:
-        with OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as lines:
+        with OPEN.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig") as lines:
             for n, line in enumerate(islice(lines, max_lines), 1):
                 try:
                     if line.strip():
@@ -174,6 +175,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
     their sentences to the power of 1 / temperature. Texts that are too long are split.
     """
     pools, notes = read_pools(sources, whisper, max_lines)
+    if "builtin" in sources and whisper.name != "pocket":
+        notes.append("the built-in sentences have a few hundred words; give --data more")
     shares, n_long, too_long = Counter(), 0, []
     for weight, pool in pools:
         pieces, counts = Counter(), Counter()

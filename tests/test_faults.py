@@ -1,0 +1,215 @@
+"""What users and systems do wrong: one sentence, nothing lost, nothing silent."""
+import io
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+import train
+from plumbing.errors import BadInput, Outliving, guard
+from plumbing.files import Log, atomic_write, locked
+from plumbing.flags import parse_flags
+from speech.recordings import read_audio, soundfile
+from test_roundtrip import FLAGS, ROOT, pocket, runs  # noqa: F401
+from text.sources import builtin, read_file
+from whisper_decoder import error_rates, strip_unspoken
+
+
+# ---- text ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, written", [
+    ("The milk (is on the table).", "The milk is on the table."),
+    ("15~30 2*3 5^2 3|4 Hello(world) a_b", "15 30 2 3 5 2 3 4 Hello world a b"),
+    ('"Hi," she (Ann) said -- **go**!', "Hi, she Ann said go!"),
+    ("Kund*innen, l'eau, well-known", "Kundinnen, l'eau, well-known"),
+    ("The dog\u200b has\u00a0a so\u00adft\tbed.\r", "The dog has a soft bed."),
+    ("THE DOG SLEEPS IN THE USA.", "The dog sleeps in the usa."), ("The USA sleeps.",) * 2,
+])
+def test_a_text_is_what_whisper_can_write(pocket, text, written):
+    sentence = data.make_sentence(text, "en", pocket)
+    assert strip_unspoken(sentence.text) == written == strip_unspoken(written)
+    assert error_rates([sentence], [written])[1:] == (0, 1)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("\u200d", "no word"), ("\u0301", "no word"), ("(?!)", "no word"),
+    ("caf\udce9", "no text; `iconv"), ("T\0h\0e\0", "no text; `iconv"),
+    ("de\tDer Hund.", "belong in a .tsv"), ("x" * 20001, "20,001 characters are too many")])
+def test_what_is_no_text_is_refused(pocket, text, words):
+    with pytest.raises(BadInput, match=words):
+        data.make_sentence(text, "en", pocket)
+
+
+def test_a_perfect_reading_of_every_language_has_no_errors():
+    sentences = [(code, text) for code, _, _, text in data.LANGUAGES]
+    rates = error_rates(sentences, [strip_unspoken(text) for _, text in sentences])
+    assert len(sentences) > 90 and rates == (0, 0, 1)
+
+
+def test_files_of_any_case_and_line_end_are_read(pocket, tmp_path):
+    (tmp_path / "A.TSV").write_bytes(b"en\tThe dog.\rzh_CN\tX.\ren-US\tThe cat.\r")
+    counts, notes = read_file(tmp_path / "A.TSV", None, pocket)
+    assert [tuple(s) for s in counts] == [("en", "The dog."), ("zh", "X."), ("en", "The cat.")]
+    assert not notes
+
+
+def test_near_duplicates_of_held_out_sentences_are_not_trained_on():
+    held_out = data.split(builtin())[1][0]
+    near = data.Sentence(held_out.language, held_out.text.upper() + "!")
+    assert data.hash_share(near) > data.HELD_OUT  # or this shows nothing
+    training = data.split([*builtin(), near])[0]
+    assert near not in training and len(training) == len(data.split(builtin())[0])
+
+
+def test_digits_last_as_long_as_they_are_spoken():
+    assert data.n_frames(data.Sentence("en", "It was in 1984.")) == data.n_frames(
+        data.Sentence("en", "It was in one nine eight four."))
+
+
+# ---- flags and runs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command, words", [
+    ("train --steps many", "invalid int value: 'many'; --help"),
+    ("train --steps 1000000000000000000", "at least 1 and below 1e+09"),
+    ("train --learning_rate inf", "--learning_rate inf cannot be used; at least 0 and below"),
+    ("train --flow_weight nan", "--flow_weight nan cannot be used"),
+    ("train --depth 2000", "at least 0 and below 65"),
+    ("train --batch_size 100000000", "at least 1 and below 100000"),
+    ("train --device meta", "device 'meta' cannot be used"),
+    ("train --data 1e308*builtin", "--data '1e308*builtin' cannot be used"),
+    ("train --resume --out_dir {0}/features --data en={0}/other.txt", "was trained with "),
+    ("sample -hello", "a text that begins with - comes after --"),
+    ("sample x --guidance nan", "--guidance nan cannot be used"),
+    ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
+    ("sample x --steps 1000000", "--steps must be between 1 and 1000"),
+    ("sample x --out {0}", "must end in .npz and lie in a folder that exists"),
+    ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
+])
+def test_flags_that_cannot_be_used(runs, command, words):
+    (runs[0] / "other.txt").write_text("The dog sleeps.\nThe cat sleeps.\nA dog.\n")
+    program, *argv = command.format(runs[0]).split()
+    before = sorted(runs[0].rglob("*"))
+    with pytest.raises(BadInput) as error:
+        if program == "train":
+            train.main([*FLAGS, "--out_dir", str(runs[0] / "o"), *argv])
+        sample.main([*argv, "--ckpt", str(runs[0] / "features")])
+    assert words in str(error.value) and sorted(runs[0].rglob("*")) == before
+
+
+def nan(checkpoint):
+    next(iter(checkpoint["ema"].values())).fill_(float("nan"))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda c: c.pop("step"), "'step'"), (lambda c: c.pop("config"), "'config'"),
+    (lambda c: c["config"].update(foo=1), "unexpected keyword argument 'foo'"),
+    (lambda c: c["ema"].update(no_text=torch.zeros(1)), "Error(s) in loading"),
+    (nan, "weights that are no numbers"),
+    (lambda c: c["origin"].update(weights="0"), "is not the Whisper any more"),
+], ids=["step", "config", "field", "shape", "nan", "weights"])
+def test_checkpoints_that_are_none(runs, tmp_path, spoil, words):
+    checkpoint = torch.load(runs[0] / "features" / "ckpt.pt", weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(BadInput) as error:
+        sample.main(["The dog.", "--ckpt", str(tmp_path)])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_language_that_the_checkpoint_never_heard_is_noted(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("The dog.\nThe cat.\nThe bird.\nThe cow.\nThe horse.\n")
+    argv = [*FLAGS[:-4], "--data", f"en={tmp_path}/t.txt", "--steps", "1"]
+    train.main([*argv, "--out_dir", str(tmp_path)])
+    sample.main(["Le chien.", "--language", "fr", "--ckpt", str(tmp_path), "--steps", "1"])
+    assert "was not trained in 'fr'" in capsys.readouterr().err
+
+
+def test_flags_are_known_and_repeated(capsys):
+    with pytest.raises(BadInput, match="--latent 'wav' is none of features, mel"):
+        train.Config(latent="wav")
+    with pytest.raises(SystemExit):
+        parse_flags(train.Config, "", ["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in vars(train.Config()))
+    argv = ["--steps", "7", "--resume", "--data", "builtin", "en=a.txt", "--data", "fr=b.txt"]
+    config = train.Config(steps=7, resume=True, data=("builtin", "en=a.txt", "fr=b.txt"))
+    assert parse_flags(train.Config, "", argv) == config
+
+
+# ---- the system ------------------------------------------------------------------------------
+
+
+def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
+    path, checkpoint = tmp_path / "log.csv", tmp_path / "ckpt.pt"
+    path.write_text("earlier"), checkpoint.write_text("earlier")
+    (tmp_path / "ckpt.pt.1.tmp").write_text("of a run that was killed")
+    with locked(tmp_path):
+        pass
+    log = Log(path, "step,loss", 0)  # of a run that fails before its first checkpoint
+    log.write(0, 0.5)
+    assert path.read_text() == checkpoint.read_text() == "earlier"
+    for _ in range(2):
+        log.keep(checkpoint)
+        checkpoint.write_text("now")
+    with pytest.raises(OSError), atomic_write(tmp_path / "x") as part:
+        part.write_text("half")
+        raise OSError("No space left")
+    contents = {x.name: x.read_text() for x in tmp_path.iterdir()}
+    assert contents == {"log.csv": "step,loss\n0,0.5\n", "ckpt.pt": "now", "log.old": "earlier",
+                        "ckpt.old": "earlier"}
+    with locked(tmp_path), pytest.raises(BadInput, match="another run writes to"):
+        with locked(tmp_path):
+            pass
+
+
+def test_training_outlives_its_output():
+    read, write = os.pipe()
+    os.close(read)
+    stream = Outliving(io.TextIOWrapper(os.fdopen(write, "wb")))
+    for _ in range(3):
+        stream.write("a line\n")
+    stream.flush()
+
+
+@pytest.mark.parametrize("samples, words", [
+    (np.zeros((100, 1)), "no sound in it"), (np.tile([[0.5, -0.5]], (100, 1)), "no sound in it"),
+    (np.full((100, 1), 1e-30), "no sound"), (np.full((100, 1), 1e18), "samples of up to 1e"),
+    (np.full((100, 1), np.nan), "samples of up to nan"), (np.zeros((0, 1)), "no sound in it")])
+def test_recordings_without_a_sound(tmp_path, samples, words):
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    with pytest.raises(BadInput, match=words):
+        read_audio(tmp_path / "a.wav")
+
+
+def test_command_line_prints_one_line_for_an_error():
+    command = [sys.executable, "train.py", "--whisper", "nosuch"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.startswith("train.py: no Whisper 'nosuch'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_whatever_goes_wrong_is_one_sentence(monkeypatch):
+    def fail(error):
+        raise error
+
+    page = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", page)
+    monkeypatch.setattr(sys, "stderr", None)  # closed
+    assert guard(lambda: print("dogs, 狗") or 7) == 7
+    page.flush()
+    assert page.buffer.getvalue() == b"dogs, \\u72d7\n"
+    for error, words in ((KeyboardInterrupt(), "stopped; what is written is whole"),
+                         (BadInput("no text"), "no text"), (OSError("No space left"), "No space"),
+                         (OSError(36, "Name too long", "a" * 300), "Name too long: a{100}$"),
+                         (torch.OutOfMemoryError(), "try a smaller --batch_size")):
+        with pytest.raises(SystemExit, match=words):
+            guard(lambda: fail(error))
+    with pytest.raises(ZeroDivisionError):  # ours, not the user's
+        guard(lambda: 1 / 0)
