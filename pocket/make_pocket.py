@@ -268,7 +268,7 @@ def new_model(vocabulary):
     return model
 
 
-def draw(clips, batch, rng):
+def pick_clips(clips, batch, rng):
     """Clips of like length and a window for them: the model's own in a third of the steps."""
     pool = torch.randint(0, len(clips), (4 * batch,), generator=rng).tolist()
     pool.sort(key=lambda i: clips[i].shape[1])
@@ -330,7 +330,7 @@ def adversary(loss, mel, size, rng):
 
 def training_batch(sentences, clips, vocabulary, most, size, rng):
     """Log-mel in random rooms (`most`: strength), now and then of silence, and what it says."""
-    picks, window = draw(clips, size, rng)
+    picks, window = pick_clips(clips, size, rng)
     mel = torch.stack([mel_from_bytes(warp(clips[i], window, rng), window) for i in picks])
     amount = most * torch.rand((), generator=rng).item()
     mel = augment(mel, amount, rng)

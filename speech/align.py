@@ -37,7 +37,7 @@ def is_letter(c: str) -> bool:
 # ---- forced alignment ------------------------------------------------------------------------
 
 
-def spoken(text: str) -> tuple[str, list[int]]:
+def spelling(text: str) -> tuple[str, list[int]]:
     """What is heard of a text: letters, a pause between words; their places among S (N,).
 
     Of the signs between two words the first is the pause, and the others take no time.
@@ -102,7 +102,7 @@ def align_characters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> lis
     durations = [np.zeros(len(symbols(s.text)), int) for s in sentences]
     for language in {s.language for s in sentences}:
         items = [i for i, s in enumerate(sentences) if s.language == language]
-        texts, places = zip(*(spoken(sentences[i].text) for i in items))
+        texts, places = zip(*(spelling(sentences[i].text) for i in items))
         for i, at, frames in zip(items, places, viterbi_training(texts, [x1[i] for i in items])):
             durations[i][at] = frames
     return durations

@@ -23,7 +23,7 @@ import flow
 from data import Sentence
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write
-from speech.align import Rhythm, align_characters, fit_rhythm, spoken
+from speech.align import Rhythm, align_characters, fit_rhythm, spelling
 from speech.sound import resample
 from whisper_decoder import FrozenWhisper
 
@@ -119,7 +119,7 @@ def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tu
             raise BadInput(f"{whisper.name} is not sure of what it says: {read.text!r}")
         sentence = data.make_sentence(read.text, read.language, whisper)
     x1 = whisper.latents(mel)[0, speech_span(mel[0])].half().cpu()
-    if len(spoken(sentence.text)[1]) > len(x1):
+    if len(spelling(sentence.text)[1]) > len(x1):
         raise BadInput(f"{len(x1)} frames are too few for {sentence.text[:60]!r}")
     return sentence, x1
 
