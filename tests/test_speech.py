@@ -133,7 +133,7 @@ def test_every_bad_recording_is_named(tmp_path, pocket, monkeypatch):
     assert [r.sentence.text for r in found] == TEXTS[:1] and abs(len(found[0].x1) - 50) <= 2
     assert found[0].durations.sum() == len(found[0].x1) and found[0].x1.shape[1] == pocket.channels
     wrong = ["line 2: 3 fields", "line 3: pocket does not", "line 4: there is no word",
-             "long.wav: it lasts 9.00 s", "none.wav: no samples", "broken.wav: no audio",
+             "long.wav: it lasts 9.00 s", "none.wav: no sound in it", "broken.wav: no audio",
              "missing.wav: no audio", "no audio", "frames are too few",
              "1 recordings, 0.0 minutes of speech; 1 of held-out"]
     assert [w in note for w, note in zip(wrong, notes, strict=True)] == [True] * len(wrong)
@@ -186,11 +186,12 @@ def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
 def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken):
     for i, samples in enumerate(spoken[1]):
         soundfile.write(tmp_path / f"{i}.wav", samples, 16000)
-    soundfile.write(tmp_path / "silence.wav", np.zeros(16000), 16000)
+    noise = np.random.default_rng(0).normal(0, 0.01, 16000)
+    soundfile.write(tmp_path / "noise.wav", noise, 16000)
     entries, _ = recordings.read_manifest(tmp_path, pocket)
     encoded = recordings.encode_recordings(entries, pocket)
     assert encoded["sentences"] == [tuple(s) for s in spoken[0]]
-    assert len(encoded["notes"]) == 1 and "silence.wav: pocket is not sure" in encoded["notes"][0]
+    assert len(encoded["notes"]) == 1 and "noise.wav: pocket is not sure" in encoded["notes"][0]
 
 
 def join(folder, whisper, speed=1.0):
