@@ -156,10 +156,13 @@ def char_tokens(text: str, language: str, whisper: FrozenWhisper) -> Tensor:
 
 
 def align(durations: np.ndarray, frames: int) -> Tensor:
-    """How long characters last (S,), in any unit -> which one sounds in each frame (T,)."""
-    ends = np.cumsum(durations) / np.sum(durations) * frames
-    which = np.searchsorted(ends, np.arange(frames) + 0.5)
-    return torch.from_numpy(which.clip(max=len(ends) - 1))
+    """How long characters last (S,), in any unit -> where in the text each frame is (T,).
+
+    2.5 is the middle of the third character.
+    """
+    ends = np.cumsum([0, *durations]) / np.sum(durations) * frames
+    where = np.interp(np.arange(frames) + 0.5, ends, np.arange(len(ends)))
+    return torch.from_numpy(where).float()
 
 
 class Batch(NamedTuple):

@@ -1,7 +1,7 @@
 """The DiT: a transformer from noise, text and time to the endpoint of the flow.
 
 Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which character
-sounds in it, as in ZipVoice (arXiv 2506.13053).
+sounds in it, as in ZipVoice (arXiv 2506.13053), and how far that has come.
 
 B batch, S characters, T latent frames (50 per second), C latent channels, N = T / patch patches,
 D model width, H heads, E width of the frozen token embeddings.
@@ -94,7 +94,7 @@ class DiT(nn.Module):
 
     cond["chars"]     (B, S, BYTES + 1)  ids of its UTF-8 bytes and of its case, 0: none
     cond["tokens"]    (B, S, E)          Whisper's own embedding of the token of each character
-    cond["alignment"] (B, T)             which character sounds in each frame
+    cond["alignment"] (B, T)             where in the text each frame is: 2.5, amid the third one
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
     cond["language"]  (B, E)             Whisper's own embedding of the language token
     cond["drop"]      (B,)               True: ignore text and language (for guidance)
@@ -108,7 +108,7 @@ class DiT(nn.Module):
         self.token_in = nn.Linear(config.embedding, width)
         self.char_in = nn.Embedding(1 + 256 * BYTES + 2, width, padding_idx=0)  # none, bytes, case
         self.char_conv = nn.Conv1d(width, width, 9, padding=4)  # a character and its neighbours
-        self.parity = nn.Parameter(torch.zeros(width))
+        self.phase_in = nn.Linear(2, width)  # how far a character has come
         self.order_in = nn.Linear(patch * width, width, bias=False)
         self.time_in = mlp(width, width, width)
         self.language_in = nn.Linear(config.embedding, width)
@@ -124,10 +124,10 @@ class DiT(nn.Module):
         text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, S, D)
         text = text * cond["chars"].any(2, keepdim=True)  # nothing leaks from padding
         text = text + F.silu(self.char_conv(text.transpose(1, 2))).transpose(1, 2)
-        # Mark odd characters: one twice in a row is not one of double length.
-        text = text + self.parity * (torch.arange(text.shape[1], device=text.device) % 2)[:, None]
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
-        text = text.gather(1, alignment[:, :, None].expand(-1, -1, text.shape[-1]))
+        which, phase = alignment.long(), math.pi * alignment.frac()  # (B, T)
+        text = text.gather(1, which[:, :, None].expand(-1, -1, text.shape[-1]))
+        text = text + self.phase_in(torch.stack([phase.cos(), phase.sin()], 2))
         text = torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)
         return text * mask[:, :, None]
 

@@ -211,7 +211,8 @@ def test_an_item_depends_neither_on_its_batch_nor_on_what_is_behind_its_end(crit
 CHANGES = dict(
     order=lambda c: dict(alignment=torch.cat([c["alignment"][:, [3, 2, 1, 0]],
                                               c["alignment"][:, 4:]], 1)),
-    doubling=lambda c: dict(alignment=c["alignment"] // 2 * 2),  # one long for two short
+    # One long character for two short ones.
+    doubling=lambda c: dict(alignment=c["alignment"] // 2 * 2 + c["alignment"] % 2 / 2),
     spelling=lambda c: dict(chars=c["chars"].roll(1, 1)),
     tokens=lambda c: dict(tokens=c["tokens"].roll(3, 1)),
     language=lambda c: dict(language=c["language"].roll(1, 0)),
