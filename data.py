@@ -22,6 +22,7 @@ POCKET = Path(__file__).parent / "pocket"
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 MIN_SECONDS = 0.6
+DIGIT, BLANK = 4.0, 0.5  # how long they are said, a letter is 1
 MAX_CHARACTERS = 20_000  # of a text
 # All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), words per second
 # (characters in UNSPACED; "-": not known), a sentence. experiments/pace.py measures the pace.
@@ -58,9 +59,10 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
         raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` converts UTF-16")
     if text.partition("\t")[0] in PACE and "\t" in text:
         raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
-    text = " ".join(unicodedata.normalize("NFC", text).split())
+    text = unicodedata.normalize("NFC", text)
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
-        text = "".join(c for c in text if c.isprintable() or c in JOINERS)
+        text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
+    text = " ".join(text.split())
     if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")
     if text.isupper() and " " in text:  # Whisper writes what is said
@@ -117,9 +119,11 @@ def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
 
 
 def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
-    """Frames that each character lasts by the length rule, all equally long (S,)."""
-    n_chars = len(strip_unspoken(sentence.text))
-    return np.full(n_chars, n_frames(sentence, speed) / n_chars)
+    """Frames that each character lasts by the length rule (S,): a blank is short, a digit a word."""
+    weight = dict(L=1.0, M=1.0, N=DIGIT)  # letters and their marks, digits; blanks and signs: short
+    kinds = [unicodedata.category(c)[0] for c in strip_unspoken(sentence.text)]
+    weights = np.array([weight.get(kind, BLANK) for kind in kinds])
+    return weights / weights.sum() * n_frames(sentence, speed)
 
 
 def durations_by(rhythm: dict | None) -> Callable:

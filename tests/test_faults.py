@@ -28,7 +28,7 @@ from whisper_decoder import error_rates, strip_unspoken
     ("15~30 2*3 5^2 3|4 Hello(world) a_b", "15 30 2 3 5 2 3 4 Hello world a b"),
     ('"Hi," she (Ann) said -- **go**!', "Hi, she Ann said go!"),
     ("Kund*innen, l'eau, well-known", "Kundinnen, l'eau, well-known"),
-    ("The dog\u200b has\u00a0a so\u00adft\tbed.\r", "The dog has a soft bed."),
+    ("The \u200b dog\u200b has\u00a0a so\u00adft\tbed.\r", "The dog has a soft bed."),
     ("THE DOG SLEEPS IN THE USA.", "The dog sleeps in the usa."), ("The USA sleeps.",) * 2,
 ])
 def test_a_text_is_what_whisper_can_write(pocket, text, written):
