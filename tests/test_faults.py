@@ -70,6 +70,8 @@ def test_near_duplicates_of_held_out_sentences_are_not_trained_on():
 def test_digits_last_as_long_as_they_are_spoken():
     assert data.n_frames(data.Sentence("en", "It was in 1984.")) == data.n_frames(
         data.Sentence("en", "It was in one nine eight four."))
+    durations = data.char_durations(data.Sentence("en", "Ah, 5 é."))
+    assert np.allclose(durations / durations[0], [1, 1, 0.5, 0.5, 4, 0.5, 1, 0.5])
 
 
 # ---- flags and runs --------------------------------------------------------------------------
