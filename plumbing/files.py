@@ -58,7 +58,7 @@ class Log:
     def keep(self, checkpoint: Path) -> None:
         """To be called before each checkpoint: those of an earlier run become .old, once."""
         if self.now != self.path:
-            for file in (checkpoint, self.path):
+            for file in (self.path, checkpoint) if checkpoint.exists() else ():
                 if file.exists():
                     os.replace(file, file.with_suffix(".old"))
             os.replace(self.now, self.path)
