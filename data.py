@@ -22,7 +22,7 @@ POCKET = Path(__file__).parent / "pocket"
 HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 MIN_SECONDS = 0.6
-DIGIT, BLANK = 4.0, 0.5  # how long they are said, a letter is 1
+DIGIT, BLANK = 4.0, 0.5  # how long digits, and blanks and signs, are said; a letter: 1
 MAX_CHARACTERS = 20_000  # of a text
 # All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), words per second
 # (characters in UNSPACED; "-": not known), a sentence. experiments/pace.py measures the pace.
@@ -43,11 +43,17 @@ class Sentence(NamedTuple):
 
 def words(text: str, language: str) -> list[str]:
     """What the length rule counts: words, or characters in languages written without spaces."""
-    if language in UNSPACED:
-        return [c for c in text if c.isalnum()]
-    # Letters, digits, marks such as Hindi's vowel signs, and what joins or parts letters in a word.
-    parts = (c if unicodedata.category(c)[0] in "LMN" or c in JOINERS else " " for c in text)
-    return "".join(parts).split()
+    return [c for c in text if c.isalnum()] if language in UNSPACED else letters(text).split()
+
+
+def letters(text: str) -> str:
+    """Letters, digits, marks such as Hindi's vowel signs, joiners; a blank for anything else."""
+    return "".join(c if unicodedata.category(c)[0] in "LMN" or c in JOINERS else " " for c in text)
+
+
+def key(sentence: Sentence) -> tuple:
+    """Equal for sentences that differ in signs and capitals only."""
+    return sentence.language, *letters(sentence.text.lower()).split()
 
 
 def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
@@ -57,16 +63,15 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
         raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
     if re.search("[\0\ud800-\udfff]", text):
         raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` converts UTF-16")
-    if text.partition("\t")[0] in PACE and "\t" in text:
+    if any(text.startswith(f"{code}\t") for code, *_ in LANGUAGES):
         raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
-    text = unicodedata.normalize("NFC", text)
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
         text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
-    text = " ".join(text.split())
+    if text.isupper() and " " in text:  # Whisper writes what is said
+        text = re.sub(r"[^\W\d_]", lambda first: first[0].upper(), text.lower(), count=1)
+    text = " ".join(unicodedata.normalize("NFC", text).split())
     if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")
-    if text.isupper() and " " in text:  # Whisper writes what is said
-        text = text.capitalize()
     return Sentence(code, text)
 
 
@@ -83,14 +88,13 @@ def fingerprint(things: object) -> str:
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Training and held-out sentences, by a hash of each: adding lines moves no other line.
 
-    Raises BadInput for less than two.
+    What has the `key` of a held-out sentence is in neither. Raises BadInput for less than two.
     """
     shares = [hash_share(s) for s in sentences]
     limit = max(HELD_OUT, min(shares, default=0))  # at least one; in tiny sets that one may move
     held_out = [s for s, share in zip(sentences, shares) if share <= limit]
-    key = lambda s: (s.language, *words(s.text.lower(), s.language))  # noqa: E731
-    known = set(map(key, held_out))  # nor does training see them with other signs or capitals
-    training = [s for s, share in zip(sentences, shares) if share > limit and key(s) not in known]
+    keys = set(map(key, held_out))
+    training = [s for s, share in zip(sentences, shares) if share > limit and key(s) not in keys]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
                        "more, in languages that the decoder knows")
@@ -107,22 +111,27 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
 # ---- length ----------------------------------------------------------------------------------
 
 
+def char_weights(text: str) -> np.ndarray:
+    """How long characters are said, letters and their marks: 1 (S,)."""
+    weight = dict(L=1.0, M=1.0, N=DIGIT)
+    return np.array([weight.get(unicodedata.category(c)[0], BLANK) for c in strip_unspoken(text)])
+
+
 def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
-    """The length rule: frames that the sentence lasts, at least one a character; speed 2: half."""
+    """The length rule: frames that the sentence lasts, at least one a letter; speed 2: half."""
     if not 0.1 <= speed <= 10:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
     language, text = sentence
     pace = PACE.get(language, DEFAULT_CHARACTERS if language in UNSPACED else DEFAULT_WORDS)
+    # A digit is said as a word.
     n_words = sum(max(1, sum(map(str.isdigit, word))) for word in words(text, language))
-    seconds = max(n_words / pace, MIN_SECONDS) / speed  # a digit is said as a word
-    return max(math.ceil(seconds * FRAMES_PER_SECOND), len(strip_unspoken(text)))
+    seconds = max(n_words / pace, MIN_SECONDS) / speed
+    return math.ceil(max(seconds * FRAMES_PER_SECOND, char_weights(text).sum()))
 
 
 def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
-    """Frames that each character lasts by the length rule (S,): a blank is short, a digit a word."""
-    weight = dict(L=1.0, M=1.0, N=DIGIT)  # letters and their marks, digits; blanks and signs: short
-    kinds = [unicodedata.category(c)[0] for c in strip_unspoken(sentence.text)]
-    weights = np.array([weight.get(kind, BLANK) for kind in kinds])
+    """Frames that each character lasts by the length rule (S,)."""
+    weights = char_weights(sentence.text)
     return weights / weights.sum() * n_frames(sentence, speed)
 
 

@@ -31,7 +31,6 @@ from train import LATENTS, RoundTrip, generate, load_checkpoint, round_trips
 from whisper_decoder import FrozenWhisper, error_rates
 
 SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # see FrozenWhisper.transcribe
-LOOP = 2.4  # compression: what is read repeats itself
 
 
 def load_model(checkpoint: dict, device: torch.device) -> DiT:
@@ -43,14 +42,14 @@ def load_model(checkpoint: dict, device: torch.device) -> DiT:
 
 def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> FrozenWhisper:
     """The Whisper that a checkpoint was trained with; or another, by name, to read x1."""
-    own = checkpoint["config"]["whisper"]
-    name = name or own
-    whisper = LATENTS[checkpoint["config"]["latent"]](name, device)
-    if (channels := checkpoint["model_config"]["channels"]) != whisper.channels:
-        raise BadInput(f"the checkpoint makes {channels} channels a frame and {name} reads "
+    config, channels = checkpoint["config"], checkpoint["model_config"]["channels"]
+    whisper = LATENTS[config["latent"]](name or config["whisper"], device)
+    if channels != whisper.channels:
+        raise BadInput(f"the checkpoint makes {channels} channels a frame and {whisper.name} reads "
                        f"{whisper.channels}; give a Whisper of the same kind")
-    if name == own and checkpoint["origin"]["weights"] != whisper.fingerprint:
-        raise BadInput(f"{name} is not the Whisper any more that the checkpoint was trained with")
+    if not name and checkpoint["origin"]["whisper"] != whisper.fingerprint:
+        raise BadInput(f"{whisper.name} has changed since the checkpoint was trained with it; put "
+                       "the file of then back, or train again")
     return whisper
 
 
@@ -102,7 +101,7 @@ def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
     print(f"confidence   mean log-probability {np.mean([r.avg_logprob for r in read]):.2f}, no "
           f"speech {max(r.no_speech_prob for r in read):.2f}, compression "
           f"{max(r.compression_ratio for r in read):.2f}")
-    if max(r.compression_ratio for r in read) > LOOP:
+    if max(r.compression_ratio for r in read) > 2.4:  # as whisper.transcribe has it
         print("note         what was read repeats itself; try another --seed")
     print(f"flow         {frames / FRAMES_PER_SECOND:.2f} s, {frames} frames{in_pieces}, "
           f"{args.steps} {args.method} steps, NFE {args.solver.nfe}, seed {args.seed}")
@@ -139,11 +138,11 @@ def check(args, latent: str, n_texts: int) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0], "a text that begins with - comes after --; ")
     add = parser.add_argument
     add("text", nargs="*", help="texts; none: from --text_file or standard input")
     add("--language", default="en", help="of the texts (default: en)")
-    add("--text_file", type=Path, help="FILE.txt, or FILE.tsv (language<TAB>text)")
+    add("--text_file", type=Path, help="FILE.txt, FILE.tsv; equal lines are read once")
     add("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
     add("--steps", type=int, help="steps of the ODE solver (default: 4)")
     add("--method", choices=list(flow.ORDER), help="solver (default: euler)")

@@ -39,7 +39,7 @@ from whisper_decoder import DecodingResult, FrozenWhisper, error_rates
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
-FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size"}  # to differ
+FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size", "whisper"}
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,gradient_norm,"
        "learning_rate")  # the flow loss also by quarters of t, nan where no item has such a t
 
@@ -184,17 +184,17 @@ def show_samples(run: "Run", held_out: list) -> None:
 
 
 class Run:
-    """Everything that a checkpoint keeps: network, its average, optimizer, step; made of what."""
+    """Everything that a checkpoint keeps: network, its average, optimizer, step, origin."""
 
     def __init__(self, config: Config, whisper: FrozenWhisper, rhythm: dict | None = None,
-                 texts: dict | None = None):
+                 shares: dict | None = None):
         torch.manual_seed(config.seed)  # the same weights in every process
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, bound=whisper.bound)
         self.config, self.whisper, self.step, self.rhythm = config, whisper, 0, rhythm
         self.durations = data.durations_by(rhythm)
-        self.origin = dict(weights=whisper.fingerprint, text=data.fingerprint(texts),
-                           languages=sorted({s.language for s in texts or ()}))
+        self.origin = dict(whisper=whisper.fingerprint, text=data.fingerprint((shares, rhythm)),
+                           languages=sorted({s.language for s in shares or ()}))
         self.model = DiT(shape).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate,
@@ -211,12 +211,14 @@ class Run:
 
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; BadInput if flags differ that are not FREE, or their files."""
-        before = checkpoint["config"] | checkpoint["model_config"] | checkpoint["origin"]
-        now_all = asdict(self.config) | asdict(self.model.config) | self.origin
-        for name, now in now_all.items():
-            if name not in FREE and before.get(name) != now:
-                raise BadInput(f"{self.path} was trained with {name} {before.get(name)}, not {now};"
-                               " give the same, or another --out_dir")
+        for name, now in asdict(self.config).items():
+            if name not in FREE and (before := checkpoint["config"][name]) != now:
+                raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
+                               "the same, or another --out_dir")
+        for name, before in checkpoint["origin"].items():
+            if before != self.origin[name]:
+                raise BadInput(f"{self.path} was trained with another {name}, which has changed "
+                               "since; give the same, or another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -299,7 +301,6 @@ def main(argv=None) -> dict:
     """The run that the flags describe -> its figures."""
     start, config = time.time(), parse_flags(Config, __doc__.splitlines()[0], argv)
     folder, device = Path(config.out_dir), devices.choose_device(config.device)
-    checkpoint = load_checkpoint(folder / "ckpt.pt") if config.resume else None
     rank, n_ranks = devices.start_ranks(device, config.batch_size)
     run_objective, rhythm = objective, None
     with devices.first_rank_first(rank):  # it downloads, and encodes recordings, for all
@@ -311,12 +312,11 @@ def main(argv=None) -> dict:
                            config.seed, config.speed, config.speed_range or whisper.speed_range)
         if config.speech:
             from speech import recordings
-            steps, run_objective, rhythm, more = recordings.join(steps, config, whisper)
+            steps, run_objective, rhythm, more = recordings.join(steps, held_out, config)
             notes += more
     run = Run(config, whisper, rhythm, shares)
-    if checkpoint:
-        run.load(checkpoint)
-        checkpoint = None  # training needs the memory
+    if config.resume:
+        run.load(load_checkpoint(run.path))
     n_parameters = sum(p.numel() for p in run.model.parameters())
     if rank == 0:
         print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device}; "
@@ -325,15 +325,15 @@ def main(argv=None) -> dict:
               f"{16 * n_parameters / 1e6:.0f} MB", sep="\n")
     with locked(folder) if rank == 0 else nullcontext():
         train(run, steps, held_out, run_objective, rank, n_ranks)
-    devices.stop_ranks()
-    if rank > 0:  # the first evaluates alone
-        return {}
-    rates = evaluate(run, held_out)
-    result = dict(device=device, seconds=time.time() - start, steps=run.step,
-                  parameters=n_parameters, **rates)
-    report(result, folder / "result.txt")
+        devices.stop_ranks()
+        if rank > 0:  # the first evaluates alone
+            return {}
+        rates = evaluate(run, held_out)
+        result = dict(device=device, seconds=time.time() - start, steps=run.step,
+                      parameters=n_parameters, **rates)
+        report(result, folder / "result.txt")
     return result
 
 
 if __name__ == "__main__":
-    guard(main, outlives_output=True)
+    guard(main)

@@ -32,7 +32,7 @@ from plumbing.errors import BadInput, first_line
 POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
 # Signs that `whisper.decode` never writes (suppress_tokens), and those that part words besides.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]"""
-PARTING_SIGNS = r"[#+/:;=@\\]|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
+PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 CHUNK = 512  # targets whose logits are in memory at once; all would be a step's largest tensor
 
@@ -70,7 +70,7 @@ class FrozenWhisper:
 
     @cached_property
     def fingerprint(self) -> str:
-        """It changes with the weights."""
+        """It changes with the weights, the first 1,000 of each tensor."""
         first = torch.cat([p.flatten()[:1000].float().cpu() for p in self.model.parameters()])
         return hashlib.sha256(first.numpy().tobytes()).hexdigest()[:16]
 

@@ -18,7 +18,7 @@ def first_line(error: Exception) -> str:
 
 
 class Outliving:
-    """A stream that loses what cannot be written: an hour of training outlives a closed pipe."""
+    """A stream that outlives its reader (`| head`): an hour of training does not end with it."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -30,20 +30,19 @@ class Outliving:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:  # from now on nowhere
+        except BrokenPipeError:  # from now on nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def guard(main: Callable, outlives_output: bool = False) -> None:
+def guard(main: Callable) -> None:
     """Run a command: what the user or the system did wrong becomes one sentence."""
     for name in ("stdout", "stderr"):
-        if stream := getattr(sys, name):  # None: closed
-            stream.reconfigure(errors="backslashreplace")  # a console's code page
-            setattr(sys, name, Outliving(stream) if outlives_output else stream)
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # neither closed (None) nor a notebook's
+            stream.reconfigure(errors="backslashreplace")  # for a console's code page
+            setattr(sys, name, Outliving(stream))
     try:
         return main()
-    except BrokenPipeError:  # `| head`
-        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, UnicodeError) as error:
         why = str(error)
     except OSError as error:

@@ -25,17 +25,20 @@ def atomic_write(file: Path):
 
 @contextmanager
 def locked(folder: Path):
-    """One process at a time; what a killed one left half-written goes."""
+    """One run at a time; what a killed one left half-written goes."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY) if flock else None
     try:
         if flock:
             flock(lock, LOCK_EX | LOCK_NB)
-        for part in folder.glob("*.tmp"):
-            part.unlink()
-        yield
     except BlockingIOError as error:
+        os.close(lock)
         raise BadInput(f"another run writes to {folder}; give another --out_dir") from error
+    try:
+        for name in ("ckpt.pt", "log.csv", "log.new", "result.txt"):
+            for part in folder.glob(f"{name}.*.tmp"):
+                part.unlink()
+        yield
     finally:
         if flock:
             os.close(lock)
@@ -61,5 +64,6 @@ class Log:
             for file in (self.path, checkpoint) if checkpoint.exists() else ():
                 if file.exists():
                     os.replace(file, file.with_suffix(".old"))
+            self.file.close()  # Windows renames no open file
             os.replace(self.now, self.path)
-            self.now = self.path
+            self.now, self.file = self.path, open(self.path, "a", buffering=1)

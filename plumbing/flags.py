@@ -9,13 +9,12 @@ from plumbing.errors import BadInput
 class Parser(argparse.ArgumentParser):
     """Whole names of flags only, and one sentence where something is wrong."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, hint: str = ""):
         super().__init__(description=description, allow_abbrev=False)
+        self.hint = hint
 
     def error(self, message: str) -> None:
-        is_text = "unrecognized" in message or "ignored explicit" in message
-        hint = "a text that begins with - comes after --; " * is_text
-        raise BadInput(f"{message}; {hint}--help lists all flags")
+        raise BadInput(f"{message}; {self.hint}--help lists all flags")
 
 
 def flag(default, help: str, low=None, below=1e9, choices=None):

@@ -162,14 +162,17 @@ def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> di
     return encoded
 
 
-def load_recordings(folder: Path, whisper: FrozenWhisper) -> tuple[list[Recording], list[str]]:
-    """A folder -> recordings of sentences that `data.split` does not hold out, notes."""
+def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sentence] = ()
+                    ) -> tuple[list[Recording], list[str]]:
+    """A folder -> recordings of sentences that are neither held out nor like one, notes."""
     entries, notes = read_manifest(folder, whisper)
     encoded = cached(folder, entries, whisper)
     notes += encoded["notes"]
     fields = zip(encoded["sentences"], encoded["x1"], encoded["durations"])
     known = [Recording(Sentence(*s), x1, n.numpy()) for s, x1, n in fields]
-    training = [r for r in known if data.hash_share(r.sentence) > data.HELD_OUT]
+    keys = set(map(data.key, held_out))
+    training = [r for r in known if data.hash_share(r.sentence) > data.HELD_OUT
+                and data.key(r.sentence) not in keys]
     if not training:
         raise BadInput(f"{folder} has no usable recording; {(notes or ['it is empty'])[0]}")
     if len(notes) > MAX_NOTES:
@@ -216,12 +219,12 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
     return TEXT_WEIGHT * nll.mean(), nll, torch.zeros_like(t)
 
 
-def join(text: data.Steps, config, whisper: FrozenWhisper) -> tuple:
+def join(text: data.Steps, held_out: Sequence[Sentence], config) -> tuple:
     """Steps of text, train.Config -> steps of recordings and text, objective, rhythm, notes.
 
     Text lasts as long as the recordings say, in their languages.
     """
-    recordings, notes = load_recordings(Path(config.speech), whisper)
+    recordings, notes = load_recordings(Path(config.speech), text.whisper, held_out)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
     text.set_durations(Rhythm(**rhythm).durations)
     return Steps(recordings, text, config.steps), objective, rhythm, notes

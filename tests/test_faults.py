@@ -1,6 +1,7 @@
 """What users and systems do wrong: one sentence, nothing lost, nothing silent."""
 import io
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ import torch
 import data
 import sample
 import train
-from plumbing.errors import BadInput, Outliving, guard
+from plumbing.errors import BadInput, guard
 from plumbing.files import Log, atomic_write, locked
 from plumbing.flags import parse_flags
+from speech import recordings
 from speech.recordings import read_audio, soundfile
 from test_roundtrip import FLAGS, ROOT, pocket, runs  # noqa: F401
 from text.sources import builtin, read_file
@@ -29,7 +31,8 @@ from whisper_decoder import error_rates, strip_unspoken
     ('"Hi," she (Ann) said -- **go**!', "Hi, she Ann said go!"),
     ("Kund*innen, l'eau, well-known", "Kundinnen, l'eau, well-known"),
     ("The \u200b dog\u200b has\u00a0a so\u00adft\tbed.\r", "The dog has a soft bed."),
-    ("THE DOG SLEEPS IN THE USA.", "The dog sleeps in the usa."), ("The USA sleeps.",) * 2,
+    ("¿DÓNDE ESTÁ LA CIA?", "¿Dónde está la cia?"), ("The USA sleeps.",) * 2,
+    ("Wait--what", "Wait what"), ("e\u200b\u0301 a", "é a"),
 ])
 def test_a_text_is_what_whisper_can_write(pocket, text, written):
     sentence = data.make_sentence(text, "en", pocket)
@@ -40,7 +43,7 @@ def test_a_text_is_what_whisper_can_write(pocket, text, written):
 @pytest.mark.parametrize("text, words", [
     ("\u200d", "no word"), ("\u0301", "no word"), ("(?!)", "no word"),
     ("caf\udce9", "no text; `iconv"), ("T\0h\0e\0", "no text; `iconv"),
-    ("de\tDer Hund.", "belong in a .tsv"), ("x" * 20001, "20,001 characters are too many")])
+    ("he\tשלום.", "belong in a .tsv"), ("x" * 20001, "20,001 characters are too many")])
 def test_what_is_no_text_is_refused(pocket, text, words):
     with pytest.raises(BadInput, match=words):
         data.make_sentence(text, "en", pocket)
@@ -67,6 +70,23 @@ def test_near_duplicates_of_held_out_sentences_are_not_trained_on():
     assert near not in training and len(training) == len(data.split(builtin())[0])
 
 
+def test_recordings_like_held_out_sentences_are_not_learned_from(pocket, tmp_path, monkeypatch):
+    texts = ["The dog sleeps.", "the dog sleeps", "The cat sleeps."]
+    monkeypatch.setattr(recordings, "cached", lambda *_: dict(
+        sentences=[("en", text) for text in texts], x1=[torch.zeros(9, 2)] * 3,
+        durations=[torch.ones(9)] * 3, notes=[]))
+    monkeypatch.setattr(data, "HELD_OUT", 0)
+    held_out = [data.Sentence("en", texts[0])]
+    found, notes = recordings.load_recordings(tmp_path, pocket, held_out)
+    assert [r.sentence.text for r in found] == texts[2:] and "2 of held-out" in notes[-1]
+
+
+def test_every_letter_has_a_frame():
+    for text in ("Donaudampfschifffahrt 1", "Kapitän 123456789", "狗" * 30, "no"):
+        durations = data.char_durations(data.Sentence("de", text), 1.7)
+        assert min(n for n, c in zip(durations, text) if c != " ") > 0.99
+
+
 def test_digits_last_as_long_as_they_are_spoken():
     assert data.n_frames(data.Sentence("en", "It was in 1984.")) == data.n_frames(
         data.Sentence("en", "It was in one nine eight four."))
@@ -86,7 +106,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --batch_size 100000000", "at least 1 and below 100000"),
     ("train --device meta", "device 'meta' cannot be used"),
     ("train --data 1e308*builtin", "--data '1e308*builtin' cannot be used"),
-    ("train --resume --out_dir {0}/features --data en={0}/other.txt", "was trained with "),
+    ("train --resume --seed 7 --out_dir {0}/features", "was trained with --seed 0, not 7; give"),
+    ("train --stepz 5", "unrecognized arguments: --stepz 5; --help lists"),
     ("sample -hello", "a text that begins with - comes after --"),
     ("sample x --guidance nan", "--guidance nan cannot be used"),
     ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
@@ -95,13 +116,13 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
 ])
 def test_flags_that_cannot_be_used(runs, command, words):
-    (runs[0] / "other.txt").write_text("The dog sleeps.\nThe cat sleeps.\nA dog.\n")
     program, *argv = command.format(runs[0]).split()
     before = sorted(runs[0].rglob("*"))
     with pytest.raises(BadInput) as error:
         if program == "train":
             train.main([*FLAGS, "--out_dir", str(runs[0] / "o"), *argv])
-        sample.main([*argv, "--ckpt", str(runs[0] / "features")])
+        else:
+            sample.main([*argv, "--ckpt", str(runs[0] / "features")])
     assert words in str(error.value) and sorted(runs[0].rglob("*")) == before
 
 
@@ -114,7 +135,7 @@ def nan(checkpoint):
     (lambda c: c["config"].update(foo=1), "unexpected keyword argument 'foo'"),
     (lambda c: c["ema"].update(no_text=torch.zeros(1)), "Error(s) in loading"),
     (nan, "weights that are no numbers"),
-    (lambda c: c["origin"].update(weights="0"), "is not the Whisper any more"),
+    (lambda c: c["origin"].update(whisper="0"), "pocket has changed since the checkpoint"),
 ], ids=["step", "config", "field", "shape", "nan", "weights"])
 def test_checkpoints_that_are_none(runs, tmp_path, spoil, words):
     checkpoint = torch.load(runs[0] / "features" / "ckpt.pt", weights_only=True)
@@ -131,6 +152,24 @@ def test_a_language_that_the_checkpoint_never_heard_is_noted(tmp_path, capsys):
     train.main([*argv, "--out_dir", str(tmp_path)])
     sample.main(["Le chien.", "--language", "fr", "--ckpt", str(tmp_path), "--steps", "1"])
     assert "was not trained in 'fr'" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_text_and_the_whisper_that_it_had(tmp_path):
+    text, weights = tmp_path / "t.txt", tmp_path / "w.pt"
+    text.write_text("The dog.\nThe cat.\nThe bird.\nThe cow.\nThe horse.\n")
+    shutil.copy(ROOT / "pocket" / "pocket.pt", weights)
+    argv = [*FLAGS[:-4], "--data", f"en={text}", "--whisper", str(weights), "--out_dir",
+            str(tmp_path / "out"), "--steps", "1"]
+    train.main(argv)
+    with locked(tmp_path / "out"), pytest.raises(BadInput, match="another run writes to"):
+        train.main([*argv, "--resume"])
+    shutil.copy(ROOT / "pocket" / "judge.pt", weights)
+    with pytest.raises(BadInput, match="trained with another whisper"):
+        train.main([*argv, "--resume"])
+    shutil.copy(ROOT / "pocket" / "pocket.pt", weights)
+    text.write_text(text.read_text() + "The fish.\n")
+    with pytest.raises(BadInput, match="trained with another text"):
+        train.main([*argv, "--resume"])
 
 
 def test_flags_are_known_and_repeated(capsys):
@@ -171,13 +210,12 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
             pass
 
 
-def test_training_outlives_its_output():
+def test_a_run_outlives_the_reader_of_its_output(tmp_path):
     read, write = os.pipe()
     os.close(read)
-    stream = Outliving(io.TextIOWrapper(os.fdopen(write, "wb")))
-    for _ in range(3):
-        stream.write("a line\n")
-    stream.flush()
+    done = subprocess.run([sys.executable, "train.py", *FLAGS, "--out_dir", str(tmp_path)],
+                          cwd=ROOT, stdout=write, stderr=write)
+    assert done.returncode == 0 and (tmp_path / "result.txt").exists()
 
 
 @pytest.mark.parametrize("samples, words", [
