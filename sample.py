@@ -65,7 +65,7 @@ def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Senten
 def read_texts(args, whisper) -> list[Sentence]:
     """Texts of the command line, a file or standard input."""
     if args.text_file:
-        language = None if kind(args.text_file) == ".tsv" else args.language
+        language = args.language or (None if kind(args.text_file) == ".tsv" else "en")
         counts, notes = read_file(args.text_file, language, whisper)
         texts = list(counts)
         for note in notes:
@@ -73,7 +73,7 @@ def read_texts(args, whisper) -> list[Sentence]:
     else:
         stdin = sys.stdin.buffer.read() if sys.stdin and not args.text else b""
         lines = args.text or stdin.decode("utf-8-sig").splitlines()
-        texts = [data.make_sentence(x, args.language, whisper) for x in lines if x.strip()]
+        texts = [data.make_sentence(x, args.language or "en", whisper) for x in lines if x.strip()]
     if not texts:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
     return texts
@@ -133,15 +133,15 @@ def check(args, latent: str, n_texts: int) -> None:
     if (args.wav or args.rooms) and latent != "mel":
         raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav and --rooms "
                        "cannot be used; `python train.py --latent mel` makes spectrograms")
-    if args.wav and args.wav.suffix == ".wav" and n_texts > 1:
-        raise BadInput(f"{n_texts} texts cannot be one {args.wav}; give --wav a folder")
+    if args.wav and args.wav.suffix not in ("", ".wav")[: 1 + (n_texts == 1)]:
+        raise BadInput(f"--wav {args.wav} cannot hold {n_texts} texts; FILE.wav one, FOLDER any")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0], "a text that begins with - comes after --; ")
     add = parser.add_argument
     add("text", nargs="*", help="texts; none: from --text_file or standard input")
-    add("--language", default="en", help="of the texts (default: en)")
+    add("--language", help="of the texts (default: en, or as a .tsv says)")
     add("--text_file", type=Path, help="FILE.txt, FILE.tsv; equal lines are read once")
     add("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
     add("--steps", type=int, help="steps of the ODE solver (default: 4)")

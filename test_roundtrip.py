@@ -407,7 +407,8 @@ def test_long_texts_are_spoken_in_pieces_and_in_the_time_asked_for(runs, tmp_pat
     ("sample ... --ckpt {0}/mel/ckpt.pt", "there is no word in it"),
     ("sample x --ckpt {0}/mel/ckpt.pt --steps 0", "--steps must be between 1 and 1000, not 0"),
     ("sample x --ckpt {0}/features/ckpt.pt --wav x.wav", "makes features, which have no sound"),
-    ("sample x y --ckpt {0}/mel/ckpt.pt --wav x.wav", "2 texts cannot be one x.wav"),
+    ("sample x y --ckpt {0}/mel/ckpt.pt --wav x.wav", "--wav x.wav cannot hold 2 texts; FILE"),
+    ("sample x --ckpt {0}/mel/ckpt.pt --wav x.mp3", "--wav x.mp3 cannot hold 1 texts; FILE"),
 ])
 def test_bad_input_is_told_in_one_sentence(runs, command, words):
     contents = {"empty.txt": b"\n", "one.txt": b"One line.\n", "latin.txt": b"one\ncaf\xe9\n",

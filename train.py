@@ -201,20 +201,21 @@ class Run:
                                            (0.9, 0.99), weight_decay=config.weight_decay)
         self.path = Path(config.out_dir) / "ckpt.pt"
 
-    def save(self) -> None:
-        """There is always one whole checkpoint."""
+    def save(self, log: Log) -> None:
+        """There is always one whole checkpoint, and it has the log of its own run."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         states |= dict(step=self.step, rhythm=self.rhythm, origin=self.origin,
                        config=asdict(self.config), model_config=asdict(self.model.config))
         with atomic_write(self.path) as part, open(part, "wb") as file:
             torch.save(states, file)
+            log.keep(self.path)
 
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; BadInput if flags differ that are not FREE, or their files."""
         for name, now in asdict(self.config).items():
             if name not in FREE and (before := checkpoint["config"][name]) != now:
-                raise BadInput(f"{self.path} was trained with --{name} {before}, not {now}; give "
-                               "the same, or another --out_dir")
+                raise BadInput(f"{self.path} was trained with --{name} {before!r}, not {now!r}; "
+                               "give the same, or another --out_dir")
         for name, before in checkpoint["origin"].items():
             if before != self.origin[name]:
                 raise BadInput(f"{self.path} was trained with another {name}, which has changed "
@@ -237,7 +238,7 @@ def load_checkpoint(path: Path) -> dict:
         raise BadInput(f"no checkpoint {path}; `python train.py` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        Config(**checkpoint["config"])
+        checkpoint["config"] = asdict(Config(**checkpoint["config"]))
         with torch.device("meta"):
             model = DiT(DiTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["ema"], assign=True)
@@ -289,8 +290,7 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
             run.step += 1
             is_due = stopped or run.step % config.eval_every == 0 or run.step == config.steps
             if is_due and log:
-                log.keep(run.path)
-                run.save()
+                run.save(log)
                 show_samples(run, held_out)
             if stopped:
                 devices.wait_for_all()  # until it is saved

@@ -59,6 +59,8 @@ class FrozenWhisper:
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
         is_own = self.row_count[self.row_of] == 1  # (V,)
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
+        if not (self.languages and self.rows.isfinite().all()):
+            raise BadInput(f"{name} was never trained: its weights are all alike, or no numbers")
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
     @cached_property

@@ -32,7 +32,8 @@ def choose_device(name: str) -> torch.device:
 
 def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
     """Under torchrun all processes begin to work together -> rank of this one, their number."""
-    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    n_ranks = os.environ.get("WORLD_SIZE", "1")
+    n_ranks = max(1, int(n_ranks)) if n_ranks.isdecimal() else 1
     if batch_size % n_ranks:
         raise BadInput(f"--batch_size {batch_size} cannot be shared by {n_ranks} processes; give a "
                        "multiple of their number")
@@ -91,10 +92,11 @@ def average_gradients(model: torch.nn.Module, stop: bool) -> bool:
 
 @contextmanager
 def catch_interrupts():
-    """A list that Ctrl-C makes longer, so that the step can end and be saved."""
-    stops = []
-    before = signal.signal(signal.SIGINT, lambda *_: stops.append(True))
+    """A list that Ctrl-C and SIGTERM make longer, so that the step can end and be saved."""
+    stops, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda *_: stops.append(True)) for kind in kinds]
     try:
         yield stops
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)

@@ -37,17 +37,23 @@ class Outliving:
 def guard(main: Callable) -> None:
     """Run a command: what the user or the system did wrong becomes one sentence."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):  # neither closed (None) nor a notebook's
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None: closed
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # not a notebook's
             stream.reconfigure(errors="backslashreplace")  # for a console's code page
             setattr(sys, name, Outliving(stream))
     try:
         return main()
-    except (BadInput, UnicodeError) as error:
+    except BadInput as error:
         why = str(error)
+    except UnicodeError as error:
+        why = f"{error}; give UTF-8"
     except OSError as error:
-        why = f"{error.strerror or error}: {str(error.filename)[:100]}" if error.filename else error
-    except (torch.OutOfMemoryError, MemoryError):
+        why = f"{error.strerror}: {str(error.filename)[:100]}" if error.filename else str(error)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+        kinds = MemoryError, torch.OutOfMemoryError
+        if not isinstance(error, kinds) and "allocate memory" not in str(error):
+            raise
         why = ("out of memory; try a smaller --batch_size (also with --resume, if there is a "
                "checkpoint), or begin anew with a smaller --depth")
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, first_line
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -19,6 +19,8 @@ def atomic_write(file: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, file)
+    except RuntimeError as error:  # torch.save's, where the disk is full
+        raise OSError(f"{file} cannot be written ({first_line(error)})") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -26,7 +28,10 @@ def atomic_write(file: Path):
 @contextmanager
 def locked(folder: Path):
     """One run at a time; what a killed one left half-written goes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out_dir {folder} cannot be a folder ({error.strerror})") from error
     lock = os.open(folder, os.O_RDONLY) if flock else None
     try:
         if flock:
@@ -59,7 +64,7 @@ class Log:
         print(step, *(f"{x:.6g}" for x in values), sep=",", file=self.file)
 
     def keep(self, checkpoint: Path) -> None:
-        """To be called before each checkpoint: those of an earlier run become .old, once."""
+        """Call it when a checkpoint is ready: those of an earlier run become .old, once."""
         if self.now != self.path:
             for file in (self.path, checkpoint) if checkpoint.exists() else ():
                 if file.exists():

@@ -4,7 +4,7 @@
 
 DIR/manifest.tsv has lines path<TAB>language<TAB>text; the layout of LJSpeech (English) has
 metadata.csv with lines id|text|text as spoken, and wavs/id.wav. With neither, the frozen Whisper
-writes the text of every .wav and .flac, and is believed where it is sure.
+writes the text of every recording, and is believed where it is sure.
 
 B batch, S characters, T latent frames (20 ms), C latent channels, M mel bins, P positions.
 """
@@ -37,6 +37,7 @@ TEXT_WEIGHT = 0.2  # of the cross-entropy, in the other steps of text
 SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
 MAX_NOTES = 10
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of recordings that no manifest names
 
 Entry = tuple[Path, Sentence | None]  # a recording, and what it says if that is known
 
@@ -57,7 +58,7 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     is_table = (folder / "manifest.tsv").exists()
     manifest = folder / ("manifest.tsv" if is_table else "metadata.csv")
     if not manifest.exists():
-        paths = (path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac"))
+        paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         return [(path, None) for path in sorted(paths)], []
     try:
         lines = manifest.read_text("utf-8-sig").split("\n")
@@ -80,6 +81,8 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
 
 def read_audio(path: Path) -> np.ndarray:
     """What soundfile reads -> 16 kHz, mono, (n,) in [-1, 1]; BadInput if there is nothing."""
+    if not path.is_file():
+        raise BadInput("no audio that can be read (no such file)")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError, TypeError) as error:
@@ -166,6 +169,8 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
                     ) -> tuple[list[Recording], list[str]]:
     """A folder -> recordings of sentences that are neither held out nor like one, notes."""
     entries, notes = read_manifest(folder, whisper)
+    if not entries:
+        raise BadInput(f"{folder} has no recording; {(notes or [', '.join(SUFFIXES)])[0]}")
     encoded = cached(folder, entries, whisper)
     notes += encoded["notes"]
     fields = zip(encoded["sentences"], encoded["x1"], encoded["durations"])

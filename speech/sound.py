@@ -79,7 +79,7 @@ def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:
 def write_samples(path: Path, samples: Tensor) -> None:
     """Samples (n,) -> 16 kHz, 16 bit, one channel; whole or not at all."""
     samples = 32767 * samples / samples.abs().max().clamp(min=1)  # nothing is cut off
-    with atomic_write(path) as part, wave.open(str(part), "wb") as file:
+    with atomic_write(path) as part, open(part, "wb") as out, wave.open(out, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)

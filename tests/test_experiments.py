@@ -18,6 +18,7 @@ import train
 from data import Sentence
 from experiments import benchmark, look, pace, realism, rooms, seeds, student, sweep, utterances
 from plumbing.errors import BadInput
+from plumbing.files import Log
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech.ear import ROOM, VOICE, Ear
 from text.sources import builtin
@@ -40,7 +41,7 @@ def checkpoints(tmp_path_factory):
     for name, kind in train.LATENTS.items():
         config = train.Config(str(tmp_path_factory.mktemp(name)), latent=name, depth=1)
         run = train.Run(config, kind("pocket"))
-        run.save()
+        run.save(Log(run.path.with_name("log.csv"), train.LOG, 0))
         paths[name] = str(run.path)
     return paths
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import tqdm
 
 import data
 import sample
@@ -72,6 +73,7 @@ def test_near_duplicates_of_held_out_sentences_are_not_trained_on():
 
 def test_recordings_like_held_out_sentences_are_not_learned_from(pocket, tmp_path, monkeypatch):
     texts = ["The dog sleeps.", "the dog sleeps", "The cat sleeps."]
+    monkeypatch.setattr(recordings, "read_manifest", lambda *_: ([None] * 3, []))
     monkeypatch.setattr(recordings, "cached", lambda *_: dict(
         sentences=[("en", text) for text in texts], x1=[torch.zeros(9, 2)] * 3,
         durations=[torch.ones(9)] * 3, notes=[]))
@@ -105,6 +107,9 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --depth 2000", "at least 0 and below 65"),
     ("train --batch_size 100000000", "at least 1 and below 100000"),
     ("train --device meta", "device 'meta' cannot be used"),
+    ("train --data en={0}/x.jsonl", "no .jsonl is read; give lines of text"),
+    ("train --data en={0}/a\u2028b.txt", "No such file"),
+    ("train --speed 0.1 --data en={0}/long.txt", "cannot be cut"),
     ("train --data 1e308*builtin", "--data '1e308*builtin' cannot be used"),
     ("train --resume --seed 7 --out_dir {0}/features", "was trained with --seed 0, not 7; give"),
     ("train --stepz 5", "unrecognized arguments: --stepz 5; --help lists"),
@@ -116,7 +121,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
 ])
 def test_flags_that_cannot_be_used(runs, command, words):
-    program, *argv = command.format(runs[0]).split()
+    (runs[0] / "long.txt").write_text("\n".join(c * 60 for c in "abcdefgh"))
+    program, *argv = command.format(runs[0]).replace("\u2028", "\n").split(" ")
     before = sorted(runs[0].rglob("*"))
     with pytest.raises(BadInput) as error:
         if program == "train":
@@ -202,6 +208,8 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     with pytest.raises(OSError), atomic_write(tmp_path / "x") as part:
         part.write_text("half")
         raise OSError("No space left")
+    with pytest.raises(OSError, match="x cannot be written"), atomic_write(tmp_path / "x"):
+        raise RuntimeError("enforce fail at inline_container.cc")  # torch.save on a full disk
     contents = {x.name: x.read_text() for x in tmp_path.iterdir()}
     assert contents == {"log.csv": "step,loss\n0,0.5\n", "ckpt.pt": "now", "log.old": "earlier",
                         "ckpt.old": "earlier"}
@@ -242,13 +250,14 @@ def test_whatever_goes_wrong_is_one_sentence(monkeypatch):
     page = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(sys, "stdout", page)
     monkeypatch.setattr(sys, "stderr", None)  # closed
-    assert guard(lambda: print("dogs, 狗") or 7) == 7
+    assert guard(lambda: print("dogs, 狗", tqdm.tqdm([7]).total) or 7) == 7
     page.flush()
-    assert page.buffer.getvalue() == b"dogs, \\u72d7\n"
+    assert page.buffer.getvalue() == b"dogs, \\u72d7 1\n"
     for error, words in ((KeyboardInterrupt(), "stopped; what is written is whole"),
                          (BadInput("no text"), "no text"), (OSError("No space left"), "No space"),
                          (OSError(36, "Name too long", "a" * 300), "Name too long: a{100}$"),
-                         (torch.OutOfMemoryError(), "try a smaller --batch_size")):
+                         (torch.OutOfMemoryError(), "try a smaller --batch_size"),
+                         (RuntimeError("can't allocate memory"), "out of memory")):
         with pytest.raises(SystemExit, match=words):
             guard(lambda: fail(error))
     with pytest.raises(ZeroDivisionError):  # ours, not the user's

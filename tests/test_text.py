@@ -52,13 +52,13 @@ def test_every_source_gives_the_same_sentences(tmp_path, pocket, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(sources, "TATOEBA", address + "/{0}.tsv.bz2")
-        monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         Server.pages, Server.most = files, 100
         urls = [f"fr={address}/a.txt.gz", f"{address}/c.tsv.bz2", "tatoeba:fr", "tatoeba:French"]
         for url in [*urls, f"fr={address}/missing.txt"]:
             with pytest.raises(BadInput, match="cannot fetch .*; check the address"):
                 load_data([url], pocket)
-        assert not list((tmp_path / "cache").iterdir())  # nothing that is broken stays
+        assert not list((tmp_path / "text_flow_whisper").iterdir())  # nothing that is broken stays
         Server.most = 10**9
         paths = "fr={0}/fr.txt French={0}/a.txt.gz {0}/b.tsv {0}/c.tsv.bz2 fr={0}/bom.txt"
         for source in [*paths.split(), "{0}/folder", *urls]:

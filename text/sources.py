@@ -25,9 +25,9 @@ from plumbing.files import atomic_write
 from text.long import split_long
 from whisper_decoder import FrozenWhisper
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "text_flow_whisper"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGES}
+NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
@@ -37,9 +37,10 @@ Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, note
 
 
 def download(url: str) -> Path:
-    """URL -> its file in CACHE, fetched unless it is there already; whole or not at all."""
+    """URL -> its file in the cache, fetched unless it is there already; whole or not at all."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "text_flow_whisper"
     name = re.sub(r"[^\w.-]", "_", url.split("?")[0].rpartition("/")[2])[-80:]
-    file = CACHE / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
+    file = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
     if file.exists():
         return file
     url = quote(url, safe=":/?&=%#+,;@~[]")
@@ -82,6 +83,8 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     in its last column. Raises BadInput if the file is missing, empty or not UTF-8.
     """
     is_table, counts, left_out = kind(path) == ".tsv", Counter(), defaultdict(list)
+    if kind(path) in NO_TEXT:
+        raise BadInput(f"{path}: no {kind(path)} is read; give lines of text as .txt or .tsv")
     if path.exists() and not is_table and not language:
         raise BadInput(f"{path}: say its language, as in en={path}")
     try:
@@ -129,7 +132,8 @@ def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper,
         except BadInput as error:
             notes.append(str(error))
     if not counts:
-        raise BadInput("; ".join([f"{folder} has no .txt or .tsv that can be used", *notes[:1]]))
+        why = "; ".join([f"{folder} has no .txt or .tsv that can be used", *notes[:1]])
+        raise BadInput(f"{why}; if all are of one language, say it, as in en={folder}")
     return counts, notes
 
 
@@ -154,7 +158,7 @@ def read_pools(sources: Sequence[str], whisper: FrozenWhisper,
     """
     pools, notes = {}, []
     for i, text in enumerate(sources):
-        parts = re.fullmatch(r"(?:([^*]*)\*)?(?:([^=:/*]*)=)?(.*)", text)
+        parts = re.fullmatch(r"(?:([\w.-]*)\*)?(?:([^=:/*]*)=)?(.*)", text, re.DOTALL)
         weight, language, source = parts.groups()
         is_number = weight is None or re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight)
         if not source or not is_number or not 0 < float(weight or 1) < 1e9:
@@ -197,6 +201,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         total = sum(often.values())
         for piece, n in often.items():
             shares[piece] += weight * n / total
+    if too_long and not shares:
+        raise BadInput(too_long[0])
     notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
     notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
     return dict(shares), notes
