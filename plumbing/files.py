@@ -20,7 +20,8 @@ def atomic_write(file: Path):
         yield part
         os.replace(part, file)
     except RuntimeError as error:  # torch.save's, where the disk is full
-        raise OSError(f"{file} cannot be written ({first_line(error)}); is the disk full?") from error
+        why = f"{file} cannot be written ({first_line(error)}); is the disk full?"
+        raise OSError(why) from error
     finally:
         part.unlink(missing_ok=True)
 
