@@ -72,8 +72,8 @@ def read_texts(args, whisper) -> list[Sentence]:
             print(f"note: {note}", file=sys.stderr)
     else:
         stdin = sys.stdin.buffer.read() if sys.stdin and not args.text else b""
-        lines = args.text or stdin.decode("utf-8-sig").splitlines()
-        texts = [data.make_sentence(x, args.language or "en", whisper) for x in lines if x.strip()]
+        lines = args.text or filter(str.strip, stdin.decode("utf-8-sig").splitlines())
+        texts = [data.make_sentence(x, args.language or "en", whisper) for x in lines]
     if not texts:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
     return texts

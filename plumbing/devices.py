@@ -41,6 +41,8 @@ def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if os.environ.get("RANK") == "0":
+        print(f"note: waiting for {n_ranks} processes", flush=True)
     try:
         if not dist.is_initialized():
             dist.init_process_group(timeout=timedelta(days=1))  # while the first downloads

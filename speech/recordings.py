@@ -37,6 +37,7 @@ TEXT_WEIGHT = 0.2  # of the cross-entropy, in the other steps of text
 SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
 MAX_NOTES = 10
+MAX_SECONDS = 3600  # of a recording; a Whisper hears 30
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of recordings that no manifest names
 
 Entry = tuple[Path, Sentence | None]  # a recording, and what it says if that is known
@@ -81,9 +82,11 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
 
 def read_audio(path: Path) -> np.ndarray:
     """What soundfile reads -> 16 kHz, mono, (n,) in [-1, 1]; BadInput if there is nothing."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BadInput("no audio that can be read (no such file)")
     try:
+        if (seconds := soundfile.info(path).duration) > MAX_SECONDS:
+            raise BadInput(f"it lasts {seconds:.0f} s; cut it")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError, TypeError) as error:
         raise BadInput(f"no audio that can be read ({first_line(error)})") from error

@@ -143,7 +143,7 @@ def test_every_bad_recording_is_named(tmp_path, pocket, monkeypatch):
 
 
 def test_folders_that_cannot_be_used(tmp_path, pocket, monkeypatch):
-    for wrong in ("no folder", "no usable recording; it is empty"):
+    for wrong in ("no folder", "has no recording; .wav, .flac"):
         with pytest.raises(BadInput, match=wrong):
             recordings.load_recordings(tmp_path / "speech", pocket)
         (tmp_path / "speech").mkdir(exist_ok=True)
@@ -246,8 +246,9 @@ def test_training_with_recordings_goes_on_where_it_stopped(folder, tmp_path, kin
              "--batch_size", "4", "--steps", "4", "--eval_every", "2", "--eval_sentences", "1",
              "--device", "cpu", "--latent", kind, "--out_dir", str(tmp_path / "out")]
     save, saved, ckpt = train.Run.save, [], tmp_path / "out/ckpt.pt"
-    monkeypatch.setattr(train.Run, "save", lambda run: (
-        save(run), saved.append(run.step), shutil.copy(ckpt, tmp_path / f"step{run.step}.pt")))
+    monkeypatch.setattr(train.Run, "save", lambda run, log: (
+        save(run, log), saved.append(run.step),
+        shutil.copy(ckpt, tmp_path / f"step{run.step}.pt")))
     train.main(flags)
     rows = [row.split(",") for row in (tmp_path / "out/log.csv").read_text().splitlines()]
     is_text = [float(row[rows[0].index("nll")]) > 0 for row in rows[1:]]
