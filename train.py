@@ -242,6 +242,7 @@ def load_checkpoint(path: Path) -> dict:
         with torch.device("meta"):
             model = DiT(DiTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["ema"], assign=True)
+        checkpoint["origin"]["whisper"], data.durations_by(checkpoint["rhythm"])  # or they raise
         if not all(x.isfinite().all() for x in checkpoint["ema"].values()):
             raise ValueError("weights that are no numbers")
         return {name: checkpoint[name] for name in CHECKPOINT}

@@ -141,8 +141,9 @@ def nan(checkpoint):
     (lambda c: c["config"].update(foo=1), "unexpected keyword argument 'foo'"),
     (lambda c: c["ema"].update(no_text=torch.zeros(1)), "Error(s) in loading"),
     (nan, "weights that are no numbers"),
+    (lambda c: c.update(origin={}), "'whisper'"), (lambda c: c.update(rhythm={"x": 1}), "Rhythm"),
     (lambda c: c["origin"].update(whisper="0"), "pocket has changed since the checkpoint"),
-], ids=["step", "config", "field", "shape", "nan", "weights"])
+], ids=["step", "config", "field", "shape", "nan", "origin", "rhythm", "weights"])
 def test_checkpoints_that_are_none(runs, tmp_path, spoil, words):
     checkpoint = torch.load(runs[0] / "features" / "ckpt.pt", weights_only=True)
     spoil(checkpoint)
