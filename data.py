@@ -63,7 +63,7 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
         raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
     if re.search("[\0\ud800-\udfff]", text):
         raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` converts UTF-16")
-    if any(text.startswith(f"{code}\t") for code, *_ in LANGUAGES):
+    if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGES):
         raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
         text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
@@ -111,28 +111,28 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
 # ---- length ----------------------------------------------------------------------------------
 
 
-def char_weights(text: str) -> np.ndarray:
-    """How long characters are said, letters and their marks: 1 (S,)."""
-    weight = dict(L=1.0, M=1.0, N=DIGIT)
-    return np.array([weight.get(unicodedata.category(c)[0], BLANK) for c in strip_unspoken(text)])
+def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
+    """The length rule: frames that each character lasts (S,), a letter at least one; speed 2: half.
 
-
-def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
-    """The length rule: frames that the sentence lasts, at least one a letter; speed 2: half."""
+    Raises BadInput for a speed that is out of range.
+    """
     if not 0.1 <= speed <= 10:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
     language, text = sentence
+    weight = dict(L=1.0, M=1.0, N=DIGIT)  # letters, their marks, digits
+    kinds = [unicodedata.category(c)[0] for c in strip_unspoken(text)]
+    weights = np.array([weight.get(kind, BLANK) for kind in kinds])
     pace = PACE.get(language, DEFAULT_CHARACTERS if language in UNSPACED else DEFAULT_WORDS)
     # A digit is said as a word.
     n_words = sum(max(1, sum(map(str.isdigit, word))) for word in words(text, language))
     seconds = max(n_words / pace, MIN_SECONDS) / speed
-    return math.ceil(max(seconds * FRAMES_PER_SECOND, char_weights(text).sum()))
+    frames = math.ceil(max(seconds * FRAMES_PER_SECOND, weights.sum()))
+    return weights / weights.sum() * frames
 
 
-def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
-    """Frames that each character lasts by the length rule (S,)."""
-    weights = char_weights(sentence.text)
-    return weights / weights.sum() * n_frames(sentence, speed)
+def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
+    """Frames that the sentence lasts by the length rule."""
+    return count_frames(char_durations(sentence, speed))
 
 
 def durations_by(rhythm: dict | None) -> Callable:

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
@@ -222,7 +221,7 @@ class Run:
                                "since; give the same, or another --out_dir")
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
-            getattr(self, name).load_state_dict(checkpoint[name])
+            getattr(self, name).load_state_dict(checkpoint.pop(name))  # training needs the memory
 
     def transcribe_samples(self, sentences: Sequence[data.Sentence], *args) -> list[str]:
         """What the critic reads of the averaged network; args go to `round_trips`."""
@@ -302,6 +301,7 @@ def main(argv=None) -> dict:
     """The run that the flags describe -> its figures."""
     start, config = time.time(), parse_flags(Config, __doc__.splitlines()[0], argv)
     folder, device = Path(config.out_dir), devices.choose_device(config.device)
+    checkpoint = load_checkpoint(folder / "ckpt.pt") if config.resume else None
     rank, n_ranks = devices.start_ranks(device, config.batch_size)
     run_objective, rhythm = objective, None
     with devices.first_rank_first(rank):  # it downloads, and encodes recordings, for all
@@ -316,15 +316,15 @@ def main(argv=None) -> dict:
             steps, run_objective, rhythm, more = recordings.join(steps, held_out, config)
             notes += more
     run = Run(config, whisper, rhythm, shares)
-    if config.resume:
-        run.load(load_checkpoint(run.path))
+    if checkpoint:
+        run.load(checkpoint)
     n_parameters = sum(p.numel() for p in run.model.parameters())
     if rank == 0:
         print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device}; "
               f"{len(training)} sentences to train on, {len(held_out)} held out, in "
               f"{', '.join(run.origin['languages'])}; {n_parameters:,} parameters, checkpoints of "
               f"{16 * n_parameters / 1e6:.0f} MB", sep="\n")
-    with locked(folder) if rank == 0 else nullcontext():
+    with locked(folder, rank):
         train(run, steps, held_out, run_objective, rank, n_ranks)
         devices.stop_ranks()
         if rank > 0:  # the first evaluates alone

@@ -27,8 +27,11 @@ def atomic_write(file: Path):
 
 
 @contextmanager
-def locked(folder: Path):
-    """One run at a time; what a killed one left half-written goes."""
+def locked(folder: Path, rank: int = 0):
+    """One run at a time, by its first process; what a killed one left half-written goes."""
+    if rank > 0:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

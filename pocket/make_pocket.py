@@ -6,7 +6,6 @@
 Everything unfinished is kept in --work_dir. Needs espeak-ng (Debian: `apt-get install espeak-ng`).
 """
 import argparse
-import hashlib
 import io
 import math
 import random
@@ -142,7 +141,7 @@ def speak_all(sentences, variants, seed, work, name, workers=2):
     """All clips of `sentences`, in order, from shards on disk that are made where missing."""
     clips = []
     shards = range(0, len(sentences), SHARD)
-    key = fingerprint(sentences, variants, seed)  # other sentences or voices, other files
+    key = data.fingerprint((sentences, variants, seed))[:8]  # other ones, other files
     with ThreadPoolExecutor(workers) as pool:
         for start in tqdm(shards, desc=f"speaking {name}", unit="shard"):
             path = work / f"{name}_{key}_{start:06d}.npz"
@@ -154,10 +153,6 @@ def speak_all(sentences, variants, seed, work, name, workers=2):
             with np.load(path) as shard:
                 clips += [shard[f"arr_{i}"] for i in range(len(shard.files))]
     return clips
-
-
-def fingerprint(*what):
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
 
 
 def takes(sentence):
@@ -345,7 +340,7 @@ def train(sentences, clips, vocabulary, args):
     """Plain training; the state is saved every 500 steps and picked up again."""
     torch.manual_seed(args.seed)
     model, first = new_model(vocabulary), 0
-    key = fingerprint(sentences, args.seed, args.batch, PHASES)
+    key = data.fingerprint((sentences, args.seed, args.batch, PHASES))[:8]
     state_path = args.work_dir / f"state_{key}.pt"
     ctc_head = torch.nn.Linear(DIMS.n_audio_state, len(vocabulary.used) + 1)
     muon, adamw = optimizers(model, ctc_head)

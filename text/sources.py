@@ -201,10 +201,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         total = sum(often.values())
         for piece, n in often.items():
             shares[piece] += weight * n / total
-    if too_long and not shares:
-        raise BadInput(too_long[0])
     notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
     notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
     if len(shares) < 2:
-        raise BadInput("; ".join([f"{len(shares)} usable sentences are too few", *notes[:1]]))
+        raise BadInput("; ".join([f"{len(shares)} usable sentences are too few", *notes[-1:]]))
     return dict(shares), notes
