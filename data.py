@@ -4,13 +4,14 @@ B batch, S characters, T latent frames, L prompt + text + end tokens, C channels
 """
 import hashlib
 import math
-import re
 import unicodedata
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -23,7 +24,6 @@ HELD_OUT = 0.1  # share of the sentences that training never sees
 FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
 MIN_SECONDS = 0.6
 DIGIT, BLANK = 4.0, 0.5  # how long digits, and blanks and signs, are said; a letter: 1
-MAX_CHARACTERS = 20_000  # of a text
 # All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), words per second
 # (characters in UNSPACED; "-": not known), a sentence. experiments/pace.py measures the pace.
 LANGUAGES = [line.split("\t") for line in
@@ -56,33 +56,9 @@ def key(sentence: Sentence) -> tuple:
     return sentence.language, *letters(sentence.text.lower()).split()
 
 
-def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
-    """Unicode NFC, white space one blank, nothing invisible; BadInput says what cannot be used."""
-    code = whisper.check_language(language)
-    if len(text) > MAX_CHARACTERS:
-        raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
-    if re.search("[\0\ud800-\udfff]", text):
-        raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` converts UTF-16")
-    if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGES):
-        raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
-    if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
-        text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
-    if text.isupper() and " " in text:  # Whisper writes what is said
-        text = re.sub(r"[^\W\d_]", lambda first: first[0].upper(), text.lower(), count=1)
-    text = " ".join(unicodedata.normalize("NFC", text).split())
-    if not any(c.isalnum() for c in text):
-        raise BadInput("there is no word in it")
-    return Sentence(code, text)
-
-
 def hash_share(sentence: Sentence) -> float:
     """A number in [0, 1) that depends on the sentence alone."""
     return int(hashlib.sha256("\t".join(sentence).encode()).hexdigest()[:12], 16) / 16**12
-
-
-def fingerprint(things: object) -> str:
-    """It changes with what their `repr` says."""
-    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
@@ -111,6 +87,7 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
 # ---- length ----------------------------------------------------------------------------------
 
 
+@lru_cache(2**16)  # asked for wherever a length is needed; nobody changes the array
 def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     """The length rule: frames that each character lasts (S,), a letter at least one; speed 2: half.
 
@@ -152,36 +129,41 @@ def characters(text: str) -> Tensor:
     for c in strip_unspoken(text):  # one character a row: some, like "İ", have two in lower case
         # The UTF-8 bytes of its lower case, each by its place, and whether it is a capital.
         numbers = [1 + 256 * i + byte for i, byte in enumerate(c.lower()[0].encode())]
-        is_capital = 256 * BYTES + 1 + (c != c.lower())
+        is_capital = (256 * BYTES + 1) * (c != c.lower())
         rows.append([*numbers, *[0] * (BYTES - len(numbers)), is_capital])
     return torch.tensor(rows)
 
 
-def char_tokens(text: str, language: str, whisper: FrozenWhisper) -> Tensor:
-    """The token in which each character of `characters` begins (S,)."""
-    tokens = whisper.encode(text, language)
-    encoding = whisper.tokenizer("en").encoding  # the same for all languages
-    of_byte = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]
-    n_bytes = [len(c.encode()) for c in strip_unspoken(text)]
-    # The first token may hold a blank more than the text.
-    starts = len(of_byte) - sum(n_bytes) + np.cumsum([0, *n_bytes[:-1]])
-    return torch.tensor(of_byte)[starts]
-
-
-def align(durations: np.ndarray, frames: int) -> Tensor:
-    """How long characters last (S,), in any unit -> where in the text each frame is (T,).
+def spell(text: str, language: str, whisper: FrozenWhisper) -> tuple[Tensor, np.ndarray]:
+    """The token in which each character begins (S,), where in the text the middle of each token is.
 
     2.5 is the middle of the third character.
     """
+    tokens = whisper.encode(text, language)
+    encoding = whisper.tokenizer("en").encoding  # the same for all languages
+    token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
+    char_ends = np.cumsum([0, *(len(c.encode()) for c in strip_unspoken(text))])
+    token_ends -= token_ends[-1] - char_ends[-1]  # the first may hold a blank more than the text
+    middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, char_ends, range(len(char_ends)))
+    of_char = np.searchsorted(token_ends, char_ends[:-1], side="right")
+    return torch.tensor(tokens)[of_char], middles
+
+
+def align(durations: np.ndarray, frames: int, middles: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Where in the text each frame is (T,), and the frame of each token's middle (N,).
+
+    From how long characters last (S,), in any unit, and `spell`'s middles of tokens (N,).
+    """
     ends = np.cumsum([0, *durations]) / np.sum(durations) * frames
-    where = np.interp(np.arange(frames) + 0.5, ends, np.arange(len(ends)))
-    return torch.from_numpy(where).float()
+    where = np.interp(np.arange(frames) + 0.5, ends, range(len(ends)))
+    return torch.tensor(where).float(), torch.tensor(np.interp(middles, range(len(ends)), ends))
 
 
 class Batch(NamedTuple):
     sentences: list[Sentence]
     cond: dict[str, Tensor]  # what model.DiT takes; before `to`, numbers of tokens (B, S), (B,)
     targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
+    token_frames: Tensor  # (B, L) the frame in the middle of each text token, -1 for others
     x1: Tensor | None = None  # (B, T, C) of recordings
 
     @property
@@ -195,14 +177,15 @@ class Batch(NamedTuple):
         part = slice(rank, None, n_ranks)
         cond = {name: x[part] for name, x in self.cond.items()}
         x1 = None if self.x1 is None else self.x1[part]
-        return Batch(self.sentences[part], cond, self.targets[part], x1)
+        return Batch(self.sentences[part], cond, self.targets[part], self.token_frames[part], x1)
 
     def to(self, whisper: FrozenWhisper) -> "Batch":
         """On the decoder's device, with Whisper's embeddings in place of token numbers; once."""
         cond = {name: x.to(whisper.device) for name, x in self.cond.items()}
         cond |= {name: whisper.embed(cond[name]) for name in ("tokens", "language")}
         x1 = None if self.x1 is None else self.x1.to(whisper.device).float()
-        return Batch(self.sentences, cond, self.targets.to(whisper.device), x1)
+        targets = (x.to(whisper.device) for x in (self.targets, self.token_frames))
+        return Batch(self.sentences, cond, *targets, x1)
 
 
 def count_frames(durations: np.ndarray) -> int:
@@ -215,15 +198,19 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
     frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # longer: faster
+    tokens, middles = zip(*(spell(*item, whisper) for item in zip(texts, codes)))
+    alignment, token_frames = zip(*map(align, durations, frames, middles))
+    token_frames = [F.pad(x.float(), (whisper.n_prompt, 1), value=-1) for x in token_frames]
     cond = dict(
         chars=pad_sequence([characters(text) for text in texts], True),
-        tokens=pad_sequence([char_tokens(*item, whisper) for item in zip(texts, codes)], True),
-        alignment=pad_sequence([align(d, n) for d, n in zip(durations, frames)], True),
+        tokens=pad_sequence(tokens, True),
+        alignment=pad_sequence(alignment, True),
         frames=torch.tensor(frames),
         language=torch.tensor([whisper.language_token(code) for code in codes]),
         drop=torch.zeros(len(texts), dtype=torch.bool),
     )
     return Batch(list(sentences), cond, whisper.target_tokens(texts, codes),
+                 pad_sequence(token_frames, True, padding_value=-1),
                  None if x1 is None else pad_sequence(x1, True))
 
 

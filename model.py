@@ -92,7 +92,7 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """model(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
 
-    cond["chars"]     (B, S, BYTES + 1)  ids of its UTF-8 bytes and of its case, 0: none
+    cond["chars"]     (B, S, BYTES + 1)  ids of its UTF-8 bytes, and of capitals, 0: none
     cond["tokens"]    (B, S, E)          Whisper's own embedding of the token of each character
     cond["alignment"] (B, T)             where in the text each frame is: 2.5, amid the third one
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
@@ -106,7 +106,7 @@ class DiT(nn.Module):
         width, patch = config.width, config.patch
         self.latent_in = nn.Linear(patch * config.channels, width)
         self.token_in = nn.Linear(config.embedding, width)
-        self.char_in = nn.Embedding(1 + 256 * BYTES + 2, width, padding_idx=0)  # none, bytes, case
+        self.char_in = nn.Embedding(2 + 256 * BYTES, width, padding_idx=0)  # none, bytes, capital
         self.char_conv = nn.Conv1d(width, width, 9, padding=4)  # a character and its neighbours
         self.phase_in = nn.Linear(2, width)  # how far a character has come
         self.order_in = nn.Linear(patch * width, width, bias=False)

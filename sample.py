@@ -25,10 +25,11 @@ from plumbing.errors import BadInput, guard
 from plumbing.files import atomic_write
 from plumbing.flags import Parser
 from speech.sound import another_voice, pace, write_wav
+from text.error_rates import error_rates
 from text.long import join, split_long
-from text.sources import kind, read_file
+from text.sources import kind, make_sentence, read_file
 from train import LATENTS, RoundTrip, generate, load_checkpoint, round_trips
-from whisper_decoder import FrozenWhisper, error_rates
+from whisper_decoder import FrozenWhisper
 
 SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # see FrozenWhisper.transcribe
 
@@ -68,12 +69,11 @@ def read_texts(args, whisper) -> list[Sentence]:
         language = args.language or (None if kind(args.text_file) == ".tsv" else "en")
         counts, notes = read_file(args.text_file, language, whisper)
         texts = list(counts)
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
     else:
         stdin = sys.stdin.buffer.read() if sys.stdin and not args.text else b""
         lines = args.text or filter(str.strip, stdin.decode("utf-8-sig").splitlines())
-        texts = [data.make_sentence(x, args.language or "en", whisper) for x in lines]
+        texts = [make_sentence(x, args.language or "en", whisper) for x in lines]
     if not texts:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
     return texts

@@ -32,7 +32,8 @@ from model import REACH, DiT, DiTConfig
 from plumbing.errors import BadInput
 from pocket.clips import spoken_clips
 from speech.ear import Ear, Room, room_of_step
-from whisper_decoder import FrozenWhisper, error_rates
+from text.error_rates import error_rates
+from whisper_decoder import FrozenWhisper
 
 ROOT = Path(train.__file__).parent
 SENTENCES = [Sentence("en", "The dog sleeps."), Sentence("zh", "老师在教室里吃饺子。"),
@@ -234,12 +235,13 @@ def test_objective_is_its_formula_and_trains_the_whole_flow_and_no_whisper(criti
     model, batch = network(critic), batch_of(critic)
     x0, t, drop = data.noise(batch, critic.channels, 0), torch.rand(4), torch.arange(4) > 1
     room = Room(0.0, torch.Generator())
-    loss, nll, cfm = train.objective(model, critic, batch, x0, t, drop, room, 0.3)
+    loss, nll, cfm = train.objective(model, critic, batch, x0, t, drop, room, 0.3, 5.0)
     names, parameters = zip(*model.named_parameters())
     found = torch.autograd.grad(loss, parameters)
     assert all(g.abs().sum() > 0 for g in found), [n for n, g in zip(names, found) if not g.any()]
     x1 = model(x0, torch.zeros(4), batch.cond)
-    expected = critic.text_loss(x1, batch.cond["frames"], batch.targets).mean()
+    nll, stray = critic.text_loss(x1, batch.cond["frames"], batch.targets, batch.token_frames)
+    expected = nll.mean() + 5 * stray.mean()
     target, s = x1.detach(), t[:, None, None]
     x1_hat = model((1 - s) * x0 + s * target, t, batch.cond | dict(drop=drop))
     for x, y, n in zip(x1_hat, target, batch.cond["frames"]):
@@ -283,21 +285,47 @@ def test_nll_is_the_full_softmax(pocket, monkeypatch):
     said = targets[:, 1:].clone()
     said[:, 1 : n_prompt - 1] = -1  # of the prompt only the language is said by the speech
     plain = F.cross_entropy(logits.transpose(1, 2), said, ignore_index=-1, reduction="none")
-    plain, nll = plain.sum(1) / (said >= 0).sum(1), pocket.nll(features, targets)
+    nll = pocket.nll(pocket.read(features, targets)[0], targets)
+    plain = plain.sum(1) / (said >= 0).sum(1)
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])
     close(*(torch.autograd.grad(weight @ x, features)[0] for x in (nll, plain)), atol=1e-4)
 
 
+def test_silence_is_attended_as_if_it_stood_behind_the_speech(pocket):
+    batch = batch_of(pocket)
+    frames, targets = batch.cond["frames"], batch.targets
+    x1 = data.noise(batch, pocket.channels, 0).requires_grad_()
+    nll, _ = pocket.text_loss(x1, frames, targets, batch.token_frames)
+    plain = pocket.nll(pocket.read(pocket.features(x1, frames), targets)[0], targets)
+    close(nll, plain)
+    weight = torch.tensor([1.0, 2, 3, 4])
+    close(*(torch.autograd.grad(weight @ x, x1)[0] for x in (nll, plain)))
+
+
+def test_stray_is_attention_far_from_the_token():
+    frames = torch.tensor([[-1, 20, 60, -1], [-1, 30, -1, -1.0]])  # of an end token and padding: -1
+    attention = F.one_hot(torch.tensor([[20, 60, 0], [90, 0, 0]]), 100).float()
+    near = math.exp(-((40 / whisper_decoder.NEAR) ** 2) / 2)
+    close(whisper_decoder.stray(attention, frames), torch.tensor([0, 1.0]))
+    attention[0, 0] = (attention[0, 0] + attention[0, 1]) / 2
+    close(whisper_decoder.stray(attention, frames)[0], torch.tensor((1 - near) / 4))
+
+
 # ---- training --------------------------------------------------------------------------------
+
+
+@functools.cache  # several files import the fixture
+def train_both(folder: Path) -> dict:
+    return {latent: train.main([*FLAGS, "--latent", latent, "--out_dir", str(folder / latent)])
+            for latent in train.LATENTS}
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A folder with a run of six steps of each latent, their figures."""
-    folder = tmp_path_factory.mktemp("runs")
-    return folder, {latent: train.main([*FLAGS, "--latent", latent, "--out_dir",
-                                        str(folder / latent)]) for latent in train.LATENTS}
+    folder = tmp_path_factory.getbasetemp() / "runs"
+    return folder, train_both(folder)
 
 
 def log_of(folder: Path, name: str = "log.csv") -> list[list[str]]:

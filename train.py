@@ -3,9 +3,8 @@
     python train.py                     # minutes on a laptop, offline, with the embedded decoder
     python train.py --latent mel        # spectrograms: the whole of Whisper hears them, in rooms
     python train.py --data fr=livre.txt builtin --whisper tiny
-    python train.py --resume            # go on where Ctrl-C stopped it
+    python train.py --resume            # go on where Ctrl-C stopped it; --help lists all flags
     torchrun --nproc_per_node=4 train.py --batch_size 96        # several GPUs
-    python train.py --help              # every field of Config is a flag
 """
 import copy
 import math
@@ -28,13 +27,14 @@ from flow import Solver
 from model import DiT, DiTConfig
 from plumbing import devices
 from plumbing.errors import BadInput, first_line, guard
-from plumbing.files import Log, atomic_write, locked
+from plumbing.files import Log, atomic_write, fingerprint, locked
 from plumbing.flags import check_flags, flag, parse_flags
 from plumbing.report import report
 from pocket.clips import real_speech_cer
 from speech.ear import Ear, Room, room_of_step
+from text.error_rates import error_rates
 from text.sources import load_data
-from whisper_decoder import DecodingResult, FrozenWhisper, error_rates
+from whisper_decoder import DecodingResult, FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
@@ -63,6 +63,7 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
     ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     flow_weight: float = flag(0.3, "weight of the flow loss", 0)
+    attention_weight: float = flag(10.0, "of guided attention; it fades in the first third", 0)
     drop_text: float = flag(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
@@ -80,16 +81,16 @@ class Config:
 
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
-              room: Room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+              room: Room, flow_weight: float, attention_weight: float) -> tuple[Tensor, ...]:
     """The loss of a step; the cross-entropy and the flow loss of its items, (), (B,), (B,)."""
     # One solver step makes x1 of noise and text; the frozen Whisper reads it.
     x1 = model(x0, torch.zeros_like(t), batch.cond)
-    nll = critic.text_loss(x1, batch.cond["frames"], batch.targets, room)
+    nll, stray = critic.text_loss(x1, batch.cond["frames"], batch.targets, batch.token_frames, room)
     # Every t learns to point there, so that any number of steps may be taken afterwards: pairs
     # that the model made itself, as in reflow (Liu et al. 2022, arXiv 2209.03003).
     cond = batch.cond | dict(drop=drop)  # some without their text, for guidance
     cfm = flow.cfm_loss(model, x0, x1.detach(), t, cond, batch.mask)
-    return nll.mean() + flow_weight * cfm.mean(), nll, cfm
+    return nll.mean() + attention_weight * stray.mean() + flow_weight * cfm.mean(), nll, cfm
 
 
 def draw_noise(batch: data.Batch, channels: int, drop_text: float,
@@ -192,7 +193,7 @@ class Run:
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, bound=whisper.bound)
         self.config, self.whisper, self.step, self.rhythm = config, whisper, 0, rhythm
         self.durations = data.durations_by(rhythm)
-        self.origin = dict(whisper=whisper.fingerprint, text=data.fingerprint((shares, rhythm)),
+        self.origin = dict(whisper=whisper.fingerprint, text=fingerprint((shares, rhythm)),
                            languages=sorted({s.language for s in shares or ()}))
         self.model = DiT(shape).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -268,9 +269,10 @@ def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
+            fading = max(0, 1 - 3 * run.step / config.steps)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, nll, cfm = objective(run.model, whisper, batch, x0, t, drop, room,
-                                           config.flow_weight)
+                                           config.flow_weight, config.attention_weight * fading)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stopped = devices.average_gradients(run.model, bool(stops))
@@ -330,10 +332,8 @@ def main(argv=None) -> dict:
         if rank > 0:  # the first evaluates alone
             return {}
         rates = evaluate(run, held_out)
-        result = dict(device=device, seconds=time.time() - start, steps=run.step,
-                      parameters=n_parameters, **rates)
-        report(result, folder / "result.txt")
-    return result
+        return report(dict(device=device, seconds=time.time() - start, steps=run.step,
+                           parameters=n_parameters, **rates), folder / "result.txt")
 
 
 if __name__ == "__main__":

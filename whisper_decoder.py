@@ -1,4 +1,4 @@
-"""The frozen Whisper: tokens, latents and features, cross-entropy, greedy decoding, error rates.
+"""The frozen Whisper: tokens, latents and features, cross-entropy, greedy decoding.
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
 and variance 1, as N(0, I) has; the decoder reads it.
@@ -8,32 +8,31 @@ A critic, this or speech/ear.py's, has `channels`, `bound`, `speed_range`, `late
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V vocabulary.
 """
-import hashlib
 import re
 from dataclasses import replace
-from functools import cache, cached_property
-from pathlib import Path
-from typing import NamedTuple, Sequence
+from functools import cached_property
+from typing import Sequence
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult
-from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
-from plumbing.errors import BadInput, first_line
+from plumbing.errors import BadInput
+from plumbing.files import fingerprint
+from plumbing.weights import load_whisper
 
-POCKET = Path(__file__).parent / "pocket" / "pocket.pt"
 # Signs that `whisper.decode` never writes (suppress_tokens), and those that part words besides.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]"""
 PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
+NEAR = 12  # frames: how far attention may be from the middle of its token, a standard deviation
 CHUNK = 512  # targets whose logits are in memory at once; all would be a step's largest tensor
 
 
@@ -61,6 +60,7 @@ class FrozenWhisper:
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         if not (self.languages and self.rows.isfinite().all()):
             raise BadInput(f"{name} was never trained: its weights are all alike, or no numbers")
+        self.heads = self.model.alignment_heads.to_dense().float()  # (layers of the decoder, H)
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
     @cached_property
@@ -71,10 +71,17 @@ class FrozenWhisper:
             return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
     @cached_property
+    def silence_keys(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the silence in each layer of the decoder, (P, E) twice."""
+        with torch.autocast(self.device.type, enabled=False):
+            return [(block.cross_attn.key(self.silence), block.cross_attn.value(self.silence))
+                    for block in self.model.decoder.blocks]
+
+    @cached_property
     def fingerprint(self) -> str:
         """It changes with the weights, the first 1,000 of each tensor."""
         first = torch.cat([p.flatten()[:1000].float().cpu() for p in self.model.parameters()])
-        return hashlib.sha256(first.numpy().tobytes()).hexdigest()[:16]
+        return fingerprint(first.numpy().tobytes())
 
     def check_language(self, language: str) -> str:
         """A code or English name -> the code; BadInput if this checkpoint does not know it."""
@@ -138,38 +145,59 @@ class FrozenWhisper:
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
 
-    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
-                  room: object = None) -> Tensor:
-        """`nll` of x1, alike in any room, (B, T, C), (B,), (B, L) -> (B,)."""
-        return self.nll(self.features(x1, frames), targets)
+    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor, token_frames: Tensor,
+                  room: object = None) -> tuple[Tensor, Tensor]:
+        """How hard the text is to read in x1 (B, T, C), alike in any room -> `nll`, `stray`."""
+        speech = self.model.encoder.ln_post(x1.float())
+        x, attention = self.read(speech, targets, frames)
+        return self.nll(x, targets), stray(attention, token_frames)
 
-    def nll(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Teacher-forced cross-entropy of language and text, nats per token, -> (B,).
+    def read(self, features: Tensor, targets: Tensor,
+             frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The decoder, teacher forced: its states (B, L - 1, E), where it attends (B, L - 1, T).
 
-        Features (B, any number, E), targets (B, L). Speech shows its language: without that token a
-        flow speaks Mandarin that Whisper takes for German.
+        Features (B, T, E). With frames (B,), silence up to the official window stands behind them.
+        It attends by its alignment heads, which tell `whisper.transcribe` the times of words.
         """
-        decoder, inputs = self.model.decoder, targets[:, :-1].clamp(min=0)
+        decoder, inputs, attention = self.model.decoder, targets[:, :-1].clamp(min=0), 0
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
-        for block in decoder.blocks:
-            x = block(x, features, mask=decoder.mask)
+        for i, (block, heads) in enumerate(zip(decoder.blocks, self.heads)):
+            silence = None if frames is None else self.silence_keys[i]
+            x = x + block.attn(block.attn_ln(x), mask=decoder.mask)[0]
+            y, weights = attend(block.cross_attn, block.cross_attn_ln(x), features, frames, silence)
+            x = x + y
+            x = x + block.mlp(block.mlp_ln(x))
+            attention = attention + torch.einsum("bhlt,h->blt", weights, heads)
+        return decoder.ln(x), attention / self.heads.sum()
+
+    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of language and text, nats per token, (B, L - 1, E), (B, L) -> (B,).
+
+        Speech shows its language: without that token a flow speaks Mandarin that Whisper takes for
+        German.
+        """
         mask = targets[:, 1:] >= 0  # position i predicts token i + 1
         mask[:, : self.n_prompt - 1] = False
         mask[:, 0] = self.model.is_multilingual  # <|startoftranscript|> predicts the language
-        x = decoder.ln(x[mask]).float()  # (all predicted tokens, E)
-        rows = self.row_of[targets[:, 1:][mask]]
-        parts = [checkpoint(self.token_nll, *part, use_reentrant=False)
-                 for part in zip(x.split(CHUNK), rows.split(CHUNK))]
-        nll = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, torch.cat(parts))
+        rows = self.row_of[targets[:, 1:][mask]]  # (all predicted tokens,)
+        parts = zip(x[mask].float().split(CHUNK), rows.split(CHUNK))
+        nll = torch.cat([self.token_nll(*part) for part in parts])
+        nll = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, nll)
         return nll.sum(1) / mask.sum(1)
 
     def token_nll(self, x: Tensor, rows: Tensor) -> Tensor:
-        """-log softmax over V tokens, (N, E), (N,) -> (N,): k equal rows weigh k exp(logit)."""
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
-            log_count = self.row_count.log()
-            logits = x @ self.rows.T + log_count
+        """-log softmax over V tokens, (N, E), (N,) -> (N,): k equal rows weigh k exp(logit).
+
+        Its gradient is taken at once, so that no logits (N, V) are kept and none computed twice.
+        """
+        # bf16 would round small losses away.
+        with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
+            leaf, log_count = x.detach().requires_grad_(), self.row_count.log()
+            logits = leaf @ self.rows.T + log_count
             # The target is one of its k equal rows.
-            return F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
+            nll = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
+            gradient, = torch.autograd.grad(nll.sum(), leaf)
+        return nll.detach() + ((x - leaf.detach()) * gradient).sum(1)  # x - leaf is 0
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
@@ -186,62 +214,46 @@ class FrozenWhisper:
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
 
 
-def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
-    """`whisper.load_model`, with one clear sentence, a BadInput, where it fails."""
-    names = ["pocket", *whisper.available_models()]
-    if name not in names and not Path(name).is_file():
-        raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
-    try:
-        model = whisper.load_model(str(POCKET) if name == "pocket" else name, "cpu")
-    except Exception as error:  # whatever the download, torch.load and the constructor raise
-        hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
-                "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
-        raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); {hint}") from error
-    if device.type == "mps":  # has no sparse tensors; only word times need these
-        model.alignment_heads = model.alignment_heads.to_dense()
-    return model.to(device)
+def attend(attention: nn.Module, x: Tensor, speech: Tensor, frames: Tensor | None,
+           silence: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Whisper's cross-attention, (B, L, E), (B, T, E) -> (B, L, E), its weights (B, H, L, T).
+
+    With frames (B,), silence stands behind them. It is the same in every item and step, so its keys
+    and values are given, (P, E) each: the scores of speech and silence stand side by side in one
+    softmax, which is exact, and much cheaper than keys and values of B times P frames.
+    """
+    heads = lambda x: x.unflatten(-1, (attention.n_head, -1)).transpose(-3, -2)  # noqa: E731
+    q, k, v = map(heads, (attention.query(x), attention.key(speech), attention.value(speech)))
+    q, n = q / q.shape[-1] ** 0.5, speech.shape[1]
+    scores = q @ k.mT
+    if silence:
+        shortest = int(frames.min())
+        silent_k, silent_v = (heads(x[shortest:]) for x in silence)  # (H, P - shortest, E/H)
+        is_speech = torch.arange(len(silence[0]), device=x.device) < frames[:, None]
+        is_seen = torch.cat([is_speech[:, :n], ~is_speech[:, shortest:]], 1)[:, None, None]
+        scores = torch.cat([scores, torch.einsum("bhld,hpd->bhlp", q, silent_k)], 3)
+        scores = scores.masked_fill(~is_seen, -torch.inf)
+    weights = scores.softmax(3)
+    y = weights[..., :n] @ v
+    if silence:
+        y = y + torch.einsum("bhlp,hpd->bhld", weights[..., n:], silent_v)
+    return attention.out(y.transpose(1, 2).flatten(2)), weights[..., :n]
+
+
+def stray(attention: Tensor, token_frames: Tensor) -> Tensor:
+    """Which share of attention is far from the frames of its token, (B, L - 1, T), (B, L) -> (B,).
+
+    Guided attention, Tachibana et al. 2018 (arXiv 1710.08969). Without it a flow begins by saying
+    one sentence, whatever the text, and an official decoder, which guesses well, lets it.
+    """
+    token_frames = token_frames[:, 1:]
+    distance = torch.arange(attention.shape[2], device=attention.device) - token_frames[..., None]
+    near = torch.exp(-((distance / NEAR) ** 2) / 2)
+    mask = token_frames >= 0  # of text tokens
+    return ((1 - (attention * near).sum(2)) * mask).sum(1) / mask.sum(1)
 
 
 def strip_unspoken(text: str) -> str:
     """A text without the signs that `whisper.decode` never writes."""
     text = re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text))
     return " ".join(re.sub(r"(?<!\S)[-']+", "", text).split())  # nor these before a word
-
-
-@cache
-def normalizer(language: str):
-    """Whisper's own: lower case, no punctuation; in English also one spelling, digits."""
-    return (EnglishTextNormalizer() if language == "en" else
-            BasicTextNormalizer(split_letters=language in UNSPACED))
-
-
-def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:
-    """Levenshtein distance: fewest insertions, deletions and substitutions."""
-    row = list(range(len(hypothesis) + 1))
-    for i, expected in enumerate(reference, 1):
-        previous, row = row, [i]
-        for j, token in enumerate(hypothesis):
-            row.append(min(row[j] + 1, previous[j + 1] + 1, previous[j] + (expected != token)))
-    return row[-1]
-
-
-class ErrorRates(NamedTuple):
-    cer: float  # character error rate: edits / characters of the references
-    wer: float  # word error rate; in languages without spaces a character is a word
-    exact: float  # share of texts that come back letter by letter, punctuation included
-
-
-def error_rates(sentences: Sequence[tuple[str, str]],  # (language, text)
-                hypotheses: Sequence[str]) -> ErrorRates:
-    """Corpus error rates after Whisper's normaliser, as fractions (above 1 if too much is read)."""
-    edits, total, exact = np.zeros(2), np.zeros(2), 0
-    for (language, reference), hypothesis in zip(sentences, hypotheses, strict=True):
-        reference = strip_unspoken(reference)  # what it was asked to write
-        exact += reference == hypothesis
-        ref, hyp = (normalizer(language)(text).split() for text in (reference, hypothesis))
-        space = "" if language in UNSPACED else " "
-        letters = space.join(ref)
-        edits += edit_distance(letters, space.join(hyp)), edit_distance(ref, hyp)
-        total += len(letters), len(ref)
-    cer, wer = edits / np.maximum(total, 1)
-    return ErrorRates(float(cer), float(wer), exact / max(len(sentences), 1))

@@ -113,7 +113,8 @@ def measure_training(name: str, bf16: bool, args) -> None:
         noise = train.draw_noise(batch, whisper.channels, config.drop_text, rng)
         room = room_of_step(config.steps, config.steps, rng)
         with autocast:
-            loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight)
+            loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight,
+                                       config.attention_weight)
         loss.backward()
         run.optimizer.step()
         run.optimizer.zero_grad()

@@ -1,4 +1,5 @@
 """Files are whole or not there, an earlier run's are kept, and a run has its folder alone."""
+import hashlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,11 @@ try:
     from fcntl import LOCK_EX, LOCK_NB, flock
 except ImportError:  # Windows
     flock = None
+
+
+def fingerprint(things: object) -> str:
+    """It changes with what their `repr` says."""
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
 
 @contextmanager

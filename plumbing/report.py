@@ -12,8 +12,8 @@ def block(result: dict) -> str:
                    for key, value in result.items())
 
 
-def report(result: dict, path: Path) -> None:
-    """Print a block of lines, and write it; of over eight languages print the worst five only."""
+def report(result: dict, path: Path) -> dict:
+    """Print a block of lines and write it; of over eight languages print the worst five only."""
     shown = dict(result)
     for steps in (1, 4):
         cers = {key: v for key, v in result.items() if key.startswith(f"val_cer_{steps}step_")}
@@ -25,3 +25,4 @@ def report(result: dict, path: Path) -> None:
     print(block(shown), end="")
     with atomic_write(path) as part:
         part.write_text(block(result))
+    return result

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data import Sentence
-from whisper_decoder import FrozenWhisper, error_rates
+from text.error_rates import error_rates
+from whisper_decoder import FrozenWhisper
 
 SPEECH = Path(__file__).parent / "speech.npz"
 

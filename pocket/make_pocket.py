@@ -32,12 +32,14 @@ HERE = Path(__file__).resolve().parent
 SENTENCES, SPEECH = HERE / "sentences", HERE / "speech.npz"
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
-from plumbing.files import atomic_write  # noqa: E402
+from plumbing.files import atomic_write, fingerprint  # noqa: E402
+from plumbing.weights import POCKET  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
+from text.error_rates import error_rates  # noqa: E402
 from text.sources import builtin  # noqa: E402
-from whisper_decoder import POCKET, UNSPACED, FrozenWhisper, error_rates  # noqa: E402
+from whisper_decoder import UNSPACED, FrozenWhisper  # noqa: E402
 
 DIMS = ModelDimensions(
     n_mels=80, n_audio_ctx=256, n_audio_state=128, n_audio_head=4, n_audio_layer=3,
@@ -141,7 +143,7 @@ def speak_all(sentences, variants, seed, work, name, workers=2):
     """All clips of `sentences`, in order, from shards on disk that are made where missing."""
     clips = []
     shards = range(0, len(sentences), SHARD)
-    key = data.fingerprint((sentences, variants, seed))[:8]  # other ones, other files
+    key = fingerprint((sentences, variants, seed))[:8]  # other ones, other files
     with ThreadPoolExecutor(workers) as pool:
         for start in tqdm(shards, desc=f"speaking {name}", unit="shard"):
             path = work / f"{name}_{key}_{start:06d}.npz"
@@ -340,7 +342,7 @@ def train(sentences, clips, vocabulary, args):
     """Plain training; the state is saved every 500 steps and picked up again."""
     torch.manual_seed(args.seed)
     model, first = new_model(vocabulary), 0
-    key = data.fingerprint((sentences, args.seed, args.batch, PHASES))[:8]
+    key = fingerprint((sentences, args.seed, args.batch, PHASES))[:8]
     state_path = args.work_dir / f"state_{key}.pt"
     ctc_head = torch.nn.Linear(DIMS.n_audio_state, len(vocabulary.used) + 1)
     muon, adamw = optimizers(model, ctc_head)

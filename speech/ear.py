@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_decoder import FrozenWhisper
+from whisper_decoder import FrozenWhisper, stray
 
 MEL_STD = 0.5  # standard deviation of Whisper's log-mel in speech, about
 SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise the official window
@@ -77,9 +77,9 @@ class Ear(FrozenWhisper):
         """What the decoder sees in the official window, (B, T, M), (B,) -> (B, P, E)."""
         return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))
 
-    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor,
-                  room: Room | None = None) -> Tensor:
-        """How hard the text is to read where the encoder hears x1 in a random room, -> (B,).
+    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor, token_frames: Tensor,
+                  room: Room | None = None) -> tuple[Tensor, Tensor]:
+        """How hard the text is to read where the encoder hears x1 in a random room, -> nll, stray.
 
         The window is hardly longer than the speech, which begins after a short random delay.
         """
@@ -87,9 +87,11 @@ class Ear(FrozenWhisper):
         mel = self.spectrogram(x1, frames, window)
         if room and room.amount:
             spare = min(2 * (window - x1.shape[1]), 24)  # hops of silence that may stand in front
-            shift = torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device)
-            mel = random_room(mel.roll(int(shift), 2), room)  # only silence comes round
-        return self.nll(self.features_of_mel(mel), targets)
+            shift = int(torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device))
+            mel = random_room(mel.roll(shift, 2), room)  # only silence comes round
+            token_frames = torch.where(token_frames < 0, token_frames, token_frames + shift / 2)
+        x, attention = self.read(self.features_of_mel(mel), targets)
+        return self.nll(x, targets), stray(attention, token_frames)
 
 
 def smooth(mel: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ import data
 import flow
 from data import Sentence
 from plumbing.errors import BadInput, first_line
-from plumbing.files import atomic_write
+from plumbing.files import atomic_write, fingerprint
 from speech.align import Rhythm, align_characters, fit_rhythm, spelling
 from speech.sound import resample
+from text.sources import make_sentence
 from whisper_decoder import FrozenWhisper
 
 try:
@@ -74,7 +75,7 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
                 raise BadInput(f"3 fields are expected, not {line[:60]!r}")
             if line.strip():
                 path, code = fields[:2] if is_table else (f"wavs/{fields[0]}.wav", "en")
-                entries.append((folder / path, data.make_sentence(fields[2], code, whisper)))
+                entries.append((folder / path, make_sentence(fields[2], code, whisper)))
         except BadInput as error:
             notes.append(f"{manifest}, line {i}: {error}")
     return entries, notes
@@ -123,7 +124,7 @@ def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tu
         read = whisper.transcribe(whisper.features_of_mel(mel), [None])[0]
         if read.avg_logprob < MIN_LOGPROB or read.no_speech_prob > MAX_NO_SPEECH:
             raise BadInput(f"{whisper.name} is not sure of what it says: {read.text!r}")
-        sentence = data.make_sentence(read.text, read.language, whisper)
+        sentence = make_sentence(read.text, read.language, whisper)
     x1 = whisper.latents(mel)[0, speech_span(mel[0])].half().cpu()
     if len(spelling(sentence.text)[1]) > len(x1):
         raise BadInput(f"{len(x1)} frames are too few for {sentence.text[:60]!r}")
@@ -144,16 +145,16 @@ def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
     return dict(sentences=[*map(tuple, sentences)], x1=x1, durations=durations, notes=notes)
 
 
-def fingerprint(entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
+def content_key(entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
     """It changes with the recordings, their texts, and who encodes them."""
     stats = [(path.stat().st_size, path.stat().st_mtime_ns) if os.path.isfile(path) else None
              for path, _ in entries]
-    return data.fingerprint((entries, stats, whisper.fingerprint))
+    return fingerprint((entries, stats, whisper.fingerprint))
 
 
 def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
     """What `encode_recordings` makes, from a file in the folder that is made anew if need be."""
-    cache, key = folder / f"encoded_{type(whisper).__name__}.pt", fingerprint(entries, whisper)
+    cache, key = folder / f"encoded_{type(whisper).__name__}.pt", content_key(entries, whisper)
     try:
         if (encoded := torch.load(cache, weights_only=True))["key"] == key:
             return encoded
@@ -211,11 +212,11 @@ class Steps(torch.utils.data.Dataset):
 
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
-              room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+              room, flow_weight: float, attention_weight: float) -> tuple[Tensor, ...]:
     """The loss of a step; the cross-entropy and the flow loss of its items, (), (B,), (B,).
 
     Recordings have their x1, so this is flow matching proper, without cross-entropy. They say where
-    every t points, so text has no flow loss (and no use for t, drop and flow_weight). Its
+    every t points, so text has no flow loss (and no use for t, drop and the weights). Its
     cross-entropy passes all steps of the sampler, at a weight that bends the path only a little.
     """
     if batch.x1 is not None:
@@ -223,7 +224,7 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
         cfm = flow.cfm_loss(model, x0, batch.x1, t, cond, batch.mask)
         return cfm.mean(), torch.zeros_like(t), cfm
     x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, SOLVER_STEPS)[-1]
-    nll = critic.text_loss(x1, batch.cond["frames"], batch.targets, room)
+    nll, _ = critic.text_loss(x1, batch.cond["frames"], batch.targets, batch.token_frames, room)
     return TEXT_WEIGHT * nll.mean(), nll, torch.zeros_like(t)
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from whisper.audio import log_mel_spectrogram
 
-import train
+import whisper_decoder
 from speech import sound
 from speech.ear import MEL_STD, ROOM, Room, random_room
 from test_roundtrip import (  # noqa: F401
-    FLAGS, SENTENCES, batch_of, cer_of, close, ear, randn, sampled, spoken,
+    SENTENCES, batch_of, cer_of, close, ear, randn, runs, sampled, spoken,
 )
 
 
@@ -30,11 +30,13 @@ def test_ear_without_a_room_hears_what_whisper_hears(ear):
             assert (item[:, 2 * n :] == item.max() - 2).all()
             close(ear.spectrogram(x[None, :n], torch.tensor([n]), window)[0], item)
     close(ear.features(x1, frames), ear.model.encoder(out))
-    targets = batch_of(ear, sentences[:3]).targets
-    short = ear.nll(ear.features_of_mel(ear.spectrogram(x1, frames, 140)), targets)
-    close(ear.text_loss(x1, frames, targets), short)
-    losses = [ear.text_loss(x1, frames, targets, Room(1.0, torch.Generator().manual_seed(seed)))
-              for seed in (0, 0, 1)]
+    *_, targets, token_frames, _ = batch_of(ear, sentences[:3])
+    short = ear.read(ear.features_of_mel(ear.spectrogram(x1, frames, 140)), targets)
+    nll, stray = ear.text_loss(x1, frames, targets, token_frames)
+    close(nll, ear.nll(short[0], targets))
+    close(stray, whisper_decoder.stray(short[1], token_frames))
+    losses = [ear.text_loss(x1, frames, targets, token_frames, Room(
+        1.0, torch.Generator().manual_seed(seed)))[0] for seed in (0, 0, 1)]
     assert torch.equal(*losses[:2]) and (losses[0] - losses[2]).abs().max() > 0.01
     ramp = torch.linspace(-1, 1, 50)[None, :, None].expand(1, 50, 80)  # it stays one
     mel = ear.spectrogram(ramp, torch.tensor([50]), 50)[0, 0, 5:-5]
@@ -104,7 +106,7 @@ def read_wav(path: Path) -> np.ndarray:
         return np.frombuffer(file.readframes(file.getnframes()), "<i2") / np.float32(2**15)
 
 
-def test_sound(ear, tmp_path):
+def test_sound(ear, runs, tmp_path):
     """Griffin-Lim of real speech is read from the file; each text has a file as long as it is."""
     sentences, mel = spoken(ear, 25)
     real, mels, wav = cer_of(ear, ear.features_of_mel(mel), sentences), [], tmp_path / "x.wav"
@@ -119,8 +121,7 @@ def test_sound(ear, tmp_path):
     assert all((x - y).abs().mean() > 0.1 for x, y in zip(one, other))
     close(sound.another_voice(x1[1:2], alone, ear, 0, 1.0)[0], one[1])
     assert torch.equal(sound.another_voice(x1, batch, ear, 0, 0.0), x1)
-    run, texts = tmp_path / "run", ["The old man sleeps in the garden. " * 4, "Yes."]
-    train.main([*FLAGS, "--latent", "mel", "--out_dir", str(run)])
+    run, texts = runs[0] / "mel", ["The old man sleeps in the garden. " * 4, "Yes."]
     f = sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))
     for i, n_pieces in enumerate((4, 1)):
         samples, frames = read_wav(tmp_path / "new" / f"000{i}.wav"), f["frames"][f["text_of"] == i]

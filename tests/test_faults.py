@@ -19,8 +19,9 @@ from plumbing.flags import parse_flags
 from speech import recordings
 from speech.recordings import read_audio, soundfile
 from test_roundtrip import FLAGS, ROOT, pocket, runs  # noqa: F401
-from text.sources import builtin, read_file
-from whisper_decoder import error_rates, strip_unspoken
+from text.error_rates import error_rates
+from text.sources import builtin, make_sentence, read_file
+from whisper_decoder import strip_unspoken
 
 
 # ---- text ------------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ from whisper_decoder import error_rates, strip_unspoken
     ("Wait--what", "Wait what"), ("e\u200b\u0301 a", "é a"),
 ])
 def test_a_text_is_what_whisper_can_write(pocket, text, written):
-    sentence = data.make_sentence(text, "en", pocket)
+    sentence = make_sentence(text, "en", pocket)
     assert strip_unspoken(sentence.text) == written == strip_unspoken(written)
     assert error_rates([sentence], [written])[1:] == (0, 1)
 
@@ -47,7 +48,7 @@ def test_a_text_is_what_whisper_can_write(pocket, text, written):
     ("he\tשלום.", "belong in a .tsv"), ("x" * 20001, "20,001 characters are too many")])
 def test_what_is_no_text_is_refused(pocket, text, words):
     with pytest.raises(BadInput, match=words):
-        data.make_sentence(text, "en", pocket)
+        make_sentence(text, "en", pocket)
 
 
 def test_a_perfect_reading_of_every_language_has_no_errors():

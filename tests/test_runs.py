@@ -26,14 +26,15 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
     assert done.returncode == 0 and "pocket on 2 x cpu" in done.stdout, done.stderr
     plain, count = train.objective, itertools.count()
 
-    def both(model, critic, batch, x0, t, drop, room, flow_weight):
+    def both(model, critic, batch, x0, t, drop, room, *weights):
         parts, step = [], next(count)
         for rank in range(2):
             shard = data.Batch(batch.sentences[rank::2], {key: x[rank::2] for key, x in
-                               batch.cond.items()}, batch.targets[rank::2])
+                               batch.cond.items()}, batch.targets[rank::2],
+                               batch.token_frames[rank::2])
             rng = data.generator(0, 2**31 + 2 * step + rank)
             noise = train.draw_noise(shard, critic.channels, 0.1, rng)
-            parts.append(plain(model, critic, shard, *noise, room, flow_weight))
+            parts.append(plain(model, critic, shard, *noise, room, *weights))
         return [sum(part) / 2 if part[0].ndim == 0 else torch.cat(part) for part in zip(*parts)]
 
     monkeypatch.setattr(train, "objective", both)
@@ -79,7 +80,7 @@ def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_langu
     said = said.clone()
     said[n_languages > 1 : whisper.n_prompt - 1] = -100  # the language only, if there is a choice
     plain = F.cross_entropy(logits, said)
-    close(whisper.nll(features, batch.targets)[0], plain)
+    close(whisper.nll(whisper.read(features, batch.targets)[0], batch.targets)[0], plain)
     sample.main(["Hello.", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--steps", "1"])
     assert "letter by letter" in capsys.readouterr().out
 

@@ -19,9 +19,10 @@ from data import Sentence
 from plumbing.errors import BadInput
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
 from text import sources
-from text.sources import builtin, load_data
+from text.error_rates import edit_distance, error_rates
 from text.long import fits, split_long
-from whisper_decoder import FrozenWhisper, edit_distance, error_rates
+from text.sources import builtin, load_data, make_sentence
+from whisper_decoder import FrozenWhisper
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -138,9 +139,10 @@ def test_long_texts_are_split_and_nothing_is_lost(pocket, language, text):
 
 def test_alignment_gives_every_character_its_share():
     where = [1 / 4, 3 / 4, *(1 + np.arange(1, 12, 2) / 12)]
-    assert np.allclose(data.align(np.array([1, 3]), 8), where)
+    found = data.align(np.array([1, 3]), 8, np.array([0.5, 1, 1.5]))
+    assert np.allclose(found[0], where) and np.allclose(found[1], [1, 2, 5])
     for n in (7, 50, 129):
-        found = data.align(np.array([3, 0, 1, 6, 2]), n)
+        found = data.align(np.array([3, 0, 1, 6, 2]), n, np.zeros(0))[0]
         assert len(found) == n and (found.diff() > 0).all() and 4 < found[-1] < 5
         shares = np.bincount(found.long()) / n
         assert np.allclose(shares, np.array([3, 0, 1, 6, 2]) / 12, atol=1 / n)
@@ -169,7 +171,7 @@ def test_every_language_comes_through(tmp_path):
     whisper = FrozenWhisper(random_whisper(tmp_path / "w.pt", n_vocab=51866))
     assert {row[0] for row in data.LANGUAGES} == set(whisper.languages)
     for code, _, _, text in data.LANGUAGES:
-        sentence = data.make_sentence(text, code, whisper)
+        sentence = make_sentence(text, code, whisper)
         pieces = split_long(sentence, whisper)  # Georgian and Burmese: a token a byte
         assert "".join(p.text for p in pieces).replace(" ", "") == text.replace(" ", ""), code
         assert 2 < data.n_frames(sentence) / data.FRAMES_PER_SECOND < 12, code
@@ -179,12 +181,14 @@ def test_every_language_comes_through(tmp_path):
         owner = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]  # of each byte
         starts = np.cumsum([0, *(len(c.encode()) for c in said)])
         owner = owner[len(owner) - starts[-1] :]  # without the blank in front
-        found, chars = data.char_tokens(text, code, whisper), data.characters(text)
+        (found, middles), chars = data.spell(text, code, whisper), data.characters(text)
         assert found.tolist() == [owner[i] for i in starts[:-1]], code
+        assert len(middles) == len(tokens) and (np.diff([0, *middles, len(said)]) > 0).all(), code
         spelled = bytes((x - 1) % 256 for row in chars[:, :-1].tolist() for x in row if x)
         assert spelled.decode() == "".join(c.lower()[0] for c in said)
     numbers = [data.characters(text)[0].tolist() for text in ("a", "A")]
-    assert numbers[0][:-1] == numbers[1][:-1] and numbers[0][-1] + 1 == numbers[1][-1] == 1026
+    assert numbers[0][:-1] == numbers[1][:-1] and numbers[0][-1] == 0 and numbers[1][-1] == 1025
+    assert data.spell("The dog sleeps.", "en", whisper)[1].tolist() == [1.5, 5, 10.5, 14.5]
 
 
 @pytest.mark.parametrize("text, code, written", [

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from http.client import HTTPException
@@ -19,18 +20,41 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from data import LANGUAGES, POCKET, Sentence, make_sentence, n_frames
+from data import JOINERS, LANGUAGES, POCKET, Sentence, n_frames
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write
 from text.long import split_long
 from whisper_decoder import FrozenWhisper
 
+MAX_CHARACTERS = 20_000  # of a text
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGES}
 NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
+
+
+# ---- one text --------------------------------------------------------------------------------
+
+
+def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
+    """Unicode NFC, white space one blank, nothing invisible; BadInput says what cannot be used."""
+    code = whisper.check_language(language)
+    if len(text) > MAX_CHARACTERS:
+        raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` converts UTF-16")
+    if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGES):
+        raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
+    if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
+        text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
+    if text.isupper() and " " in text:  # Whisper writes what is said
+        text = re.sub(r"[^\W\d_]", lambda first: first[0].upper(), text.lower(), count=1)
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    if not any(c.isalnum() for c in text):
+        raise BadInput("there is no word in it")
+    return Sentence(code, text)
 
 
 # ---- one file --------------------------------------------------------------------------------
@@ -46,6 +70,8 @@ def download(url: str) -> Path:
     url = quote(url, safe=":/?&=%#+,;@~[]")
     try:
         with atomic_write(file) as part, urlopen(url, timeout=30) as answer:
+            if answer.headers.get_content_type() == "text/html":
+                raise OSError("it is a web page, not a file of text")
             size = int(answer.headers.get("Content-Length") or 0)
             with open(part, "wb") as out, tqdm.wrapattr(answer, "read", size, desc=url) as bar:
                 shutil.copyfileobj(bar, out)
@@ -196,8 +222,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
                 counts[piece.language] += n
         # Short sentences are rare in most texts and no easier, so they are drawn more often: with
         # the inverse square of the length, which makes long and short ones about equally frequent.
-        often = {piece: n * counts[piece.language] ** (1 / temperature - 1) / n_frames(piece) ** 2
-                 for piece, n in pieces.items()}
+        often = {piece: n * counts[piece.language] ** (1 / temperature - 1)
+                 / n_frames(piece, speed) ** 2 for piece, n in pieces.items()}
         total = sum(often.values())
         for piece, n in often.items():
             shares[piece] += weight * n / total

@@ -1,0 +1,25 @@
+"""Whisper's weights, by name or from a file."""
+from pathlib import Path
+
+import torch
+import whisper
+
+from plumbing.errors import BadInput, first_line
+
+POCKET = Path(__file__).parent.parent / "pocket" / "pocket.pt"
+
+
+def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
+    """`whisper.load_model`, with one clear sentence, a BadInput, where it fails."""
+    names = ["pocket", *whisper.available_models()]
+    if name not in names and not Path(name).is_file():
+        raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
+    try:
+        model = whisper.load_model(str(POCKET) if name == "pocket" else name, "cpu")
+    except Exception as error:  # whatever the download, torch.load and the constructor raise
+        hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
+                "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
+        raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); {hint}") from error
+    if device.type == "mps":  # has no sparse tensors; only word times need these
+        model.alignment_heads = model.alignment_heads.to_dense()
+    return model.to(device)

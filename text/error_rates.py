@@ -1,0 +1,47 @@
+"""How much of a text comes back: Levenshtein distance after Whisper's own normaliser."""
+from functools import cache
+from typing import NamedTuple, Sequence
+
+import numpy as np
+from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
+
+from whisper_decoder import UNSPACED, strip_unspoken
+
+
+@cache
+def normalizer(language: str):
+    """Whisper's own: lower case, no punctuation; in English also one spelling, digits."""
+    return (EnglishTextNormalizer() if language == "en" else
+            BasicTextNormalizer(split_letters=language in UNSPACED))
+
+
+def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:
+    """Levenshtein distance: fewest insertions, deletions and substitutions."""
+    row = list(range(len(hypothesis) + 1))
+    for i, expected in enumerate(reference, 1):
+        previous, row = row, [i]
+        for j, token in enumerate(hypothesis):
+            row.append(min(row[j] + 1, previous[j + 1] + 1, previous[j] + (expected != token)))
+    return row[-1]
+
+
+class ErrorRates(NamedTuple):
+    cer: float  # character error rate: edits / characters of the references
+    wer: float  # word error rate; in languages without spaces a character is a word
+    exact: float  # share of texts that come back letter by letter, punctuation included
+
+
+def error_rates(sentences: Sequence[tuple[str, str]],  # (language, text)
+                hypotheses: Sequence[str]) -> ErrorRates:
+    """Corpus error rates after Whisper's normaliser, as fractions (above 1 if too much is read)."""
+    edits, total, exact = np.zeros(2), np.zeros(2), 0
+    for (language, reference), hypothesis in zip(sentences, hypotheses, strict=True):
+        reference = strip_unspoken(reference)  # what it was asked to write
+        exact += reference == hypothesis
+        ref, hyp = (normalizer(language)(text).split() for text in (reference, hypothesis))
+        space = "" if language in UNSPACED else " "
+        letters = space.join(ref)
+        edits += edit_distance(letters, space.join(hyp)), edit_distance(ref, hyp)
+        total += len(letters), len(ref)
+    cer, wer = edits / np.maximum(total, 1)
+    return ErrorRates(float(cer), float(wer), exact / max(len(sentences), 1))
