@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from model import BYTES
+from model import BYTES, CAPITAL
 from plumbing.errors import BadInput
 from whisper_decoder import UNSPACED, FrozenWhisper, strip_unspoken
 
@@ -26,9 +26,9 @@ MIN_SECONDS = 0.6
 DIGIT, BLANK = 4.0, 0.5  # how long digits, and blanks and signs, are said; a letter: 1
 # All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), words per second
 # (characters in UNSPACED; "-": not known), a sentence. experiments/pace.py measures the pace.
-LANGUAGES = [line.split("\t") for line in
+LANGUAGE_ROWS = [line.split("\t") for line in
              (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
-PACE = {code: float(pace) for code, _, pace, _ in LANGUAGES if pace != "-"}
+PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_ROWS if pace != "-"}
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # per second, where it is not known: a mean; a guess
 
@@ -64,7 +64,8 @@ def hash_share(sentence: Sentence) -> float:
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Training and held-out sentences, by a hash of each: adding lines moves no other line.
 
-    What has the `key` of a held-out sentence is in neither. Raises BadInput for less than two.
+    Sentences that differ from a held-out one in signs and capitals only are dropped. BadInput if
+    none is left to train on.
     """
     shares = [hash_share(s) for s in sentences]
     limit = max(HELD_OUT, min(shares, default=0))  # at least one; in tiny sets that one may move
@@ -79,9 +80,8 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
 
 def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
     """Equally many sentences of every language, n in all (rounded up) or as many as there are."""
-    languages = list(dict.fromkeys(s.language for s in sentences))
-    share = math.ceil(n / len(languages))
-    return [s for c in languages for s in [s for s in sentences if s.language == c][:share]]
+    of = {code: [s for s in sentences if s.language == code] for code, _ in sentences}
+    return [s for some in of.values() for s in some[: math.ceil(n / len(of))]]
 
 
 # ---- length ----------------------------------------------------------------------------------
@@ -107,17 +107,14 @@ def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     return weights / weights.sum() * frames
 
 
+def count_frames(durations: np.ndarray) -> int:
+    """Whole frames that durations (S,) need."""
+    return math.ceil(round(float(durations.sum()), 3))
+
+
 def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
     """Frames that the sentence lasts by the length rule."""
     return count_frames(char_durations(sentence, speed))
-
-
-def durations_by(rhythm: dict | None) -> Callable:
-    """(sentence, speed) -> frames of its characters: by the length rule, or as recordings say."""
-    if not rhythm:
-        return char_durations
-    from speech.align import Rhythm
-    return Rhythm(**rhythm).durations
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -126,18 +123,18 @@ def durations_by(rhythm: dict | None) -> Callable:
 def characters(text: str) -> Tensor:
     """Numbers whose embeddings add up to each character (S, BYTES + 1), 0 adds nothing."""
     rows = []
-    for c in strip_unspoken(text):  # one character a row: some, like "İ", have two in lower case
-        # The UTF-8 bytes of its lower case, each by its place, and whether it is a capital.
+    for c in strip_unspoken(text):
+        # The UTF-8 bytes of its lower case (of "İ" that has two characters), each by its place.
         numbers = [1 + 256 * i + byte for i, byte in enumerate(c.lower()[0].encode())]
-        is_capital = (256 * BYTES + 1) * (c != c.lower())
-        rows.append([*numbers, *[0] * (BYTES - len(numbers)), is_capital])
+        rows.append([*numbers, *[0] * (BYTES - len(numbers)), CAPITAL if c != c.lower() else 0])
     return torch.tensor(rows)
 
 
-def spell(text: str, language: str, whisper: FrozenWhisper) -> tuple[Tensor, np.ndarray]:
-    """The token in which each character begins (S,), where in the text the middle of each token is.
+def locate_tokens(text: str, language: str,
+                  whisper: FrozenWhisper) -> tuple[Tensor, np.ndarray]:
+    """The token in which each character begins (S,); the middle of each token, in characters (N,).
 
-    2.5 is the middle of the third character.
+    0.5 is the middle of the first character.
     """
     tokens = whisper.encode(text, language)
     encoding = whisper.tokenizer("en").encoding  # the same for all languages
@@ -149,10 +146,11 @@ def spell(text: str, language: str, whisper: FrozenWhisper) -> tuple[Tensor, np.
     return torch.tensor(tokens)[of_char], middles
 
 
-def align(durations: np.ndarray, frames: int, middles: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Where in the text each frame is (T,), and the frame of each token's middle (N,).
+def align_frames(durations: np.ndarray, frames: int,
+                 middles: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Where in the text each frame is, in characters (T,); the frame of each token's middle (N,).
 
-    From how long characters last (S,), in any unit, and `spell`'s middles of tokens (N,).
+    From how long characters last (S,), in any unit, and the middles of tokens, in characters (N,).
     """
     ends = np.cumsum([0, *durations]) / np.sum(durations) * frames
     where = np.interp(np.arange(frames) + 0.5, ends, range(len(ends)))
@@ -160,8 +158,10 @@ def align(durations: np.ndarray, frames: int, middles: np.ndarray) -> tuple[Tens
 
 
 class Batch(NamedTuple):
+    """Padded items; before `to`, cond holds token ids (B, S), (B,) in place of embeddings."""
+
     sentences: list[Sentence]
-    cond: dict[str, Tensor]  # what model.DiT takes; before `to`, numbers of tokens (B, S), (B,)
+    cond: dict[str, Tensor]  # what model.DiT takes
     targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
     token_frames: Tensor  # (B, L) the frame in the middle of each text token, -1 for others
     x1: Tensor | None = None  # (B, T, C) of recordings
@@ -184,22 +184,17 @@ class Batch(NamedTuple):
         cond = {name: x.to(whisper.device) for name, x in self.cond.items()}
         cond |= {name: whisper.embed(cond[name]) for name in ("tokens", "language")}
         x1 = None if self.x1 is None else self.x1.to(whisper.device).float()
-        targets = (x.to(whisper.device) for x in (self.targets, self.token_frames))
-        return Batch(self.sentences, cond, *targets, x1)
-
-
-def count_frames(durations: np.ndarray) -> int:
-    """Whole frames that durations (S,) need."""
-    return math.ceil(round(float(durations.sum()), 3))
+        targets, token_frames = (x.to(whisper.device) for x in (self.targets, self.token_frames))
+        return Batch(self.sentences, cond, targets, token_frames, x1)
 
 
 def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
-    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # longer: faster
-    tokens, middles = zip(*(spell(*item, whisper) for item in zip(texts, codes)))
-    alignment, token_frames = zip(*map(align, durations, frames, middles))
+    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # else faster
+    tokens, middles = zip(*(locate_tokens(*item, whisper) for item in zip(texts, codes)))
+    alignment, token_frames = zip(*map(align_frames, durations, frames, middles))
     token_frames = [F.pad(x.float(), (whisper.n_prompt, 1), value=-1) for x in token_frames]
     cond = dict(
         chars=pad_sequence([characters(text) for text in texts], True),
@@ -223,8 +218,8 @@ def draw_alike(weights: Tensor, frames: Tensor, n: int, rng: torch.Generator) ->
     return picks[first : first + n].tolist()
 
 
-class Steps(torch.utils.data.Dataset):
-    """steps[step] is the batch of a training step, from seed and step alone: made ahead or not."""
+class Batches(torch.utils.data.Dataset):
+    """batches[step] is that of a training step, from seed and step alone: made ahead or not."""
 
     def __init__(self, shares: dict[Sentence, float], whisper: FrozenWhisper, batch_size: int,
                  seed: int, speed: float, speed_range: float):

@@ -60,9 +60,9 @@ def velocity_from_endpoint(x1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
 
 
 def cfm_loss(model: Model, x0: Tensor, x1: Tensor, t: Tensor, cond: dict, mask: Tensor) -> Tensor:
-    """Conditional flow matching: at every t, the endpoint is x1, -> mean square over frames (B,).
+    """The endpoint at t is x1: square error, mean of an item's frames, (B, T, C) ... -> (B,).
 
-    That is the loss of eq. 23 weighted by (1 - t)^2, which stays finite as t goes to 1.
+    That is eq. 23 times (1 - t)^2, and so finite at t = 1.
     """
     error = model(path(x0, x1, t), t, cond) - x1
     return (error.square().mean(2) * mask).sum(1) / mask.sum(1)
@@ -87,7 +87,7 @@ def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
     """Network and condition -> the velocity field of the ODE, guided if guidance is not 1.
 
     cond: tensors whose first dimension is B, among them `drop` (B,) bool, which turns an item's
-    condition off. The velocity is affine in the endpoint, so endpoints may be mixed for velocities.
+    condition off. Weights of guidance sum to 1, so mixing endpoints is mixing velocities.
     """
     if guidance == 1:
         return lambda x, t: velocity_from_endpoint(model(x, t, cond), x, t)

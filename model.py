@@ -3,8 +3,8 @@
 Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which character
 sounds in it, as in ZipVoice (arXiv 2506.13053), and how far that has come.
 
-B batch, S characters, T latent frames (50 per second), C latent channels, N = T / patch patches,
-D model width, H heads, E width of the frozen token embeddings.
+B batch, S characters, T latent frames (50 per second), C latent channels, D model width, H heads,
+N = ceil(T / patch) patches, E width of the frozen token embeddings.
 """
 import math
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch import Tensor
 
 REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
 BYTES = 4  # most bytes of a character in UTF-8
+CAPITAL = 1 + 256 * BYTES  # id of what capitals have in common
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation[1].bias)
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor, turns: Tensor) -> Tensor:
-        """(B, N, D), (B, 1, D), (B, 1, 1, N), (2, N, D/2H) -> (B, N, D)."""
+        """(B, N, D), (B, 1, D), (B, 1, 1, N), (2, N, D / (2H)) -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         qkv = self.qkv(modulate(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D/H) each
@@ -92,9 +93,9 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """model(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
 
-    cond["chars"]     (B, S, BYTES + 1)  ids of its UTF-8 bytes, and of capitals, 0: none
+    cond["chars"]     (B, S, BYTES + 1)  ids of each one's UTF-8 bytes, and CAPITAL; 0: none
     cond["tokens"]    (B, S, E)          Whisper's own embedding of the token of each character
-    cond["alignment"] (B, T)             where in the text each frame is: 2.5, amid the third one
+    cond["alignment"] (B, T)             where in the text each frame is, in characters
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
     cond["language"]  (B, E)             Whisper's own embedding of the language token
     cond["drop"]      (B,)               True: ignore text and language (for guidance)
@@ -106,7 +107,7 @@ class DiT(nn.Module):
         width, patch = config.width, config.patch
         self.latent_in = nn.Linear(patch * config.channels, width)
         self.token_in = nn.Linear(config.embedding, width)
-        self.char_in = nn.Embedding(2 + 256 * BYTES, width, padding_idx=0)  # none, bytes, capital
+        self.char_in = nn.Embedding(CAPITAL + 1, width, padding_idx=0)
         self.char_conv = nn.Conv1d(width, width, 9, padding=4)  # a character and its neighbours
         self.phase_in = nn.Linear(2, width)  # how far a character has come
         self.order_in = nn.Linear(patch * width, width, bias=False)
@@ -120,7 +121,7 @@ class DiT(nn.Module):
         nn.init.zeros_(self.order_in.weight)
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
-        """Each character, repeated over its frames, (B, S, ...), (B, T) -> (B, T, D)."""
+        """Each character, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
         text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, S, D)
         text = text * cond["chars"].any(2, keepdim=True)  # nothing leaks from padding
         text = text + F.silu(self.char_conv(text.transpose(1, 2))).transpose(1, 2)

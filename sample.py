@@ -24,6 +24,7 @@ from plumbing.devices import choose_device
 from plumbing.errors import BadInput, guard
 from plumbing.files import atomic_write
 from plumbing.flags import Parser
+from speech.align import durations_by
 from speech.sound import another_voice, pace, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
@@ -108,7 +109,7 @@ def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
 
 
 def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args) -> None:
-    """Print what the decoder reads at every step of the ODE, from x0 to x1."""
+    """Print what is read at every step of the ODE, from x0 to x1, before --rooms changes it."""
     batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
     times = flow.schedule(args.steps, args.sway).tolist()
     for t, x in zip(times, generate(model, whisper, batch, args.solver)):
@@ -170,7 +171,7 @@ def main(argv=None) -> None:
     check(args, checkpoint["config"]["latent"], len(texts))
     for code in {t.language for t in texts} - {*checkpoint["origin"]["languages"]}:
         print(f"note: {args.ckpt} was not trained in {code!r}", file=sys.stderr)
-    durations = data.durations_by(checkpoint["rhythm"])
+    durations = durations_by(checkpoint["rhythm"])
     parts = [cut(text, durations, whisper, args) for text in texts]
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
     sentences, lengths = zip(*chain(*parts))
@@ -191,9 +192,8 @@ def main(argv=None) -> None:
             path = args.wav if args.wav.suffix == ".wav" else args.wav / f"{i:04d}.wav"
             write_wav(path, whisper, [piece.x1.to(device) for piece in group])
     cer, wer, exact = error_rates(texts, hypotheses)
-    print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}")
-    for path in filter(None, (args.wav, args.out)):
-        print(f"wrote {path}: {len(texts)} texts")
+    end = "".join(f"\nwrote {path}: {len(texts)} texts" for path in (args.wav, args.out) if path)
+    print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}{end}")
 
 
 if __name__ == "__main__":

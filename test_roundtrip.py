@@ -107,7 +107,7 @@ def overfit(whisper: FrozenWhisper, folder: Path, steps: int, speed_range: float
     config = train.Config(str(folder), latent=latent, steps=steps, batch_size=8, warmup=20,
                           eval_every=1000, depth=3)
     run = train.Run(config, whisper)
-    batches = data.Steps(dict.fromkeys(SENTENCES, 1.0), whisper, 8, 0, 1.0, speed_range)
+    batches = data.Batches(dict.fromkeys(SENTENCES, 1.0), whisper, 8, 0, 1.0, speed_range)
     train.train(run, batches, SENTENCES)
     for n in (1, 4):
         assert run.transcribe_samples(SENTENCES, Solver(n)) == [s.text for s in SENTENCES]
@@ -285,7 +285,7 @@ def test_nll_is_the_full_softmax(pocket, monkeypatch):
     said = targets[:, 1:].clone()
     said[:, 1 : n_prompt - 1] = -1  # of the prompt only the language is said by the speech
     plain = F.cross_entropy(logits.transpose(1, 2), said, ignore_index=-1, reduction="none")
-    nll = pocket.nll(pocket.read(features, targets)[0], targets)
+    nll = pocket.nll(pocket.teacher_force(features, targets)[0], targets)
     plain = plain.sum(1) / (said >= 0).sum(1)
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])
@@ -297,7 +297,7 @@ def test_silence_is_attended_as_if_it_stood_behind_the_speech(pocket):
     frames, targets = batch.cond["frames"], batch.targets
     x1 = data.noise(batch, pocket.channels, 0).requires_grad_()
     nll, _ = pocket.text_loss(x1, frames, targets, batch.token_frames)
-    plain = pocket.nll(pocket.read(pocket.features(x1, frames), targets)[0], targets)
+    plain = pocket.nll(pocket.teacher_force(pocket.features(x1, frames), targets)[0], targets)
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])
     close(*(torch.autograd.grad(weight @ x, x1)[0] for x in (nll, plain)))
@@ -394,7 +394,7 @@ def test_data_set_is_what_whisper_decode_reads(runs, tmp_path, capsys, monkeypat
     f = sampled(tmp_path, run, "--text_file", str(texts), "--seed", "1")
     assert f["features"].shape == (3, 256, 128) and f["frames"].tolist() == [47, 50, 49]
     assert list(f["language"]) == ["en", "es", "de"] and f["text"][2] == "Der Hund schläft."
-    model = openai_whisper.load_model(str(whisper_decoder.POCKET), "cpu")
+    model = openai_whisper.load_model(str(ROOT / "pocket" / "pocket.pt"), "cpu")
     for features, code, text in zip(f["features"], f["language"], f["hypothesis"]):
         options = DecodingOptions(language=str(code), without_timestamps=True, fp16=False)
         assert openai_whisper.decode(model, torch.from_numpy(features), options).text == text

@@ -8,7 +8,6 @@
 """
 import copy
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from plumbing.files import Log, atomic_write, fingerprint, locked
 from plumbing.flags import check_flags, flag, parse_flags
 from plumbing.report import report
 from pocket.clips import real_speech_cer
+from speech.align import durations_by
 from speech.ear import Ear, Room, room_of_step
 from text.error_rates import error_rates
 from text.sources import load_data
@@ -53,7 +53,7 @@ class Config:
     max_lines: int = flag(10**6, "lines of a file that are read", 1)
     temperature: float = flag(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speed: float = flag(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = flag(0.0, "up to so many times slower or faster; 0: 1.7; mel: 1.25", 0, 10)
+    speed_range: float = flag(0.0, "in training; 0: the critic's own, 1.7, of mel 1.25", 0, 10)
     depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0, 65)
     steps: int = flag(900, "training steps", 1)
     batch_size: int = flag(24, "sentences per step, on all GPUs together", 1, 10**5)
@@ -74,7 +74,7 @@ class Config:
     def __post_init__(self):
         check_flags(self)
         if Path(self.whisper).is_file():  # to be found from another folder too
-            object.__setattr__(self, "whisper", os.path.abspath(self.whisper))
+            object.__setattr__(self, "whisper", str(Path(self.whisper).absolute()))
 
 
 # ---- the method ------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ def evaluate(run: "Run", held_out: list) -> dict:
 def show_samples(run: "Run", held_out: list) -> None:
     """One held-out sentence of each of up to five languages, with 4 steps."""
     sentences = data.per_language(held_out, 1)[:5]
-    tqdm.write(f"step {run.step}", file=sys.stdout)
-    for s, text in zip(sentences, run.transcribe_samples(sentences)):
-        tqdm.write(f"  {s.language}  {s.text}  ->  {text}", file=sys.stdout)
+    pairs = zip(sentences, run.transcribe_samples(sentences))
+    lines = [f"  {s.language}  {s.text}  ->  {text}" for s, text in pairs]
+    tqdm.write("\n".join([f"step {run.step}", *lines]), file=sys.stdout)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Run:
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, bound=whisper.bound)
         self.config, self.whisper, self.step, self.rhythm = config, whisper, 0, rhythm
-        self.durations = data.durations_by(rhythm)
+        self.durations = durations_by(rhythm)
         self.origin = dict(whisper=whisper.fingerprint, text=fingerprint((shares, rhythm)),
                            languages=sorted({s.language for s in shares or ()}))
         self.model = DiT(shape).to(whisper.device)
@@ -202,7 +202,7 @@ class Run:
         self.path = Path(config.out_dir) / "ckpt.pt"
 
     def save(self, log: Log) -> None:
-        """There is always one whole checkpoint, and it has the log of its own run."""
+        """ckpt.pt becomes a new one as a whole, and log.csv is that of its run."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         states |= dict(step=self.step, rhythm=self.rhythm, origin=self.origin,
                        config=asdict(self.config), model_config=asdict(self.model.config))
@@ -211,7 +211,7 @@ class Run:
             log.keep(self.path)
 
     def load(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint; BadInput if flags differ that are not FREE, or their files."""
+        """Go on from a checkpoint; BadInput if flags that are not FREE, Whisper or text differ."""
         for name, now in asdict(self.config).items():
             if name not in FREE and (before := checkpoint["config"][name]) != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before!r}, not {now!r}; "
@@ -242,7 +242,7 @@ def load_checkpoint(path: Path) -> dict:
         with torch.device("meta"):
             model = DiT(DiTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["ema"], assign=True)
-        checkpoint["origin"]["whisper"], data.durations_by(checkpoint["rhythm"])  # or they raise
+        checkpoint["origin"]["whisper"], durations_by(checkpoint["rhythm"])  # or they raise
         if not all(x.isfinite().all() for x in checkpoint["ema"].values()):
             raise ValueError("weights that are no numbers")
         return {name: checkpoint[name] for name in CHECKPOINT}
@@ -254,11 +254,11 @@ def load_checkpoint(path: Path) -> dict:
 # ---- the run ---------------------------------------------------------------------------------
 
 
-def train(run: Run, steps, held_out: list, objective=objective, rank: int = 0,
-          n_ranks: int = 1) -> None:
+def train(run: Run, batches: data.Batches, held_out: list, objective: Callable = objective,
+          rank: int = 0, n_ranks: int = 1) -> None:
     """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
     config, whisper, device, start = run.config, run.whisper, run.whisper.device, time.time()
-    loader = DataLoader(steps, None, sampler=range(run.step, config.steps),
+    loader = DataLoader(batches, None, sampler=range(run.step, config.steps),
                         **devices.workers(device, n_ranks))
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
     log = Log(run.path.with_name("log.csv"), LOG, run.step) if rank == 0 else None
@@ -311,11 +311,11 @@ def main(argv=None) -> dict:
         shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
                                   config.max_lines)
         training, held_out = data.split(list(shares))
-        steps = data.Steps({s: shares[s] for s in training}, whisper, config.batch_size,
+        batches = data.Batches({s: shares[s] for s in training}, whisper, config.batch_size,
                            config.seed, config.speed, config.speed_range or whisper.speed_range)
         if config.speech:
             from speech import recordings
-            steps, run_objective, rhythm, more = recordings.join(steps, held_out, config)
+            batches, run_objective, rhythm, more = recordings.join(batches, held_out, config)
             notes += more
     run = Run(config, whisper, rhythm, shares)
     if checkpoint:
@@ -327,7 +327,7 @@ def main(argv=None) -> dict:
               f"{', '.join(run.origin['languages'])}; {n_parameters:,} parameters, checkpoints of "
               f"{16 * n_parameters / 1e6:.0f} MB", sep="\n")
     with locked(folder, rank):
-        train(run, steps, held_out, run_objective, rank, n_ranks)
+        train(run, batches, held_out, run_objective, rank, n_ranks)
         devices.stop_ranks()
         if rank > 0:  # the first evaluates alone
             return {}

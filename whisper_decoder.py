@@ -2,11 +2,12 @@
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
 and variance 1, as N(0, I) has; the decoder reads it.
-A critic, this or speech/ear.py's, has `channels`, `bound`, `speed_range`, `latents`, `features`,
+speech/ear.py's critic has its own `channels`, `bound`, `speed_range`, `latents`, `features` and
 `text_loss`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
-P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, V vocabulary.
+P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, H heads, R different
+rows of the token embedding.
 """
 import re
 from dataclasses import replace
@@ -28,7 +29,7 @@ from plumbing.errors import BadInput
 from plumbing.files import fingerprint
 from plumbing.weights import load_whisper
 
-# Signs that `whisper.decode` never writes (suppress_tokens), and those that part words besides.
+# Signs that `whisper.decode` never writes (suppress_tokens). Between words they become a blank.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]"""
 PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
@@ -60,7 +61,7 @@ class FrozenWhisper:
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         if not (self.languages and self.rows.isfinite().all()):
             raise BadInput(f"{name} was never trained: its weights are all alike, or no numbers")
-        self.heads = self.model.alignment_heads.to_dense().float()  # (layers of the decoder, H)
+        self.alignment_heads = self.model.alignment_heads.to_dense().float()  # (layers, H)
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
     @cached_property
@@ -139,7 +140,7 @@ class FrozenWhisper:
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """What the decoder sees of x1 and silence behind it, (B, T, C), (B,) -> (B, P, E)."""
-        # Cross-attention has no mask: what is behind the speech is seen, in training as in use.
+        # Whisper cannot be told where speech ends: silence fills its window, in training too.
         speech = self.model.encoder.ln_post(x1.float())
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
@@ -147,28 +148,28 @@ class FrozenWhisper:
 
     def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor, token_frames: Tensor,
                   room: object = None) -> tuple[Tensor, Tensor]:
-        """How hard the text is to read in x1 (B, T, C), alike in any room -> `nll`, `stray`."""
+        """x1 (B, T, C), (B,), (B, L), (B, L) -> `nll` and `stray` (B,). `room` is the ear's."""
         speech = self.model.encoder.ln_post(x1.float())
-        x, attention = self.read(speech, targets, frames)
+        x, attention = self.teacher_force(speech, targets, frames)
         return self.nll(x, targets), stray(attention, token_frames)
 
-    def read(self, features: Tensor, targets: Tensor,
-             frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The decoder, teacher forced: its states (B, L - 1, E), where it attends (B, L - 1, T).
+    def teacher_force(self, features: Tensor, targets: Tensor,
+                      frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The decoder's last states (B, L - 1, E), and where it attends (B, L - 1, T).
 
         Features (B, T, E). With frames (B,), silence up to the official window stands behind them.
-        It attends by its alignment heads, which tell `whisper.transcribe` the times of words.
+        Attention is the mean of the alignment heads, from which openai-whisper has times of words.
         """
         decoder, inputs, attention = self.model.decoder, targets[:, :-1].clamp(min=0), 0
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
-        for i, (block, heads) in enumerate(zip(decoder.blocks, self.heads)):
-            silence = None if frames is None else self.silence_keys[i]
+        for i, (block, heads) in enumerate(zip(decoder.blocks, self.alignment_heads)):
+            silence = None if frames is None else (*self.silence_keys[i], frames)
             x = x + block.attn(block.attn_ln(x), mask=decoder.mask)[0]
-            y, weights = attend(block.cross_attn, block.cross_attn_ln(x), features, frames, silence)
+            y, weights = attend(block.cross_attn, block.cross_attn_ln(x), features, silence)
             x = x + y
             x = x + block.mlp(block.mlp_ln(x))
             attention = attention + torch.einsum("bhlt,h->blt", weights, heads)
-        return decoder.ln(x), attention / self.heads.sum()
+        return decoder.ln(x), attention / self.alignment_heads.sum()
 
     def nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of language and text, nats per token, (B, L - 1, E), (B, L) -> (B,).
@@ -181,14 +182,14 @@ class FrozenWhisper:
         mask[:, 0] = self.model.is_multilingual  # <|startoftranscript|> predicts the language
         rows = self.row_of[targets[:, 1:][mask]]  # (all predicted tokens,)
         parts = zip(x[mask].float().split(CHUNK), rows.split(CHUNK))
-        nll = torch.cat([self.token_nll(*part) for part in parts])
-        nll = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, nll)
-        return nll.sum(1) / mask.sum(1)
+        per_token = torch.cat([self.token_nll(*part) for part in parts])
+        grid = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, per_token)
+        return grid.sum(1) / mask.sum(1)
 
     def token_nll(self, x: Tensor, rows: Tensor) -> Tensor:
-        """-log softmax over V tokens, (N, E), (N,) -> (N,): k equal rows weigh k exp(logit).
+        """-log softmax over all tokens, (n, E), (n,) -> (n,): k equal rows weigh k exp(logit).
 
-        Its gradient is taken at once, so that no logits (N, V) are kept and none computed twice.
+        The gradient is taken here, so the logits (n, R) need not be kept, nor computed again.
         """
         # bf16 would round small losses away.
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
@@ -196,8 +197,9 @@ class FrozenWhisper:
             logits = leaf @ self.rows.T + log_count
             # The target is one of its k equal rows.
             nll = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
-            gradient, = torch.autograd.grad(nll.sum(), leaf)
-        return nll.detach() + ((x - leaf.detach()) * gradient).sum(1)  # x - leaf is 0
+            gradient, = torch.autograd.grad(nll.sum(), leaf)  # each loss is of its own x alone
+        # The value of nll, and its gradient: x - leaf is 0.
+        return nll.detach() + ((x - leaf.detach()) * gradient).sum(1)
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
@@ -214,21 +216,22 @@ class FrozenWhisper:
         return [replace(result[i], audio_features=None) for i in range(len(languages))]
 
 
-def attend(attention: nn.Module, x: Tensor, speech: Tensor, frames: Tensor | None,
-           silence: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def attend(layer: nn.Module, x: Tensor, speech: Tensor,
+           silence: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Whisper's cross-attention, (B, L, E), (B, T, E) -> (B, L, E), its weights (B, H, L, T).
 
-    With frames (B,), silence stands behind them. It is the same in every item and step, so its keys
-    and values are given, (P, E) each: the scores of speech and silence stand side by side in one
-    softmax, which is exact, and much cheaper than keys and values of B times P frames.
+    silence: keys and values (P, E) of a window of it, and where it begins in each item (B,). They
+    are the same in every item and step, so they are not computed again; the scores of speech and
+    silence stand side by side in one softmax, which is exact.
     """
-    heads = lambda x: x.unflatten(-1, (attention.n_head, -1)).transpose(-3, -2)  # noqa: E731
-    q, k, v = map(heads, (attention.query(x), attention.key(speech), attention.value(speech)))
-    q, n = q / q.shape[-1] ** 0.5, speech.shape[1]
+    split = lambda x: x.unflatten(-1, (layer.n_head, -1)).transpose(-3, -2)  # noqa: E731
+    q, k, v = map(split, (layer.query(x), layer.key(speech), layer.value(speech)))
+    q, n = q / q.shape[-1] ** 0.5, speech.shape[1]  # q (B, H, L, E/H)
     scores = q @ k.mT
     if silence:
-        shortest = int(frames.min())
-        silent_k, silent_v = (heads(x[shortest:]) for x in silence)  # (H, P - shortest, E/H)
+        *silence, frames = silence
+        shortest = int(frames.min())  # before it no item has silence
+        silent_k, silent_v = (split(x[shortest:]) for x in silence)  # (H, P - shortest, E/H)
         is_speech = torch.arange(len(silence[0]), device=x.device) < frames[:, None]
         is_seen = torch.cat([is_speech[:, :n], ~is_speech[:, shortest:]], 1)[:, None, None]
         scores = torch.cat([scores, torch.einsum("bhld,hpd->bhlp", q, silent_k)], 3)
@@ -237,14 +240,15 @@ def attend(attention: nn.Module, x: Tensor, speech: Tensor, frames: Tensor | Non
     y = weights[..., :n] @ v
     if silence:
         y = y + torch.einsum("bhlp,hpd->bhld", weights[..., n:], silent_v)
-    return attention.out(y.transpose(1, 2).flatten(2)), weights[..., :n]
+    return layer.out(y.transpose(1, 2).flatten(2)), weights[..., :n]
 
 
 def stray(attention: Tensor, token_frames: Tensor) -> Tensor:
-    """Which share of attention is far from the frames of its token, (B, L - 1, T), (B, L) -> (B,).
+    """1 - attention near the frames of its token, (B, L - 1, T), (B, L) -> mean of tokens (B,).
 
-    Guided attention, Tachibana et al. 2018 (arXiv 1710.08969). Without it a flow begins by saying
-    one sentence, whatever the text, and an official decoder, which guesses well, lets it.
+    Guided attention, Tachibana et al. 2018 (arXiv 1710.08969). Attention to silence is stray too.
+    Without it a flow says one sentence, whatever the text, for hundreds of steps: an official
+    decoder guesses so well that it hardly listens.
     """
     token_frames = token_frames[:, 1:]
     distance = torch.arange(attention.shape[2], device=attention.device) - token_frames[..., None]

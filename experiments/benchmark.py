@@ -104,7 +104,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
     trained = n_parameters(run.model)
     frozen = n_parameters(whisper.model) + whisper.rows.numel()
     shares = dict.fromkeys(data.split(builtin())[0], 1.0)
-    batches = data.Steps(shares, whisper, args.batch_size, 0, 1.0, whisper.speed_range)
+    batches = data.Batches(shares, whisper, args.batch_size, 0, 1.0, whisper.speed_range)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     for step in range(args.warmup + args.steps):
         if step == args.warmup:

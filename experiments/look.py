@@ -23,6 +23,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
+from speech.align import durations_by  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 
 
@@ -55,7 +56,7 @@ def main(argv=None) -> None:
         raise BadInput(f"no spoken sentence in {args.language!r} of {whisper.dims.n_mels} mel "
                        "bins; try --language en")
     sentence, mel = spoken[0]
-    durations = data.durations_by(checkpoint["rhythm"])(sentence, checkpoint["config"]["speed"])
+    durations = durations_by(checkpoint["rhythm"])(sentence, checkpoint["config"]["speed"])
     batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
     states = train.generate(sample.load_model(checkpoint, whisper.device), whisper, batch,
                             flow.Solver())

@@ -44,7 +44,7 @@ def seconds(text: str, voice: str) -> float | None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     make_pocket.need_espeak()
-    for code, iso, _, text in data.LANGUAGES:
+    for code, iso, _, text in data.LANGUAGE_ROWS:
         said = text
         for sign, letters in RESPELLED.get(code, {}).items():
             said = said.replace(sign, letters)

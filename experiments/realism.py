@@ -54,6 +54,7 @@ from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech import sound  # noqa: E402
+from speech.align import durations_by  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
 from text.sources import load_data  # noqa: E402
@@ -209,7 +210,7 @@ class Study:
             if not self.readable(whisper):
                 raise BadInput(f"{whisper.name} knows no language of the text; give another judge")
         return Flow(sample.load_model(checkpoint, self.device),
-                    data.durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"],
+                    durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"],
                     readers)
 
     def readable(self, whisper: FrozenWhisper) -> list:

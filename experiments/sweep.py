@@ -20,6 +20,7 @@ from experiments.student import greedy_cer  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from speech.align import durations_by  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import load_data  # noqa: E402
 
@@ -28,7 +29,7 @@ KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, jud
 
 def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
     """CER of n held-out sentences at each value, 4 Euler steps but for what is swept."""
-    device, durations = choose_device("auto"), data.durations_by(checkpoint["rhythm"])
+    device, durations = choose_device("auto"), durations_by(checkpoint["rhythm"])
     whisper, model = sample.load_critic(checkpoint, device), sample.load_model(checkpoint, device)
     shares, _ = load_data(checkpoint["config"]["data"], whisper)
     held_out, rates = data.per_language(data.split(list(shares))[1], n), []

@@ -38,7 +38,7 @@ class Flow(NamedTuple):
     """A checkpoint."""
 
     model: DiT
-    durations: Callable  # see data.durations_by
+    durations: Callable  # see speech.align.durations_by
     speed: float  # that it was trained at
     readers: dict[str, FrozenWhisper]  # critic and, if there is one, judge
 

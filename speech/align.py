@@ -5,7 +5,7 @@ T frames (20 ms), S characters of `data.characters`, N of them spoken, C channel
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -159,3 +159,8 @@ def fit_rhythm(sentences: Sequence[Sentence], durations: Sequence[np.ndarray]) -
         table[CONTEXT] += frames.mean()
         tables[code] = torch.from_numpy(table)
     return dict(chars=chars, frames=tables)
+
+
+def durations_by(rhythm: dict | None) -> Callable:
+    """(sentence, speed) -> frames of its characters: as recordings say, or by the length rule."""
+    return Rhythm(**rhythm).durations if rhythm else char_durations

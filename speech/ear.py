@@ -81,7 +81,8 @@ class Ear(FrozenWhisper):
                   room: Room | None = None) -> tuple[Tensor, Tensor]:
         """How hard the text is to read where the encoder hears x1 in a random room, -> nll, stray.
 
-        The window is hardly longer than the speech, which begins after a short random delay.
+        The window is hardly longer than the speech, which begins after a short random delay. The
+        room's uneven pace moves tokens too, by less than whisper_decoder.NEAR, and is not followed.
         """
         window = min(x1.shape[1] + SILENT_FRAMES, self.max_frames)
         mel = self.spectrogram(x1, frames, window)
@@ -90,7 +91,7 @@ class Ear(FrozenWhisper):
             shift = int(torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device))
             mel = random_room(mel.roll(shift, 2), room)  # only silence comes round
             token_frames = torch.where(token_frames < 0, token_frames, token_frames + shift / 2)
-        x, attention = self.read(self.features_of_mel(mel), targets)
+        x, attention = self.teacher_force(self.features_of_mel(mel), targets)
         return self.nll(x, targets), stray(attention, token_frames)
 
 

@@ -194,10 +194,10 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
 # ---- training --------------------------------------------------------------------------------
 
 
-class Steps(torch.utils.data.Dataset):
-    """Batches of recordings, at last by turns with those of text: data.Steps for both."""
+class Batches(torch.utils.data.Dataset):
+    """Batches of recordings, at last by turns with those of text: data.Batches for both."""
 
-    def __init__(self, recordings: Sequence[Recording], text: data.Steps, n_steps: int):
+    def __init__(self, recordings: Sequence[Recording], text: data.Batches, n_steps: int):
         self.recordings, self.text, self.n_steps = recordings, text, n_steps
         self.frames = torch.tensor([len(r.x1) for r in recordings])
 
@@ -228,12 +228,12 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
     return TEXT_WEIGHT * nll.mean(), nll, torch.zeros_like(t)
 
 
-def join(text: data.Steps, held_out: Sequence[Sentence], config) -> tuple:
-    """Steps of text, train.Config -> steps of recordings and text, objective, rhythm, notes.
+def join(text: data.Batches, held_out: Sequence[Sentence], config) -> tuple:
+    """Batches of text, train.Config -> batches of recordings and text, objective, rhythm, notes.
 
     Text lasts as long as the recordings say, in their languages.
     """
     recordings, notes = load_recordings(Path(config.speech), text.whisper, held_out)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
     text.set_durations(Rhythm(**rhythm).durations)
-    return Steps(recordings, text, config.steps), objective, rhythm, notes
+    return Batches(recordings, text, config.steps), objective, rhythm, notes

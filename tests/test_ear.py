@@ -31,7 +31,7 @@ def test_ear_without_a_room_hears_what_whisper_hears(ear):
             close(ear.spectrogram(x[None, :n], torch.tensor([n]), window)[0], item)
     close(ear.features(x1, frames), ear.model.encoder(out))
     *_, targets, token_frames, _ = batch_of(ear, sentences[:3])
-    short = ear.read(ear.features_of_mel(ear.spectrogram(x1, frames, 140)), targets)
+    short = ear.teacher_force(ear.features_of_mel(ear.spectrogram(x1, frames, 140)), targets)
     nll, stray = ear.text_loss(x1, frames, targets, token_frames)
     close(nll, ear.nll(short[0], targets))
     close(stray, whisper_decoder.stray(short[1], token_frames))

@@ -14,6 +14,7 @@ from data import Sentence
 from plumbing.errors import BadInput
 from pocket.clips import spoken_clips
 from speech import align, recordings, sound
+from speech.align import durations_by
 from speech.ear import Ear, room_of_step
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
@@ -197,7 +198,7 @@ def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken
 def join(folder, whisper, speed=1.0):
     config = train.Config(speech=str(folder), steps=16, batch_size=4, speed=speed)
     shares = {Sentence("en", text): 1.0 for text in TEXTS} | {Sentence("fr", "Il dort."): 1.0}
-    return recordings.join(data.Steps(shares, whisper, 4, 0, speed, 1.0), [], config)
+    return recordings.join(data.Batches(shares, whisper, 4, 0, speed, 1.0), [], config)
 
 
 def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
@@ -212,7 +213,7 @@ def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
         assert second.sentences == batch.sentences[1::2]
         assert torch.equal(second.x1, batch.x1[1::2]) and len(second.mask) == len(second.targets)
     for s, found in zip(steps.text.sentences, steps.text.durations):
-        assert np.array_equal(found, data.durations_by(rhythm)(s, 2.0))
+        assert np.array_equal(found, durations_by(rhythm)(s, 2.0))
         assert np.array_equal(found, data.char_durations(s) / 2) == (s.language == "fr")
         assert found.sum() in steps.text.frames
     assert "4 recordings, 0.2 minutes of speech; 0 of held-out" in notes[-1]
@@ -261,5 +262,5 @@ def test_training_with_recordings_goes_on_where_it_stopped(folder, tmp_path, kin
     for name in ("model", "ema"):
         assert all(torch.equal(x, resumed[name][key]) for key, x in straight[name].items())
     sentence = Sentence("en", TEXTS[0])
-    found = data.durations_by(resumed["rhythm"])(sentence)
+    found = durations_by(resumed["rhythm"])(sentence)
     assert not np.allclose(found, data.char_durations(sentence))

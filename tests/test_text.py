@@ -139,10 +139,10 @@ def test_long_texts_are_split_and_nothing_is_lost(pocket, language, text):
 
 def test_alignment_gives_every_character_its_share():
     where = [1 / 4, 3 / 4, *(1 + np.arange(1, 12, 2) / 12)]
-    found = data.align(np.array([1, 3]), 8, np.array([0.5, 1, 1.5]))
+    found = data.align_frames(np.array([1, 3]), 8, np.array([0.5, 1, 1.5]))
     assert np.allclose(found[0], where) and np.allclose(found[1], [1, 2, 5])
     for n in (7, 50, 129):
-        found = data.align(np.array([3, 0, 1, 6, 2]), n, np.zeros(0))[0]
+        found = data.align_frames(np.array([3, 0, 1, 6, 2]), n, np.zeros(0))[0]
         assert len(found) == n and (found.diff() > 0).all() and 4 < found[-1] < 5
         shares = np.bincount(found.long()) / n
         assert np.allclose(shares, np.array([3, 0, 1, 6, 2]) / 12, atol=1 / n)
@@ -152,7 +152,7 @@ def test_a_batch_is_a_function_of_seed_and_step(pocket):
     shares = {Sentence("en", "The dog."): 3.0, Sentence("en", "The cat."): 1.0}
 
     def draw(seed, step, speed=1.0, speed_range=1.7, shares=shares, n=400):
-        return data.Steps(shares, pocket, n, seed, speed, speed_range)[step]
+        return data.Batches(shares, pocket, n, seed, speed, speed_range)[step]
 
     one, again = draw(0, 7), draw(0, 7)
     assert one.sentences == again.sentences and torch.equal(one.targets, again.targets)
@@ -169,8 +169,8 @@ def test_a_batch_is_a_function_of_seed_and_step(pocket):
 
 def test_every_language_comes_through(tmp_path):
     whisper = FrozenWhisper(random_whisper(tmp_path / "w.pt", n_vocab=51866))
-    assert {row[0] for row in data.LANGUAGES} == set(whisper.languages)
-    for code, _, _, text in data.LANGUAGES:
+    assert {row[0] for row in data.LANGUAGE_ROWS} == set(whisper.languages)
+    for code, _, _, text in data.LANGUAGE_ROWS:
         sentence = make_sentence(text, code, whisper)
         pieces = split_long(sentence, whisper)  # Georgian and Burmese: a token a byte
         assert "".join(p.text for p in pieces).replace(" ", "") == text.replace(" ", ""), code
@@ -181,14 +181,14 @@ def test_every_language_comes_through(tmp_path):
         owner = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]  # of each byte
         starts = np.cumsum([0, *(len(c.encode()) for c in said)])
         owner = owner[len(owner) - starts[-1] :]  # without the blank in front
-        (found, middles), chars = data.spell(text, code, whisper), data.characters(text)
+        (found, middles), chars = data.locate_tokens(text, code, whisper), data.characters(text)
         assert found.tolist() == [owner[i] for i in starts[:-1]], code
         assert len(middles) == len(tokens) and (np.diff([0, *middles, len(said)]) > 0).all(), code
         spelled = bytes((x - 1) % 256 for row in chars[:, :-1].tolist() for x in row if x)
         assert spelled.decode() == "".join(c.lower()[0] for c in said)
     numbers = [data.characters(text)[0].tolist() for text in ("a", "A")]
     assert numbers[0][:-1] == numbers[1][:-1] and numbers[0][-1] == 0 and numbers[1][-1] == 1025
-    assert data.spell("The dog sleeps.", "en", whisper)[1].tolist() == [1.5, 5, 10.5, 14.5]
+    assert data.locate_tokens("The dog sleeps.", "en", whisper)[1].tolist() == [1.5, 5, 10.5, 14.5]
 
 
 @pytest.mark.parametrize("text, code, written", [

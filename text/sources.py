@@ -20,7 +20,7 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from data import JOINERS, LANGUAGES, POCKET, Sentence, n_frames
+from data import JOINERS, LANGUAGE_ROWS, POCKET, Sentence, n_frames
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write
 from text.long import split_long
@@ -28,7 +28,7 @@ from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
-ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGES}
+ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
 NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 
@@ -45,7 +45,7 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
         raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
     if re.search("[\0\ud800-\udfff]", text):
         raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` converts UTF-16")
-    if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGES):
+    if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGE_ROWS):
         raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
         text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
