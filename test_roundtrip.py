@@ -294,8 +294,7 @@ def test_nll_is_the_full_softmax(pocket, monkeypatch):
 
 def test_silence_is_attended_as_if_it_stood_behind_the_speech(pocket):
     batch = batch_of(pocket)
-    frames, targets = batch.cond["frames"], batch.targets
-    x1 = data.noise(batch, pocket.channels, 0).requires_grad_()
+    frames, targets, x1 = batch.cond["frames"], batch.targets, randn(4, 200, 128).requires_grad_()
     nll, _ = pocket.text_loss(x1, frames, targets, batch.token_frames)
     plain = pocket.nll(pocket.teacher_force(pocket.features(x1, frames), targets)[0], targets)
     close(nll, plain)
@@ -316,16 +315,15 @@ def test_stray_is_attention_far_from_the_token():
 
 
 @functools.cache  # several files import the fixture
-def train_both(folder: Path) -> dict:
-    return {latent: train.main([*FLAGS, "--latent", latent, "--out_dir", str(folder / latent)])
-            for latent in train.LATENTS}
+def train_both(folder: Path) -> tuple[Path, dict]:
+    return folder, {latent: train.main([*FLAGS, "--latent", latent, "--out_dir",
+                                        str(folder / latent)]) for latent in train.LATENTS}
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A folder with a run of six steps of each latent, their figures."""
-    folder = tmp_path_factory.getbasetemp() / "runs"
-    return folder, train_both(folder)
+    return train_both(tmp_path_factory.getbasetemp() / "runs")
 
 
 def log_of(folder: Path, name: str = "log.csv") -> list[list[str]]:

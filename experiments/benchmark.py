@@ -1,4 +1,4 @@
-"""Steps per second and memory, with random weights in the official shapes: no download.
+"""Time of a step, part by part, and memory, with random weights in the official shapes.
 
     python experiments/benchmark.py memory                    # computed, of all shapes
     python experiments/benchmark.py train tiny base           # on a GPU also with bf16
@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Callable
 
 import torch
 from whisper.model import AudioEncoder, ModelDimensions, TextDecoder, Whisper
@@ -36,6 +38,7 @@ SHAPES = {
     "turbo": (128, 1280, 20, 32, 4, 51866),
 }
 GB = 1e9
+PARTS = ("batch", "flow", "critic", "backward", "optimizer")  # of a step, in ms
 
 
 def dims_of(name: str) -> ModelDimensions:
@@ -92,6 +95,16 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def timed(function: Callable, times: Counter, part: str, device: torch.device) -> Callable:
+    """The function, which adds what it takes to times[part]."""
+    def wrapper(*args):
+        start = clock(device)
+        result = function(*args)
+        times[part] += clock(device) - start
+        return result
+    return wrapper
+
+
 def measure_training(name: str, bf16: bool, args) -> None:
     """One line of the table, in a process of its own: peak memory never falls."""
     device = choose_device(args.device)
@@ -106,22 +119,29 @@ def measure_training(name: str, bf16: bool, args) -> None:
     shares = dict.fromkeys(data.split(builtin())[0], 1.0)
     batches = data.Batches(shares, whisper, args.batch_size, 0, 1.0, whisper.speed_range)
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    times = Counter()
+    make_batch = timed(lambda step: batches[step].to(whisper), times, "batch", device)
+    run.model.forward = timed(run.model.forward, times, "flow", device)
+    whisper.text_loss = timed(whisper.text_loss, times, "critic", device)
+    backward = timed(torch.Tensor.backward, times, "backward", device)
+    update = timed(run.optimizer.step, times, "optimizer", device)
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
-            start = clock(device)
-        batch, rng = batches[step].to(whisper), data.generator(0, step, device)
+            times.clear()
+        batch, rng = make_batch(step), data.generator(0, step, device)
         noise = train.draw_noise(batch, whisper.channels, config.drop_text, rng)
         room = room_of_step(config.steps, config.steps, rng)
         with autocast:
             loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight,
                                        config.attention_weight)
-        loss.backward()
-        run.optimizer.step()
+        backward(loss)
+        update()
         run.optimizer.zero_grad()
-    rate = args.steps / (clock(device) - start)
     form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
+    parts = " | ".join(f"{1000 * times[part] / args.steps:.0f}" for part in PARTS)
     print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | "
-          f"{held(frozen, trained):.1f} | {peak_memory(device):.1f} | {rate:.2f} |", flush=True)
+          f"{held(frozen, trained):.1f} | {peak_memory(device):.1f} | "
+          f"{1000 * times.total() / args.steps:.0f} | {parts} |", flush=True)
 
 
 def main(argv=None) -> None:
@@ -141,8 +161,8 @@ def main(argv=None) -> None:
         return compute_memory()
     if args.one:
         return measure_training(args.names[0], args.one == "bf16", args)
-    print("| shape | depth | DiT | arithmetic | GB held, computed | GB at most | steps/s |\n"
-          "| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    print("| shape | depth | DiT | arithmetic | GB held, computed | GB at most | ms a step | "
+          f"{' | '.join(PARTS)} |\n{'| --- ' * (7 + len(PARTS))}|", flush=True)
     forms = ["single"] + ["bf16"] * (choose_device(args.device).type == "cuda")
     for name, one in itertools.product(args.names, forms):
         command = [sys.executable, __file__, "train", name, "--one", one]

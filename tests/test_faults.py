@@ -18,10 +18,10 @@ from plumbing.files import Log, atomic_write, locked
 from plumbing.flags import parse_flags
 from speech import recordings
 from speech.recordings import read_audio, soundfile
-from test_roundtrip import FLAGS, ROOT, pocket, runs  # noqa: F401
+from test_roundtrip import FLAGS, ROOT, pocket, random_whisper, runs  # noqa: F401
 from text.error_rates import error_rates
 from text.sources import builtin, make_sentence, read_file
-from whisper_decoder import strip_unspoken
+from whisper_decoder import FrozenWhisper, strip_unspoken
 
 
 # ---- text ------------------------------------------------------------------------------------
@@ -49,6 +49,13 @@ def test_a_text_is_what_whisper_can_write(pocket, text, written):
 def test_what_is_no_text_is_refused(pocket, text, words):
     with pytest.raises(BadInput, match=words):
         make_sentence(text, "en", pocket)
+
+
+@pytest.mark.parametrize("changes", [dict(n_text_head=3), dict(n_audio_head=5), dict(n_mels=40),
+                                     dict(n_audio_state=64), dict(n_vocab=52000)])
+def test_a_whisper_of_sizes_that_do_not_fit(tmp_path, changes):
+    with pytest.raises(BadInput, match="no Whisper has such sizes"):
+        FrozenWhisper(random_whisper(tmp_path / "w.pt", **changes))
 
 
 def test_a_perfect_reading_of_every_language_has_no_errors():

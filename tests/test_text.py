@@ -34,6 +34,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         page = self.pages[self.path[1:]]
         self.send_response(200)
         self.send_header("Content-Length", str(len(page)))
+        self.send_header("Content-Type", "text/html" if page[:1] == b"<" else "text/plain")
         self.end_headers()
         self.wfile.write(page[: self.most])
 
@@ -60,7 +61,9 @@ def test_every_source_gives_the_same_sentences(tmp_path, pocket, monkeypatch):
             with pytest.raises(BadInput, match="cannot fetch .*; check the address"):
                 load_data([url], pocket)
         assert not list((tmp_path / "text_flow_whisper").iterdir())  # nothing that is broken stays
-        Server.most = 10**9
+        Server.most, Server.pages = 10**9, files | {"page.txt": b"<html>Bonjour.</html>"}
+        with pytest.raises(BadInput, match="it is a web page, not a file of text"):
+            load_data([f"fr={address}/page.txt"], pocket)
         paths = "fr={0}/fr.txt French={0}/a.txt.gz {0}/b.tsv {0}/c.tsv.bz2 fr={0}/bom.txt"
         for source in [*paths.split(), "{0}/folder", *urls]:
             shares, notes = load_data([source.format(tmp_path)], pocket)
