@@ -35,6 +35,14 @@ def test_ear_without_a_room_hears_what_whisper_hears(ear):
     nll, stray = ear.text_loss(x1, frames, targets, token_frames)
     close(nll, ear.nll(short[0], targets))
     close(stray, whisper_decoder.stray(short[1], token_frames))
+    rng, nothing = torch.Generator().manual_seed(0), dict.fromkeys(ROOM, 0.0)  # only a delay
+    late = ear.text_loss(x1, frames, targets, token_frames, Room(1.0, rng, nothing))[1]
+    shift = int(torch.randint(25, (), generator=rng.manual_seed(0)))
+    shifted = ear.spectrogram(x1, frames, 140).roll(shift, 2)
+    attention = ear.teacher_force(ear.features_of_mel(shifted), targets)[1]
+    moved = token_frames + (token_frames >= 0) * shift / 2
+    assert shift > 9 and (late - whisper_decoder.stray(attention, token_frames)).abs().max() > 1e-3
+    close(late, whisper_decoder.stray(attention, moved))
     losses = [ear.text_loss(x1, frames, targets, token_frames, Room(
         1.0, torch.Generator().manual_seed(seed)))[0] for seed in (0, 0, 1)]
     assert torch.equal(*losses[:2]) and (losses[0] - losses[2]).abs().max() > 0.01

@@ -28,6 +28,7 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
 
     def both(model, critic, batch, x0, t, drop, room, *weights):
         parts, step = [], next(count)
+        assert weights == (0.3, 10 * max(0, 1 - step / 2))  # guided attention fades
         for rank in range(2):
             shard = data.Batch(batch.sentences[rank::2], {key: x[rank::2] for key, x in
                                batch.cond.items()}, batch.targets[rank::2],
