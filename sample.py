@@ -23,12 +23,12 @@ from model import DiT, DiTConfig
 from plumbing.devices import choose_device
 from plumbing.errors import BadInput, guard
 from plumbing.files import atomic_write
-from plumbing.flags import Parser
+from plumbing.flags import Parser, path
 from speech.align import durations_by
 from speech.sound import another_voice, pace, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
-from text.sources import kind, make_sentence, read_file
+from text.sources import read_texts
 from train import LATENTS, RoundTrip, generate, load_checkpoint, round_trips
 from whisper_decoder import FrozenWhisper
 
@@ -62,22 +62,6 @@ def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Senten
         speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
     parts = split_long(text, whisper, speed, durations)
     return [(part, durations(part, speed)) for part in parts]
-
-
-def read_texts(args, whisper) -> list[Sentence]:
-    """Texts of the command line, a file or standard input."""
-    if args.text_file:
-        language = args.language or (None if kind(args.text_file) == ".tsv" else "en")
-        counts, notes = read_file(args.text_file, language, whisper)
-        texts = list(counts)
-        print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
-    else:
-        stdin = sys.stdin.buffer.read() if sys.stdin and not args.text else b""
-        lines = args.text or filter(str.strip, stdin.decode("utf-8-sig").splitlines())
-        texts = [make_sentence(x, args.language or "en", whisper) for x in lines]
-    if not texts:
-        raise BadInput("no text; give one, or --text_file, or lines on standard input")
-    return texts
 
 
 def write_features(path: Path, pieces: Sequence[RoundTrip], text_of: np.ndarray) -> None:
@@ -118,6 +102,10 @@ def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args
         print(f"  t = {t:.2f}     {read.text[:70]}")
 
 
+def is_wav_file(path: Path) -> bool:
+    return path.suffix.lower() == ".wav" and not path.is_dir()
+
+
 def check(args, latent: str, n_texts: int) -> None:
     """BadInput if what was asked for cannot be made."""
     try:
@@ -134,8 +122,10 @@ def check(args, latent: str, n_texts: int) -> None:
     if (args.wav or args.rooms) and latent != "mel":
         raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav and --rooms "
                        "cannot be used; `python train.py --latent mel` makes spectrograms")
-    if args.wav and args.wav.suffix not in ("", ".wav")[: 1 + (n_texts == 1)]:
-        raise BadInput(f"--wav {args.wav} cannot hold {n_texts} texts; FILE.wav one, FOLDER any")
+    if args.wav and is_wav_file(args.wav) and n_texts > 1:
+        raise BadInput(f"--wav {args.wav} holds one text, not {n_texts}; give a folder")
+    if args.wav and args.wav.is_file() and not is_wav_file(args.wav):
+        raise BadInput(f"--wav {args.wav} is a file, and neither FILE.wav nor a folder")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -143,8 +133,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("text", nargs="*", help="texts; none: from --text_file or standard input")
     add("--language", help="of the texts (default: en, or as a .tsv says)")
-    add("--text_file", type=Path, help="FILE.txt, FILE.tsv; equal lines are read once")
-    add("--ckpt", type=Path, default=Path("out/ckpt.pt"), help="of train.py")
+    add("--text_file", action="append", default=[], help="FILE or URL of .txt or .tsv; equal lines "
+        "are read once")
+    add("--ckpt", type=path, default=Path("out/ckpt.pt"), help="of train.py")
     add("--steps", type=int, help="steps of the ODE solver (default: 4)")
     add("--method", choices=list(flow.ORDER), help="solver (default: euler)")
     add("--guidance", type=float, help="1 is off (default: 1)")
@@ -153,8 +144,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=int, help="of the noise (default: 0)")
     add("--rooms", type=float, default=0.0, help="up to 1: other voices (spectrograms only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--out", type=Path, help="write the features here, as .npz")
-    add("--wav", type=Path, help="write the sound here: FILE.wav, or a folder of files")
+    add("--out", type=path, help="write the features here, as .npz")
+    add("--wav", type=path, help="write the sound here: FILE.wav, or a folder of files")
     parser.set_defaults(**Solver()._asdict())
     args = parser.parse_args(argv)
     args.solver = Solver(*(getattr(args, name) for name in Solver._fields))
@@ -163,14 +154,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    if args.text and args.text_file:
-        raise BadInput("texts and --text_file were given; give one of them")
     device, checkpoint = choose_device(args.device), load_checkpoint(args.ckpt)
     whisper, model = load_critic(checkpoint, device), load_model(checkpoint, device)
-    texts = read_texts(args, whisper)
+    texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     check(args, checkpoint["config"]["latent"], len(texts))
-    for code in {t.language for t in texts} - {*checkpoint["origin"]["languages"]}:
-        print(f"note: {args.ckpt} was not trained in {code!r}", file=sys.stderr)
+    unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
+    notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
+    print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
     durations = durations_by(checkpoint["rhythm"])
     parts = [cut(text, durations, whisper, args) for text in texts]
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
@@ -189,8 +179,8 @@ def main(argv=None) -> None:
         if i == 0 and not args.text_file:
             show_forming(model, whisper, *parts[0][0], args)
         if args.wav:
-            path = args.wav if args.wav.suffix == ".wav" else args.wav / f"{i:04d}.wav"
-            write_wav(path, whisper, [piece.x1.to(device) for piece in group])
+            file = args.wav if is_wav_file(args.wav) else args.wav / f"{i:04d}.wav"
+            write_wav(file, whisper, [piece.x1.to(device) for piece in group])
     cer, wer, exact = error_rates(texts, hypotheses)
     end = "".join(f"\nwrote {path}: {len(texts)} texts" for path in (args.wav, args.out) if path)
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}{end}")

@@ -2,9 +2,8 @@
 
     python train.py                     # minutes on a laptop, offline, with the embedded decoder
     python train.py --latent mel        # spectrograms: the whole of Whisper hears them, in rooms
-    python train.py --data fr=livre.txt builtin --whisper tiny
-    python train.py --resume            # go on where Ctrl-C stopped it; --help lists all flags
-    torchrun --nproc_per_node=4 train.py --batch_size 96        # several GPUs
+    python train.py --data fr=livre.txt builtin --whisper tiny      # --help lists all flags
+    python train.py --resume            # go on where Ctrl-C stopped it
 """
 import copy
 import math
@@ -191,15 +190,16 @@ class Run:
         torch.manual_seed(config.seed)  # the same weights in every process
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
         shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, bound=whisper.bound)
-        self.config, self.whisper, self.step, self.rhythm = config, whisper, 0, rhythm
+        self.config, self.whisper, self.rhythm = config, whisper, rhythm
+        self.step, self.path = 0, Path(config.out_dir) / "ckpt.pt"
         self.durations = durations_by(rhythm)
-        self.origin = dict(whisper=whisper.fingerprint, text=fingerprint((shares, rhythm)),
-                           languages=sorted({s.language for s in shares or ()}))
+        languages = {s.language for s in shares or ()} | {*(rhythm["chars"] if rhythm else ())}
+        self.origin = dict(whisper=whisper.fingerprint, text=fingerprint(shares),
+                           speech=fingerprint(rhythm), languages=sorted(languages))
         self.model = DiT(shape).to(whisper.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate,
                                            (0.9, 0.99), weight_decay=config.weight_decay)
-        self.path = Path(config.out_dir) / "ckpt.pt"
 
     def save(self, log: Log) -> None:
         """ckpt.pt becomes a new one as a whole, and log.csv is that of its run."""

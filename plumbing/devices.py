@@ -94,8 +94,10 @@ def average_gradients(model: torch.nn.Module, stop: bool) -> bool:
 
 @contextmanager
 def catch_interrupts():
-    """A list that Ctrl-C and SIGTERM make longer, so that the step can end and be saved."""
-    stops, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    """A list that Ctrl-C, SIGTERM and a closed terminal make longer: the step ends and is saved."""
+    stops, kinds = [], [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        kinds.append(signal.SIGHUP)
     before = [signal.signal(kind, lambda *_: stops.append(True)) for kind in kinds]
     try:
         yield stops

@@ -1,7 +1,9 @@
 """A dataclass becomes a command line: every field is a flag, with its help and its limits."""
 import argparse
+import os
 from dataclasses import field, fields
 from itertools import chain
+from pathlib import Path
 
 from plumbing.errors import BadInput
 
@@ -17,6 +19,11 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; {self.hint}--help lists all flags")
 
 
+def path(text: str) -> Path:
+    """A path, also where the shell has left its ~, as in --out=~/x."""
+    return Path(text).expanduser()
+
+
 def flag(default, help: str, low=None, below=1e9, choices=None):
     """A field: a number must be at least low, and below `below`; anything else one of choices."""
     metadata = dict(help=help, low=low, below=below, choices=choices)
@@ -30,6 +37,8 @@ def check_flags(config) -> None:
         value = getattr(config, f.name)
         if low is not None and not low <= value < below:
             raise BadInput(f"--{f.name} {value} cannot be used; at least {low} and below {below:g}")
+        if value == "" != f.default:
+            raise BadInput(f"--{f.name} is empty; give something, or leave it out")
         if choices and value not in choices:
             raise BadInput(f"--{f.name} {value!r} is none of {', '.join(choices)}")
 
@@ -38,7 +47,7 @@ def parse_flags(kind: type, description: str, argv=None):
     """Command line -> a `kind`."""
     parser = Parser(description)
     special = {bool: dict(action=argparse.BooleanOptionalAction),
-               tuple: dict(nargs="+", action="append")}
+               tuple: dict(nargs="+", action="append"), str: dict(type=os.path.expanduser)}
     for f in fields(kind):
         how = special.get(type(f.default), dict(type=type(f.default)))
         help = f"{f.metadata['help']} (default: {f.default})"

@@ -61,7 +61,8 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     manifest = folder / ("manifest.tsv" if is_table else "metadata.csv")
     if not manifest.exists():
         paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        return [(path, None) for path in sorted(paths)], []
+        return [(path, None) for path in sorted(paths)], [
+            f"{folder} has no manifest.tsv or metadata.csv, so {whisper.name} writes the texts"]
     try:
         lines = manifest.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -236,4 +237,6 @@ def join(text: data.Batches, held_out: Sequence[Sentence], config) -> tuple:
     recordings, notes = load_recordings(Path(config.speech), text.whisper, held_out)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
     text.set_durations(Rhythm(**rhythm).durations)
+    if not {r.sentence.language for r in recordings} & {s.language for s in text.sentences}:
+        notes.append("text and recordings have no language in common")
     return Batches(recordings, text, config.steps), objective, rhythm, notes

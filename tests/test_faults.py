@@ -1,7 +1,9 @@
 """What users and systems do wrong: one sentence, nothing lost, nothing silent."""
+import gzip
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ import tqdm
 import data
 import sample
 import train
+from plumbing import devices
 from plumbing.errors import BadInput, guard
 from plumbing.files import Log, atomic_write, locked
 from plumbing.flags import parse_flags
@@ -20,7 +23,7 @@ from speech import recordings
 from speech.recordings import read_audio, soundfile
 from test_roundtrip import FLAGS, ROOT, pocket, random_whisper, runs  # noqa: F401
 from text.error_rates import error_rates
-from text.sources import builtin, make_sentence, read_file
+from text.sources import builtin, make_sentence, read_file, read_texts
 from whisper_decoder import FrozenWhisper, strip_unspoken
 
 
@@ -79,6 +82,25 @@ def test_near_duplicates_of_held_out_sentences_are_not_trained_on():
     assert near not in training and len(training) == len(data.split(builtin())[0])
 
 
+def test_texts_that_may_be_meant_otherwise_are_noted(pocket, monkeypatch):
+    texts, notes = read_texts("El perro duerme".split(), [], "es", pocket)
+    assert len(texts) == 3 and notes == ["3 texts of a word each; quotes make them one text"]
+    notes = read_texts(["老师在教室里。"], [], None, pocket)[1]
+    assert notes == ["text 1, '老师在教室里。' is read as English; --language says another"]
+    lines = io.BytesIO("One dog.\r\nA\x0cb\u2028c.\rEnd.".encode())  # as open() has lines
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
+    assert [s.text for s in read_texts([], [], "en", pocket)[0]] == ["One dog.", "A b c.", "End."]
+
+
+def test_a_run_is_told_when_its_terminal_closes(monkeypatch):
+    for handler, n in ((signal.SIG_IGN, 0), (signal.SIG_DFL, 1)):  # nohup; a terminal
+        before = signal.signal(signal.SIGHUP, handler)
+        with devices.catch_interrupts() as stops:
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+                signal.raise_signal(signal.SIGHUP)
+        assert len(stops) == n and signal.signal(signal.SIGHUP, before) == handler
+
+
 def test_recordings_like_held_out_sentences_are_not_learned_from(pocket, tmp_path, monkeypatch):
     texts = ["The dog sleeps.", "the dog sleeps", "The cat sleeps."]
     monkeypatch.setattr(recordings, "read_manifest", lambda *_: ([None] * 3, []))
@@ -126,10 +148,17 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
     ("sample x --steps 1000000", "--steps must be between 1 and 1000"),
     ("sample x --out {0}", "must end in .npz and lie in a folder that exists"),
+    ("sample x --text_file y.txt", "texts and --text_file were given"),
+    ("sample  y", "text 1, '': there is no word in it"),
+    ("sample {0}/long.txt", "it is a file, which belongs after --text_file"),
+    ("train --out_dir=", "--out_dir is empty"),
+    ("train --data 30%*builtin", "--data '30%*builtin' cannot be used"),
+    ("train --data en={0}/packed.txt", "packed.txt is packed by gzip; name it"),
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
 ])
 def test_flags_that_cannot_be_used(runs, command, words):
     (runs[0] / "long.txt").write_text("\n".join(c * 60 for c in "abcdefgh"))
+    (runs[0] / "packed.txt").write_bytes(gzip.compress(b"The dog sleeps.\n" * 9))
     program, *argv = command.format(runs[0]).replace("\u2028", "\n").split(" ")
     before = sorted(runs[0].rglob("*"))
     with pytest.raises(BadInput) as error:

@@ -62,7 +62,7 @@ def test_every_source_gives_the_same_sentences(tmp_path, pocket, monkeypatch):
                 load_data([url], pocket)
         assert not list((tmp_path / "text_flow_whisper").iterdir())  # nothing that is broken stays
         Server.most, Server.pages = 10**9, files | {"page.txt": b"<html>Bonjour.</html>"}
-        with pytest.raises(BadInput, match="it is a web page, not a file of text"):
+        with pytest.raises(BadInput, match="it is text/html, not a file of text"):
             load_data([f"fr={address}/page.txt"], pocket)
         paths = "fr={0}/fr.txt French={0}/a.txt.gz {0}/b.tsv {0}/c.tsv.bz2 fr={0}/bom.txt"
         for source in [*paths.split(), "{0}/folder", *urls]:

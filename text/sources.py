@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -27,6 +28,7 @@ from text.long import split_long
 from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text
+URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
 NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt".split())
@@ -70,12 +72,13 @@ def download(url: str) -> Path:
     url = quote(url, safe=":/?&=%#+,;@~[]")
     try:
         with atomic_write(file) as part, urlopen(url, timeout=30) as answer:
-            if answer.headers.get_content_type() == "text/html":
-                raise OSError("it is a web page, not a file of text")
+            mime = answer.headers.get_content_type()
+            if mime in ("text/html", "application/json"):  # an error page, a login
+                raise OSError(f"it is {mime}, not a file of text")
             size = int(answer.headers.get("Content-Length") or 0)
             with open(part, "wb") as out, tqdm.wrapattr(answer, "read", size, desc=url) as bar:
                 shutil.copyfileobj(bar, out)
-            if part.stat().st_size < size:
+            if part.stat().st_size < max(size, 1):
                 raise OSError(f"broke off after {part.stat().st_size:,} of {size:,} bytes")
     except (OSError, ValueError, HTTPException) as error:
         raise BadInput(f"cannot fetch {url} ({first_line(error)}); check the address, the network "
@@ -124,6 +127,8 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
             if next(lines, None):
                 left_out[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
     except UnicodeDecodeError as error:
+        if error.object[:2] == b"\x1f\x8b":
+            raise BadInput(f"{path} is packed by gzip; name it {path}.gz") from error
         other = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the "
                        f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
@@ -134,6 +139,41 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     if not counts:
         raise BadInput(f"{path} has no usable sentence; {(notes or ['it is empty'])[0]}")
     return counts, notes
+
+
+def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
+               whisper: FrozenWhisper) -> tuple[list[Sentence], list[str]]:
+    """Texts of the command line, files or URLs, or lines of standard input -> sentences, notes."""
+    if texts and files:
+        raise BadInput("texts and --text_file were given; give one of them")
+    counts, notes = Counter(), []
+    for name in files:
+        file = download(name) if re.match(URL, name) else Path(name).expanduser()
+        code = language or (None if kind(file) == ".tsv" else "en")
+        more, problems = read_file(file, code, whisper)
+        counts.update(more)
+        notes += problems
+    if files:
+        return list(counts), notes
+    if not texts and sys.stdin and sys.stdin.isatty():
+        print("note: lines are read from the keyboard; Ctrl-D ends them", file=sys.stderr)
+    stdin = sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin and not texts else ""
+    lines = texts or [line for line in re.split("\r\n|\r|\n", stdin) if line.strip()]
+    if not lines:
+        raise BadInput("no text; give one, or --text_file, or lines on standard input")
+    sentences = []
+    for i, line in enumerate(lines, 1):
+        try:
+            if os.path.splitext(line)[1] and os.path.isfile(line):
+                raise BadInput("it is a file, which belongs after --text_file")
+            sentences.append(make_sentence(line, language or "en", whisper))
+        except BadInput as error:
+            raise BadInput(f"text {i}, {line[:40]!r}: {error}") from error
+        if not language and not re.search("[a-zA-Z]", line):
+            notes.append(f"text {i}, {line[:40]!r} is read as English; --language says another")
+    if len(texts) > 2 and not any(" " in text for text in texts):
+        notes.append(f"{len(texts)} texts of a word each; quotes make them one text")
+    return sentences, notes
 
 
 def builtin() -> list[Sentence]:
@@ -171,7 +211,7 @@ def read_source(source: str, language: str | None, whisper: FrozenWhisper, max_l
     if source.startswith("tatoeba:"):
         language = whisper.check_language(source.partition(":")[2])
         source = TATOEBA.format(ISO_639_3[language])
-    path = download(source) if re.match("(?i)https?://", source) else Path(source)
+    path = download(source) if re.match(URL, source) else Path(source).expanduser()
     read = read_folder if path.is_dir() else read_file
     return read(path, language, whisper, max_lines)
 
@@ -184,7 +224,7 @@ def read_pools(sources: Sequence[str], whisper: FrozenWhisper,
     """
     pools, notes = {}, []
     for i, text in enumerate(sources):
-        parts = re.fullmatch(r"(?:([\w.-]*)\*)?(?:([^=:/*]*)=)?(.*)", text, re.DOTALL)
+        parts = re.fullmatch(r"(?:([^*=:/]*)\*)?(?:([^=:/*]*)=)?(.*)", text, re.DOTALL)
         weight, language, source = parts.groups()
         is_number = weight is None or re.fullmatch(r"\d*\.?\d+(e-?\d+)?", weight)
         if not source or not is_number or not 0 < float(weight or 1) < 1e9:
@@ -230,5 +270,5 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
     notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
     notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
     if len(shares) < 2:
-        raise BadInput("; ".join([f"{len(shares)} usable sentences are too few", *notes[-1:]]))
+        raise BadInput("; ".join([f"{len(shares)} different sentences are too few", *notes[-1:]]))
     return dict(shares), notes
