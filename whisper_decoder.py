@@ -78,6 +78,14 @@ class FrozenWhisper:
             return [(block.cross_attn.key(self.silence), block.cross_attn.value(self.silence))
                     for block in self.model.decoder.blocks]
 
+    def silence_behind(self, frames: Tensor, n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For `attend`, in each layer: keys and values of silence from the shortest of the items'
+        ends (B,) on, and what they see of n frames of speech and of it (B, 1, 1, n + silence)."""
+        shortest = int(frames.min())
+        is_speech = torch.arange(self.max_frames, device=frames.device) < frames[:, None]
+        is_seen = torch.cat([is_speech[:, :n], ~is_speech[:, shortest:]], 1)[:, None, None]
+        return [(k[shortest:], v[shortest:], is_seen) for k, v in self.silence_keys]
+
     @cached_property
     def fingerprint(self) -> str:
         """It changes with the weights, the first 1,000 of each tensor."""
@@ -162,8 +170,9 @@ class FrozenWhisper:
         """
         decoder, inputs, attention = self.model.decoder, targets[:, :-1].clamp(min=0), 0
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
-        for i, (block, heads) in enumerate(zip(decoder.blocks, self.alignment_heads)):
-            silence = None if frames is None else (*self.silence_keys[i], frames)
+        silences = ([None] * len(decoder.blocks) if frames is None else
+                    self.silence_behind(frames, features.shape[1]))
+        for block, silence, heads in zip(decoder.blocks, silences, self.alignment_heads):
             x = x + block.attn(block.attn_ln(x), mask=decoder.mask)[0]
             y, weights = attend(block.cross_attn, block.cross_attn_ln(x), features, silence)
             x = x + y
@@ -220,22 +229,17 @@ def attend(layer: nn.Module, x: Tensor, speech: Tensor,
            silence: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Whisper's cross-attention, (B, L, E), (B, T, E) -> (B, L, E), its weights (B, H, L, T).
 
-    silence: keys and values (P, E) of a window of it, and where it begins in each item (B,). They
-    are the same in every item and step, so they are not computed again; the scores of speech and
-    silence stand side by side in one softmax, which is exact.
+    silence, see `silence_behind`: the same in every item and step, so its keys and values are not
+    computed again. Scores of speech and silence stand side by side in one softmax, which is exact.
     """
     split = lambda x: x.unflatten(-1, (layer.n_head, -1)).transpose(-3, -2)  # noqa: E731
     q, k, v = map(split, (layer.query(x), layer.key(speech), layer.value(speech)))
     q, n = q / q.shape[-1] ** 0.5, speech.shape[1]  # q (B, H, L, E/H)
     scores = q @ k.mT
     if silence:
-        *silence, frames = silence
-        shortest = int(frames.min())  # before it no item has silence
-        silent_k, silent_v = (split(x[shortest:]) for x in silence)  # (H, P - shortest, E/H)
-        is_speech = torch.arange(len(silence[0]), device=x.device) < frames[:, None]
-        is_seen = torch.cat([is_speech[:, :n], ~is_speech[:, shortest:]], 1)[:, None, None]
+        silent_k, silent_v = map(split, silence[:2])  # (H, silence, E/H)
         scores = torch.cat([scores, torch.einsum("bhld,hpd->bhlp", q, silent_k)], 3)
-        scores = scores.masked_fill(~is_seen, -torch.inf)
+        scores = scores.masked_fill(~silence[2], -torch.inf)
     weights = scores.softmax(3)
     y = weights[..., :n] @ v
     if silence:
