@@ -27,7 +27,7 @@ DIGIT, BLANK = 4.0, 0.5  # how long digits, and blanks and signs, are said; a le
 # All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), words per second
 # (characters in UNSPACED; "-": not known), a sentence. experiments/pace.py measures the pace.
 LANGUAGE_ROWS = [line.split("\t") for line in
-             (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
+                 (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
 PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_ROWS if pace != "-"}
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # per second, where it is not known: a mean; a guess
@@ -80,14 +80,15 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
 
 def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
     """Equally many sentences of every language, n in all (rounded up) or as many as there are."""
-    of = {code: [s for s in sentences if s.language == code] for code, _ in sentences}
-    return [s for some in of.values() for s in some[: math.ceil(n / len(of))]]
+    languages = dict.fromkeys(s.language for s in sentences)
+    groups = ([s for s in sentences if s.language == code] for code in languages)
+    return [s for group in groups for s in group[: math.ceil(n / len(languages))]]
 
 
 # ---- length ----------------------------------------------------------------------------------
 
 
-@lru_cache(2**16)  # asked for wherever a length is needed; nobody changes the array
+@lru_cache(2**16)  # it is asked for wherever a length is needed
 def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     """The length rule: frames that each character lasts (S,), a letter at least one; speed 2: half.
 
@@ -104,7 +105,9 @@ def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     n_words = sum(max(1, sum(map(str.isdigit, word))) for word in words(text, language))
     seconds = max(n_words / pace, MIN_SECONDS) / speed
     frames = math.ceil(max(seconds * FRAMES_PER_SECOND, weights.sum()))
-    return weights / weights.sum() * frames
+    durations = weights / weights.sum() * frames
+    durations.flags.writeable = False  # the cache keeps it
+    return durations
 
 
 def count_frames(durations: np.ndarray) -> int:
@@ -124,7 +127,7 @@ def characters(text: str) -> Tensor:
     """Numbers whose embeddings add up to each character (S, BYTES + 1), 0 adds nothing."""
     rows = []
     for c in strip_unspoken(text):
-        # The UTF-8 bytes of its lower case (of "İ" that has two characters), each by its place.
+        # The UTF-8 bytes of its lower case, of whose two characters "İ" has the first, by place.
         numbers = [1 + 256 * i + byte for i, byte in enumerate(c.lower()[0].encode())]
         rows.append([*numbers, *[0] * (BYTES - len(numbers)), CAPITAL if c != c.lower() else 0])
     return torch.tensor(rows)

@@ -124,8 +124,9 @@ def check(args, latent: str, n_texts: int) -> None:
                        "cannot be used; `python train.py --latent mel` makes spectrograms")
     if args.wav and is_wav_file(args.wav) and n_texts > 1:
         raise BadInput(f"--wav {args.wav} holds one text, not {n_texts}; give a folder")
-    if args.wav and args.wav.is_file() and not is_wav_file(args.wav):
-        raise BadInput(f"--wav {args.wav} is a file, and neither FILE.wav nor a folder")
+    if args.wav and not is_wav_file(args.wav) and (
+            args.wav.is_file() or args.wav.suffix and not args.wav.is_dir()):
+        raise BadInput(f"--wav {args.wav} is neither FILE.wav nor a folder")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -148,6 +149,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--wav", type=path, help="write the sound here: FILE.wav, or a folder of files")
     parser.set_defaults(**Solver()._asdict())
     args = parser.parse_args(argv)
+    if args.text and args.text_file:
+        raise BadInput("texts and --text_file were given; give one of them")
     args.solver = Solver(*(getattr(args, name) for name in Solver._fields))
     return args
 

@@ -235,7 +235,7 @@ def test_objective_is_its_formula_and_trains_the_whole_flow_and_no_whisper(criti
     model, batch = network(critic), batch_of(critic)
     x0, t, drop = data.noise(batch, critic.channels, 0), torch.rand(4), torch.arange(4) > 1
     room = Room(0.0, torch.Generator())
-    loss, nll, cfm = train.objective(model, critic, batch, x0, t, drop, room, 0.3, 5.0)
+    loss, nll, stray, cfm = train.objective(model, critic, batch, x0, t, drop, room, 0.3, 5.0)
     names, parameters = zip(*model.named_parameters())
     found = torch.autograd.grad(loss, parameters)
     assert all(g.abs().sum() > 0 for g in found), [n for n, g in zip(names, found) if not g.any()]
@@ -290,25 +290,6 @@ def test_nll_is_the_full_softmax(pocket, monkeypatch):
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])
     close(*(torch.autograd.grad(weight @ x, features)[0] for x in (nll, plain)), atol=1e-4)
-
-
-def test_silence_is_attended_as_if_it_stood_behind_the_speech(pocket):
-    batch = batch_of(pocket)
-    frames, targets, x1 = batch.cond["frames"], batch.targets, randn(4, 200, 128).requires_grad_()
-    nll, _ = pocket.text_loss(x1, frames, targets, batch.token_frames)
-    plain = pocket.nll(pocket.teacher_force(pocket.features(x1, frames), targets)[0], targets)
-    close(nll, plain)
-    weight = torch.tensor([1.0, 2, 3, 4])
-    close(*(torch.autograd.grad(weight @ x, x1)[0] for x in (nll, plain)))
-
-
-def test_stray_is_attention_far_from_the_token():
-    frames = torch.tensor([[-1, 20, 60, -1], [-1, 30, -1, -1.0]])  # of an end token and padding: -1
-    attention = F.one_hot(torch.tensor([[20, 60, 0], [90, 0, 0]]), 100).float()
-    near = math.exp(-((40 / whisper_decoder.NEAR) ** 2) / 2)
-    close(whisper_decoder.stray(attention, frames), torch.tensor([0, 1.0]))
-    attention[0, 0] = (attention[0, 0] + attention[0, 1]) / 2
-    close(whisper_decoder.stray(attention, frames)[0], torch.tensor((1 - near) / 4))
 
 
 # ---- training --------------------------------------------------------------------------------

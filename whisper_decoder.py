@@ -88,8 +88,9 @@ class FrozenWhisper:
 
     @cached_property
     def fingerprint(self) -> str:
-        """It changes with the weights, the first 1,000 of each tensor."""
-        first = torch.cat([p.flatten()[:1000].float().cpu() for p in self.model.parameters()])
+        """It changes with the weights, the first 1,000 of each tensor, and the alignment heads."""
+        parts = (*self.model.parameters(), self.alignment_heads)
+        first = torch.cat([p.flatten()[:1000].float().cpu() for p in parts])
         return fingerprint(first.numpy().tobytes())
 
     def check_language(self, language: str) -> str:
@@ -198,7 +199,7 @@ class FrozenWhisper:
     def token_nll(self, x: Tensor, rows: Tensor) -> Tensor:
         """-log softmax over all tokens, (n, E), (n,) -> (n,): k equal rows weigh k exp(logit).
 
-        The gradient is taken here, so the logits (n, R) need not be kept, nor computed again.
+        The gradient, the first only, is taken here: logits (n, R) are not kept, nor computed twice.
         """
         # bf16 would round small losses away.
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():

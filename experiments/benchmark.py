@@ -161,7 +161,7 @@ def main(argv=None) -> None:
         return compute_memory()
     if args.one:
         return measure_training(args.names[0], args.one == "bf16", args)
-    print("| shape | depth | DiT | arithmetic | GB held, computed | GB at most | ms a step | "
+    print("| shape | depth | DiT | arithmetic | GB held, computed | GB at most | ms, all parts | "
           f"{' | '.join(PARTS)} |\n{'| --- ' * (7 + len(PARTS))}|", flush=True)
     forms = ["single"] + ["bf16"] * (choose_device(args.device).type == "cuda")
     for name, one in itertools.product(args.names, forms):

@@ -4,6 +4,8 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from plumbing.errors import BadInput, first_line
 
 try:
@@ -13,8 +15,12 @@ except ImportError:  # Windows
 
 
 def fingerprint(things: object) -> str:
-    """It changes with what their `repr` says."""
-    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
+    """It changes with what their `repr` says, of tensors with all values."""
+    torch.set_printoptions(profile="full")
+    try:
+        return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
+    finally:
+        torch.set_printoptions(profile="default")
 
 
 @contextmanager

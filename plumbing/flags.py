@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 def path(text: str) -> Path:
     """A path, also where the shell has left its ~, as in --out=~/x."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))
 
 
 def flag(default, help: str, low=None, below=1e9, choices=None):

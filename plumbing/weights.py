@@ -6,7 +6,7 @@ import whisper
 
 from plumbing.errors import BadInput, first_line
 
-POCKET = Path(__file__).parent.parent / "pocket" / "pocket.pt"
+POCKET_WEIGHTS = Path(__file__).parent.parent / "pocket" / "pocket.pt"
 
 
 def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
@@ -15,11 +15,11 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     if name not in names and not Path(name).is_file():
         raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
     try:
-        model = whisper.load_model(str(POCKET) if name == "pocket" else name, "cpu")
+        model = whisper.load_model(str(POCKET_WEIGHTS) if name == "pocket" else name, "cpu")
         d = model.dims
         whole = not (d.n_audio_state % d.n_audio_head or d.n_text_state % d.n_text_head)
         if not (whole and d.n_audio_state == d.n_text_state and d.n_mels in (80, 128)
-                and d.n_vocab in (51864, 51865, 51866)):
+                and d.n_vocab >= 51864):
             raise ValueError(f"no Whisper has such sizes: {d}")
     except Exception as error:  # whatever the download, torch.load and the constructor raise
         hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "

@@ -33,7 +33,7 @@ SENTENCES, SPEECH = HERE / "sentences", HERE / "speech.npz"
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 from plumbing.files import atomic_write, fingerprint  # noqa: E402
-from plumbing.weights import POCKET  # noqa: E402
+from plumbing.weights import POCKET_WEIGHTS  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
@@ -429,7 +429,7 @@ def main():
     parser.add_argument("--work_dir", type=Path, default=HERE / "build", help="shards and state")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the network, not of the speech")
-    parser.add_argument("--out", type=Path, default=POCKET)
+    parser.add_argument("--out", type=Path, default=POCKET_WEIGHTS)
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
     parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()

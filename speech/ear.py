@@ -81,8 +81,8 @@ class Ear(FrozenWhisper):
                   room: Room | None = None) -> tuple[Tensor, Tensor]:
         """How hard the text is to read where the encoder hears x1 in a random room, -> nll, stray.
 
-        The window is hardly longer than the speech, which begins after a short random delay. The
-        room's uneven pace moves tokens too, by less than whisper_decoder.NEAR, and is not followed.
+        The window is hardly longer than the speech, which begins after a short random delay. That
+        moves the tokens' frames; that a room's uneven pace moves them too is neglected.
         """
         window = min(x1.shape[1] + SILENT_FRAMES, self.max_frames)
         mel = self.spectrogram(x1, frames, window)

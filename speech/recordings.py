@@ -214,7 +214,7 @@ class Batches(torch.utils.data.Dataset):
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
               room, flow_weight: float, attention_weight: float) -> tuple[Tensor, ...]:
-    """The loss of a step; the cross-entropy and the flow loss of its items, (), (B,), (B,).
+    """The loss of a step (), and of its items cross-entropy, stray (0), flow loss (B,).
 
     Recordings have their x1, so this is flow matching proper, without cross-entropy. They say where
     every t points, so text has no flow loss (and no use for t, drop and the weights). Its
@@ -223,10 +223,10 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
     if batch.x1 is not None:
         cond = batch.cond | dict(drop=drop)
         cfm = flow.cfm_loss(model, x0, batch.x1, t, cond, batch.mask)
-        return cfm.mean(), torch.zeros_like(t), cfm
+        return cfm.mean(), 0 * t, 0 * t, cfm
     x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, SOLVER_STEPS)[-1]
     nll, _ = critic.text_loss(x1, batch.cond["frames"], batch.targets, batch.token_frames, room)
-    return TEXT_WEIGHT * nll.mean(), nll, torch.zeros_like(t)
+    return TEXT_WEIGHT * nll.mean(), nll, 0 * t, 0 * t
 
 
 def join(text: data.Batches, held_out: Sequence[Sentence], config) -> tuple:

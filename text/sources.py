@@ -1,6 +1,6 @@
 """Where text comes from: the built-in sentences, files, folders of files, URLs, Tatoeba.
 
-train.py and the studies call `load_data`; `sample.py --text_file` calls `read_file`.
+train.py and the studies call `load_data`; sample.py calls `read_texts`.
 """
 import bz2
 import gzip
@@ -21,7 +21,7 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from data import JOINERS, LANGUAGE_ROWS, POCKET, Sentence, n_frames
+from data import JOINERS, LANGUAGE_ROWS, POCKET, Sentence, n_frames, words
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write
 from text.long import split_long
@@ -78,7 +78,9 @@ def download(url: str) -> Path:
             size = int(answer.headers.get("Content-Length") or 0)
             with open(part, "wb") as out, tqdm.wrapattr(answer, "read", size, desc=url) as bar:
                 shutil.copyfileobj(bar, out)
-            if part.stat().st_size < max(size, 1):
+            if part.stat().st_size == 0:
+                raise OSError("it is empty")
+            if part.stat().st_size < size:
                 raise OSError(f"broke off after {part.stat().st_size:,} of {size:,} bytes")
     except (OSError, ValueError, HTTPException) as error:
         raise BadInput(f"cannot fetch {url} ({first_line(error)}); check the address, the network "
@@ -128,7 +130,7 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
                 left_out[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
     except UnicodeDecodeError as error:
         if error.object[:2] == b"\x1f\x8b":
-            raise BadInput(f"{path} is packed by gzip; name it {path}.gz") from error
+            raise BadInput(f"{path} is packed by gzip, but its name does not end in .gz") from error
         other = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the "
                        f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
@@ -144,11 +146,9 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
 def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
                whisper: FrozenWhisper) -> tuple[list[Sentence], list[str]]:
     """Texts of the command line, files or URLs, or lines of standard input -> sentences, notes."""
-    if texts and files:
-        raise BadInput("texts and --text_file were given; give one of them")
     counts, notes = Counter(), []
     for name in files:
-        file = download(name) if re.match(URL, name) else Path(name).expanduser()
+        file = download(name) if re.match(URL, name) else Path(os.path.expanduser(name))
         code = language or (None if kind(file) == ".tsv" else "en")
         more, problems = read_file(file, code, whisper)
         counts.update(more)
@@ -156,7 +156,7 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
     if files:
         return list(counts), notes
     if not texts and sys.stdin and sys.stdin.isatty():
-        print("note: lines are read from the keyboard; Ctrl-D ends them", file=sys.stderr)
+        print("note: the keyboard is read until Ctrl-D (Windows: Ctrl-Z)", file=sys.stderr)
     stdin = sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin and not texts else ""
     lines = texts or [line for line in re.split("\r\n|\r|\n", stdin) if line.strip()]
     if not lines:
@@ -169,9 +169,12 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
             sentences.append(make_sentence(line, language or "en", whisper))
         except BadInput as error:
             raise BadInput(f"text {i}, {line[:40]!r}: {error}") from error
-        if not language and not re.search("[a-zA-Z]", line):
-            notes.append(f"text {i}, {line[:40]!r} is read as English; --language says another")
-    if len(texts) > 2 and not any(" " in text for text in texts):
+    other = [s.text for s in sentences if re.search("[^\\W\\d_]", s.text) and not language
+             and not re.search("[a-zA-Z]", s.text)]
+    if other:
+        notes.append(f"{len(other)} texts such as {other[0][:40]!r} are read as English; "
+                     "--language says another")
+    if len(texts) > 2 and all(len(words(s.text, s.language)) == 1 for s in sentences):
         notes.append(f"{len(texts)} texts of a word each; quotes make them one text")
     return sentences, notes
 
@@ -211,7 +214,7 @@ def read_source(source: str, language: str | None, whisper: FrozenWhisper, max_l
     if source.startswith("tatoeba:"):
         language = whisper.check_language(source.partition(":")[2])
         source = TATOEBA.format(ISO_639_3[language])
-    path = download(source) if re.match(URL, source) else Path(source).expanduser()
+    path = download(source) if re.match(URL, source) else Path(os.path.expanduser(source))
     read = read_folder if path.is_dir() else read_file
     return read(path, language, whisper, max_lines)
 
