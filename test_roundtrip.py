@@ -401,7 +401,7 @@ def test_long_texts_are_spoken_in_pieces_and_in_the_time_asked_for(runs, tmp_pat
     ("train --whisper nosuch", "no Whisper 'nosuch': neither a file nor one of pocket, tiny.en"),
     ("train --whisper {0}/no.pt", "a Whisper checkpoint has `dims`"),
     ("train --data en={0}/empty.txt", "empty.txt has no usable sentence; it is empty"),
-    ("train --data en={0}/one.txt", "1 usable sentences are too few"),
+    ("train --data en={0}/one.txt", "1 different sentences are too few"),
     ("train --data en={0}/latin.txt", "latin.txt: byte 0xe9 is not UTF-8; convert"),
     ("train --data en={0}/bad.txt.gz", "bad.txt.gz (Not a gzipped file"),
     ("train --data {0}/one.txt", "say its language, as in en="),
@@ -414,8 +414,8 @@ def test_long_texts_are_spoken_in_pieces_and_in_the_time_asked_for(runs, tmp_pat
     ("sample ... --ckpt {0}/mel/ckpt.pt", "there is no word in it"),
     ("sample x --ckpt {0}/mel/ckpt.pt --steps 0", "--steps must be between 1 and 1000, not 0"),
     ("sample x --ckpt {0}/features/ckpt.pt --wav x.wav", "makes features, which have no sound"),
-    ("sample x y --ckpt {0}/mel/ckpt.pt --wav x.wav", "--wav x.wav cannot hold 2 texts; FILE"),
-    ("sample x --ckpt {0}/mel/ckpt.pt --wav x.mp3", "--wav x.mp3 cannot hold 1 texts; FILE"),
+    ("sample x y --ckpt {0}/mel/ckpt.pt --wav x.wav", "--wav x.wav holds one text, not 2; give a"),
+    ("sample x --ckpt {0}/mel/ckpt.pt --wav x.mp3", "--wav x.mp3 is neither FILE.wav nor a folder"),
 ])
 def test_bad_input_is_told_in_one_sentence(runs, command, words):
     contents = {"empty.txt": b"\n", "one.txt": b"One line.\n", "latin.txt": b"one\ncaf\xe9\n",

@@ -60,9 +60,9 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     is_table = (folder / "manifest.tsv").exists()
     manifest = folder / ("manifest.tsv" if is_table else "metadata.csv")
     if not manifest.exists():
-        paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        return [(path, None) for path in sorted(paths)], [
-            f"{folder} has no manifest.tsv or metadata.csv, so {whisper.name} writes the texts"]
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        note = f"{folder} has no manifest.tsv or metadata.csv, so {whisper.name} writes the texts"
+        return [(path, None) for path in paths], [note] * bool(paths)
     try:
         lines = manifest.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
