@@ -312,7 +312,7 @@ def main(argv=None) -> dict:
                                   config.max_lines)
         training, held_out = data.split(list(shares))
         batches = data.Batches({s: shares[s] for s in training}, whisper, config.batch_size,
-                           config.seed, config.speed, config.speed_range or whisper.speed_range)
+                               config.seed, config.speed, config.speed_range or whisper.speed_range)
         if config.speech:
             from speech import recordings
             batches, run_objective, rhythm, more = recordings.join(batches, held_out, config)
