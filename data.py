@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import BYTES, CAPITAL
 from plumbing.errors import BadInput
-from whisper_decoder import UNSPACED, FrozenWhisper, strip_unspoken
+from text.spelling import UNSPACED, strip_unspoken
+from whisper_decoder import FrozenWhisper
 
 POCKET = Path(__file__).parent / "pocket"
 HELD_OUT = 0.1  # share of the sentences that training never sees

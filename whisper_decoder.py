@@ -11,28 +11,24 @@ rows of the token embedding.
 """
 import re
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Sequence
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import whisper
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, log_mel_spectrogram
-from whisper.decoding import DecodingOptions, DecodingResult
+from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
 from plumbing.errors import BadInput
 from plumbing.files import fingerprint
 from plumbing.weights import load_whisper
+from text.spelling import strip_unspoken
 
-# Signs that `whisper.decode` never writes (suppress_tokens). Between words they become a blank.
-SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]"""
-PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
-UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 NEAR = 12  # frames: how far attention may be from the middle of its token, a standard deviation
 CHUNK = 512  # targets whose logits are in memory at once; all would be a step's largest tensor
 
@@ -217,13 +213,23 @@ class FrozenWhisper:
         None: the language is detected. avg_logprob is a mean over tokens, in nats; no_speech_prob
         that of <|nospeech|> as the first token; a compression_ratio above 2.4 Whisper calls a loop.
         """
-        result = {}
-        for language in dict.fromkeys(languages):  # whisper.decode takes one language a call
-            items = [i for i, code in enumerate(languages) if code == language]
-            language = language or (None if self.model.is_multilingual else "en")
-            options = DecodingOptions(language=language, without_timestamps=True, fp16=False)
-            result.update(zip(items, whisper.decode(self.model, features[items].float(), options)))
-        return [replace(result[i], audio_features=None) for i in range(len(languages))]
+        options = DecodingOptions(language=None if self.model.is_multilingual else "en",
+                                  without_timestamps=True, fp16=False)
+        task = DecodingTask(self.model, options)
+        if self.model.is_multilingual:
+            task._detect_language = partial(self.detect_language, languages)
+        return [replace(result, audio_features=None) for result in task.run(features.float())]
+
+    def detect_language(self, languages: Sequence[str | None], features: Tensor,
+                        tokens: Tensor) -> tuple[list[str], None]:
+        """Those that are given, or Whisper's guess, written into tokens (B, n_prompt) too.
+
+        In place of DecodingTask's, which knows one language a batch, and so needs 42 calls for 42.
+        """
+        guesses = self.model.detect_language(features)[1] if None in languages else languages
+        codes = [code or max(guess, key=guess.get) for code, guess in zip(languages, guesses)]
+        tokens[:, 1] = torch.tensor([self.language_token(code) for code in codes])
+        return codes, None
 
 
 def attend(layer: nn.Module, x: Tensor, speech: Tensor,
@@ -260,9 +266,3 @@ def stray(attention: Tensor, token_frames: Tensor) -> Tensor:
     near = torch.exp(-((distance / NEAR) ** 2) / 2)
     mask = token_frames >= 0  # of text tokens
     return ((1 - (attention * near).sum(2)) * mask).sum(1) / mask.sum(1)
-
-
-def strip_unspoken(text: str) -> str:
-    """A text without the signs that `whisper.decode` never writes."""
-    text = re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text))
-    return " ".join(re.sub(r"(?<!\S)[-']+", "", text).split())  # nor these before a word

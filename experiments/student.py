@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from model import mlp  # noqa: E402
 from text.error_rates import edit_distance, error_rates  # noqa: E402
-from whisper_decoder import UNSPACED, FrozenWhisper  # noqa: E402
+from text.spelling import UNSPACED  # noqa: E402
+from whisper_decoder import FrozenWhisper  # noqa: E402
 
 VALIDATION = 0.1  # share of a student's utterances that say when it has learned enough
 CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plumbing.errors import BadInput, first_line
 
@@ -28,6 +29,18 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
                        ) from error
+
+
+@contextmanager
+def mixed_precision(device: torch.device):
+    """Products of matrices in bf16 where it is faster: on CUDA and on CPUs with AVX512-BF16."""
+    is_fast_cpu = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    # There the backward pass of flash attention takes five times as long in bf16.
+    kernels = [SDPBackend.MATH] if is_fast_cpu else [
+        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels), torch.autocast(device.type, torch.bfloat16,
+                                              enabled=is_fast_cpu or device.type == "cuda"):
+        yield
 
 
 def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:

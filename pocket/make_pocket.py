@@ -39,7 +39,8 @@ from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
 from text.error_rates import error_rates  # noqa: E402
 from text.sources import builtin  # noqa: E402
-from whisper_decoder import UNSPACED, FrozenWhisper  # noqa: E402
+from text.spelling import UNSPACED  # noqa: E402
+from whisper_decoder import FrozenWhisper  # noqa: E402
 
 DIMS = ModelDimensions(
     n_mels=80, n_audio_ctx=256, n_audio_state=128, n_audio_head=4, n_audio_layer=3,

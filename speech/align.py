@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from data import Sentence, char_durations
-from whisper_decoder import strip_unspoken
+from text.spelling import strip_unspoken
 
 PAUSE, EDGE = " ", "\n"  # between words; before the first and after the last character
 ROUNDS = 10  # of Viterbi training

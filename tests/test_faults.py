@@ -24,7 +24,8 @@ from speech.recordings import read_audio, soundfile
 from test_roundtrip import FLAGS, ROOT, pocket, random_whisper, runs  # noqa: F401
 from text.error_rates import error_rates
 from text.sources import builtin, make_sentence, read_file, read_texts
-from whisper_decoder import FrozenWhisper, strip_unspoken
+from text.spelling import strip_unspoken
+from whisper_decoder import FrozenWhisper
 
 
 # ---- text ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import data
 import sample
 import train
 from data import Sentence
+from plumbing import devices
 from test_roundtrip import (  # noqa: F401
     FLAGS, ROOT, batch_of, close, log_of, pocket, random_whisper,
 )
@@ -92,3 +93,13 @@ def test_a_long_sentence_before_fifty_short_ones_is_evaluated(pocket):
     run = train.Run(train.Config(depth=1, eval_sentences=52), pocket)
     result = train.evaluate(run, [long, *[Sentence("en", "Yes.")] * 51])
     assert result["val_sentences"] == 52 and result["cer_shuffled_text"] > 0.5
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_matrix_products_are_bf16_where_that_is_faster(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    x = torch.ones(2, 2)
+    with devices.mixed_precision(torch.device("cpu")):
+        assert (x @ x).dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+        assert torch.backends.cuda.flash_sdp_enabled() != has_bf16
+    assert (x @ x).dtype == torch.float32 and torch.backends.cuda.flash_sdp_enabled()

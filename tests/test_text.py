@@ -14,7 +14,6 @@ from whisper.decoding import DecodingOptions, DecodingTask
 
 import data
 import sample
-import whisper_decoder
 from data import Sentence
 from plumbing.errors import BadInput
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
@@ -22,6 +21,7 @@ from text import sources
 from text.error_rates import edit_distance, error_rates
 from text.long import fits, split_long
 from text.sources import builtin, load_data, make_sentence
+from text.spelling import strip_unspoken
 from whisper_decoder import FrozenWhisper
 
 
@@ -178,7 +178,7 @@ def test_every_language_comes_through(tmp_path):
         pieces = split_long(sentence, whisper)  # Georgian and Burmese: a token a byte
         assert "".join(p.text for p in pieces).replace(" ", "") == text.replace(" ", ""), code
         assert 2 < data.n_frames(sentence) / data.FRAMES_PER_SECOND < 12, code
-        said, tokens = whisper_decoder.strip_unspoken(text), whisper.encode(text, code)
+        said, tokens = strip_unspoken(text), whisper.encode(text, code)
         assert whisper.tokenizer(code).decode(tokens).strip() == said
         encoding = whisper.tokenizer(code).encoding
         owner = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]  # of each byte

@@ -5,7 +5,7 @@ from typing import NamedTuple, Sequence
 import numpy as np
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
-from whisper_decoder import UNSPACED, strip_unspoken
+from text.spelling import UNSPACED, strip_unspoken
 
 
 @cache
