@@ -1,7 +1,7 @@
 """Time of a step, part by part, and memory, with random weights in the official shapes.
 
     python experiments/benchmark.py memory                    # computed, of all shapes
-    python experiments/benchmark.py train tiny base           # on a GPU also with bf16
+    python experiments/benchmark.py train tiny base           # also in bf16 where that is faster
 
 Every figure is of this machine; the ratios in a table come from one run.
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
-from plumbing.devices import choose_device  # noqa: E402
+from plumbing.devices import choose_device, has_bf16, mixed_precision  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import room_of_step  # noqa: E402
 from text.sources import builtin  # noqa: E402
@@ -118,7 +118,6 @@ def measure_training(name: str, bf16: bool, args) -> None:
     frozen = n_parameters(whisper.model) + whisper.rows.numel()
     shares = dict.fromkeys(data.split(builtin())[0], 1.0)
     batches = data.Batches(shares, whisper, args.batch_size, 0, 1.0, whisper.speed_range)
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     times = Counter()
     make_batch = timed(lambda step: batches[step].to(whisper), times, "batch", device)
     run.model.forward = timed(run.model.forward, times, "flow", device)
@@ -131,7 +130,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
         batch, rng = make_batch(step), data.generator(0, step, device)
         noise = train.draw_noise(batch, whisper.channels, config.drop_text, rng)
         room = room_of_step(config.steps, config.steps, rng)
-        with autocast:
+        with mixed_precision(device) if bf16 else nullcontext():
             loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight,
                                        config.attention_weight)
         backward(loss)
@@ -163,7 +162,7 @@ def main(argv=None) -> None:
         return measure_training(args.names[0], args.one == "bf16", args)
     print("| shape | depth | DiT | arithmetic | GB held, computed | GB at most | ms, all parts | "
           f"{' | '.join(PARTS)} |\n{'| --- ' * (7 + len(PARTS))}|", flush=True)
-    forms = ["single"] + ["bf16"] * (choose_device(args.device).type == "cuda")
+    forms = ["single"] + ["bf16"] * has_bf16(choose_device(args.device))
     for name, one in itertools.product(args.names, forms):
         command = [sys.executable, __file__, "train", name, "--one", one]
         for flag in ("latent", "batch_size", "steps", "warmup", "device"):

@@ -31,15 +31,20 @@ def choose_device(name: str) -> torch.device:
                        ) from error
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether it multiplies matrices faster in bf16: CUDA, and CPUs that have AVX512-BF16."""
+    on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    return device.type == "cuda" or device.type == "cpu" and on_cpu()
+
+
 @contextmanager
 def mixed_precision(device: torch.device):
-    """Products of matrices in bf16 where it is faster: on CUDA and on CPUs with AVX512-BF16."""
-    is_fast_cpu = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    # There the backward pass of flash attention takes five times as long in bf16.
-    kernels = [SDPBackend.MATH] if is_fast_cpu else [
+    """Matrix products in bf16 where `has_bf16`."""
+    fast = has_bf16(device)
+    # On a CPU the backward pass of flash attention takes five times as long in bf16.
+    kernels = [SDPBackend.MATH] if fast and device.type == "cpu" else [
         SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(kernels), torch.autocast(device.type, torch.bfloat16,
-                                              enabled=is_fast_cpu or device.type == "cuda"):
+    with sdpa_kernel(kernels), torch.autocast(device.type, torch.bfloat16, enabled=fast):
         yield
 
 

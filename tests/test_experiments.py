@@ -16,12 +16,15 @@ import flow
 import sample
 import train
 from data import Sentence
-from experiments import benchmark, look, pace, realism, rooms, seeds, student, sweep, utterances
+from experiments import (
+    bars, benchmark, engine, look, pace, realism, rooms, seeds, student, sweep, utterances,
+)
 from plumbing.errors import BadInput
 from plumbing.files import Log
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech.ear import ROOM, VOICE, Ear
 from text.sources import builtin
+from whisper_decoder import FrozenWhisper
 
 make_pocket = realism.make_pocket
 needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is missing")
@@ -299,3 +302,31 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     assert capsys.readouterr().out.startswith("| tiny | 2 | ")
     look.main([checkpoints[latent], "--out", str(tmp_path / "flow.png")])
     assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_show_every_language(tmp_path):
+    result = tmp_path / "result.txt"
+    result.write_text("steps: 3\nval_cer_1step_en: 0.2\nval_cer_4step_fr: 0.5\n"
+                      "val_cer_4step: 0.3\nval_cer_4step_en: 0.1\n")
+    assert bars.rates_of(result.read_text(), 4) == {"en": 10, "fr": 50}
+    bars.main([str(result), "--out", str(tmp_path / "bars.png")])
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "none").write_text("steps: 3\n")
+    for name, words in (("none", "no error rates"), ("nothing", "No such file")):
+        with pytest.raises(BadInput, match=words):
+            bars.main([str(tmp_path / name)])
+
+
+@pytest.mark.skipif(not engine.ctranslate2, reason="CTranslate2 is not installed")
+def test_another_engine_reads_the_same(ear, tmp_path):
+    clips = spoken_clips(ear)[::25]
+    x1 = ear.latents(torch.stack([mel for _, mel in clips]))
+    features = ear.features(x1, torch.full((len(x1),), ear.max_frames))
+    read = ear.transcribe(features, [sentence.language for sentence, _ in clips])
+    trips = [train.RoundTrip(sentence, *parts)
+             for (sentence, _), *parts in zip(clips, x1, features, read)]
+    model, texts = engine.convert(ear, str(tmp_path)), [trip.read.text for trip in trips]
+    silent = [trip._replace(features=ear.silence, x1=trip.x1[:1]) for trip in trips]
+    for critic in (ear, FrozenWhisper("pocket")):  # its encoder and decoder, its decoder alone
+        assert engine.transcribe(model, critic, trips) == texts
+        assert engine.transcribe(model, critic, silent) != texts

@@ -1,0 +1,59 @@
+"""A picture: the character error rate of every language of a run, from its result.txt.
+
+    python experiments/bars.py out/base/result.txt --out docs/languages.png
+"""
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+from whisper.tokenizer import LANGUAGES
+
+matplotlib.use("Agg")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.files import atomic_write  # noqa: E402
+
+
+def rates_of(result: str, steps: int) -> dict[str, float]:
+    """The text of a result.txt -> {language: CER in percent}, best first."""
+    found = re.findall(rf"^val_cer_{steps}step_(\w+): (\S+)$", result, re.MULTILINE)
+    return dict(sorted(((code, 100 * float(cer)) for code, cer in found), key=lambda item: item[1]))
+
+
+def picture(rates: dict[str, float], title: str, path: Path) -> None:
+    figure, axis = pyplot.subplots(figsize=(max(4, 0.32 * len(rates)), 3), layout="constrained")
+    bars = axis.bar([LANGUAGES[code].title() for code in rates], rates.values(), color="#4477aa")
+    axis.bar_label(bars, [f"{rate:.1f}" for rate in rates.values()], fontsize=7)
+    axis.set_ylabel("CER, %", fontsize=8)
+    axis.set_title(title, fontsize=9)
+    axis.tick_params("x", labelrotation=90, labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=100)
+    pyplot.close(figure)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("result", type=Path, help="result.txt of train.py")
+    parser.add_argument("--steps", type=int, choices=[1, 4], default=4, help="of the solver")
+    parser.add_argument("--out", type=Path, default=Path("out/languages.png"))
+    args = parser.parse_args(argv)
+    try:
+        rates = rates_of(args.result.read_text(), args.steps)
+    except OSError as error:
+        raise BadInput(f"cannot read {args.result} ({error.strerror}); train.py makes it"
+                       ) from error
+    if not rates:
+        raise BadInput(f"{args.result} has no error rates; give the result.txt of train.py")
+    mean = sum(rates.values()) / len(rates)
+    picture(rates, f"read back, {len(rates)} languages, {args.steps} steps, mean {mean:.1f} %",
+            args.out)
+    print(f"wrote {args.out}: mean of {len(rates)} languages {mean:.1f} %")
+
+
+if __name__ == "__main__":
+    guard(main)
