@@ -5,6 +5,7 @@
     echo "El perro duerme." | python sample.py --language es
     python sample.py "The dog sleeps." --wav dog.wav        # of a checkpoint of --latent mel
 """
+from plumbing.errors import BadInput, guard  # at once: see there
 import argparse
 import sys
 from functools import partial
@@ -21,7 +22,6 @@ from data import FRAMES_PER_SECOND, Sentence
 from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
-from plumbing.errors import BadInput, guard
 from plumbing.files import atomic_write
 from plumbing.flags import Parser, path
 from speech.align import durations_by
@@ -116,7 +116,7 @@ def check(args, latent: str, n_texts: int) -> None:
         raise BadInput(f"--guidance {args.guidance} cannot be used; -100 to 100, 1 is off")
     is_file = args.out and args.out.suffix == ".npz" and not args.out.is_dir()
     if args.out and not (is_file and args.out.parent.is_dir()):
-        raise BadInput(f"--out {args.out} must end in .npz and lie in a folder that exists")
+        raise BadInput(f"--out {args.out} must be FILE.npz, no folder, in a folder that exists")
     if not 0 <= args.rooms <= 1:
         raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1")
     if (args.wav or args.rooms) and latent != "mel":
@@ -125,7 +125,7 @@ def check(args, latent: str, n_texts: int) -> None:
     if args.wav and is_wav_file(args.wav) and n_texts > 1:
         raise BadInput(f"--wav {args.wav} holds one text, not {n_texts}; give a folder")
     if args.wav and not is_wav_file(args.wav) and (
-            args.wav.is_file() or args.wav.suffix and not args.wav.is_dir()):
+            args.wav.exists() or args.wav.suffix) and not args.wav.is_dir():
         raise BadInput(f"--wav {args.wav} is neither FILE.wav nor a folder")
 
 

@@ -5,6 +5,7 @@
     python train.py --data fr=livre.txt builtin --whisper tiny      # --help lists all flags
     python train.py --resume            # go on where Ctrl-C stopped it
 """
+from plumbing.errors import BadInput, first_line, guard  # at once: see there
 import copy
 import math
 import sys
@@ -24,7 +25,6 @@ import flow
 from flow import Solver
 from model import DiT, DiTConfig
 from plumbing import devices
-from plumbing.errors import BadInput, first_line, guard
 from plumbing.files import Log, atomic_write, fingerprint, locked
 from plumbing.flags import check_flags, flag, parse_flags
 from plumbing.report import report
@@ -240,9 +240,11 @@ def load_checkpoint(path: Path) -> dict:
         with torch.device("meta"):
             model = DiT(DiTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["ema"], assign=True)
-        checkpoint["origin"]["whisper"], durations_by(checkpoint["rhythm"])  # or they raise
-        if not all(x.isfinite().all() for x in checkpoint["ema"].values()):
-            raise ValueError("weights that are no numbers")
+        checkpoint["origin"]["whisper"], checkpoint["optimizer"]["state"]  # or they raise
+        durations_by(checkpoint["rhythm"])
+        if not (all(x.isfinite().all() for x in checkpoint["ema"].values())
+                and 0 <= checkpoint["step"] <= checkpoint["config"]["steps"]):
+            raise ValueError("weights that are no numbers, or an impossible step")
         return {name: checkpoint[name] for name in CHECKPOINT}
     except Exception as error:
         raise BadInput(f"{path} is not a checkpoint of this train.py ({first_line(error)}); train "

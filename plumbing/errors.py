@@ -1,11 +1,24 @@
-"""What went wrong is told in one sentence."""
+"""What went wrong is told in one sentence.
+
+Import it first: from then on Ctrl-C is no traceback, also while torch is being imported.
+"""
+import errno
 import os
 import sys
 from pathlib import Path
 from textwrap import shorten
 from typing import Callable
 
-import torch
+
+def told(kind: type, error: BaseException, traceback) -> None:
+    """In place of Python's own excepthook."""
+    if kind is KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; nothing had begun", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = told
 
 
 class BadInput(ValueError):
@@ -15,6 +28,11 @@ class BadInput(ValueError):
 def first_line(error: Exception) -> str:
     """What an exception says, short enough for one sentence."""
     return shorten((str(error).splitlines() or [type(error).__name__])[0], 150, placeholder=" ...")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "allocate memory" in str(error))
 
 
 class Outliving:
@@ -32,6 +50,8 @@ class Outliving:
             self.stream.flush()
         except BrokenPipeError:  # from now on nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError as error:
+            raise OSError(f"{self.stream.name} cannot be written ({error.strerror})") from error
 
 
 def guard(main: Callable) -> None:
@@ -50,9 +70,9 @@ def guard(main: Callable) -> None:
         why = f"{error}; give UTF-8"
     except OSError as error:
         why = f"{error.strerror}: {str(error.filename)[:100]}" if error.filename else str(error)
+        why += "; make room, or write elsewhere" * (error.errno == errno.ENOSPC)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
-        kinds = MemoryError, torch.OutOfMemoryError
-        if not isinstance(error, kinds) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         why = ("out of memory; try a smaller --batch_size (also with --resume, if there is a "
                "checkpoint), or begin anew with a smaller --depth")

@@ -1,7 +1,8 @@
 """Files are whole or not there, an earlier run's are kept, and a run has its folder alone."""
+import errno
 import hashlib
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ try:
     from fcntl import LOCK_EX, LOCK_NB, flock
 except ImportError:  # Windows
     flock = None
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+               errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def fingerprint(things: object) -> str:
@@ -31,11 +35,14 @@ def atomic_write(file: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, file)
-    except RuntimeError as error:  # torch.save's, where the disk is full
-        why = f"{file} cannot be written ({first_line(error)}); is the disk full?"
-        raise OSError(why) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, where the disk is full
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+            raise  # a download's
+        why = getattr(error, "strerror", first_line(error))
+        raise OSError(f"{file} cannot be written ({why}); make room, or give another") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 @contextmanager

@@ -16,11 +16,16 @@ class Parser(argparse.ArgumentParser):
         self.hint = hint
 
     def error(self, message: str) -> None:
+        message = message.replace("ignored explicit argument", "it takes no value, not")
+        if "expected at least one argument" in message:
+            message += " that does not begin with -"
         raise BadInput(f"{message}; {self.hint}--help lists all flags")
 
 
 def path(text: str) -> Path:
-    """A path, also where the shell has left its ~, as in --out=~/x."""
+    """A path, also where the shell has left its ~, as in --out=~/x; "" is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give something, or leave it out")
     return Path(os.path.expanduser(text))
 
 

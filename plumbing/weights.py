@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 import whisper
 
-from plumbing.errors import BadInput, first_line
+from plumbing.errors import BadInput, first_line, is_out_of_memory
 
 POCKET_WEIGHTS = Path(__file__).parent.parent / "pocket" / "pocket.pt"
 
@@ -22,6 +22,8 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
                 and d.n_vocab >= 51864):
             raise ValueError(f"no Whisper has such sizes: {d}")
     except Exception as error:  # whatever the download, torch.load and the constructor raise
+        if is_out_of_memory(error):
+            raise
         hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
                 "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
         raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); {hint}") from error

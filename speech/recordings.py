@@ -184,7 +184,9 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
     training = [r for r in known if data.hash_share(r.sentence) > data.HELD_OUT
                 and data.key(r.sentence) not in keys]
     if not training:
-        raise BadInput(f"{folder} has no usable recording; {(notes or ['it is empty'])[0]}")
+        held_out = [f"all {len(known)} are of held-out sentences, so add others"] if known else []
+        reasons = [*held_out, *encoded["notes"], *notes]
+        raise BadInput(f"{folder} has no usable recording; {reasons[0]}")
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"{len(notes) - MAX_NOTES} more recordings are left out"]
     minutes = sum(len(r.x1) for r in training) / data.FRAMES_PER_SECOND / 60

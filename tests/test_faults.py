@@ -1,11 +1,13 @@
 """What users and systems do wrong: one sentence, nothing lost, nothing silent."""
 import gzip
 import io
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from speech import recordings
 from speech.recordings import read_audio, soundfile
 from test_roundtrip import FLAGS, ROOT, pocket, random_whisper, runs  # noqa: F401
 from text.error_rates import error_rates
-from text.sources import builtin, make_sentence, read_file, read_texts
+from text.sources import builtin, load_data, make_sentence, read_file, read_texts
 from text.spelling import strip_unspoken
 from whisper_decoder import FrozenWhisper
 
@@ -114,6 +116,12 @@ def test_recordings_like_held_out_sentences_are_not_learned_from(pocket, tmp_pat
     held_out = [data.Sentence("en", texts[0])]
     found, notes = recordings.load_recordings(tmp_path, pocket, held_out)
     assert [r.sentence.text for r in found] == texts[2:] and "2 of held-out" in notes[-1]
+    with pytest.raises(BadInput, match="no usable recording; all 3 are of held-out sentences"):
+        recordings.load_recordings(tmp_path, pocket, [*held_out, data.Sentence("en", texts[2])])
+    monkeypatch.setattr(recordings, "cached", lambda *_: dict(
+        sentences=[], x1=[], durations=[], notes=["a.mp3: no audio"]))
+    with pytest.raises(BadInput, match="no usable recording; a.mp3: no audio"):
+        recordings.load_recordings(tmp_path, pocket, held_out)
 
 
 def test_every_letter_has_a_frame():
@@ -150,7 +158,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --guidance nan", "--guidance nan cannot be used"),
     ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
     ("sample x --steps 1000000", "--steps must be between 1 and 1000"),
-    ("sample x --out {0}", "must end in .npz and lie in a folder that exists"),
+    ("sample x --out {0}", "must be FILE.npz, no folder, in a folder that exists"),
     ("sample x --text_file y.txt", "texts and --text_file were given"),
     ("sample  y", "text 1, '': there is no word in it"),
     ("sample {0}/long.txt", "it is a file, which belongs after --text_file"),
@@ -158,6 +166,17 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --data 30%*builtin", "--data '30%*builtin' cannot be used"),
     ("train --data en={0}/packed.txt", "packed.txt is packed by gzip, but its name"),
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
+    ("sample x --wav=", "--wav: it is empty; give something"),
+    ("sample x --out=", "--out: it is empty; give something"),
+    ("sample --text_file=", "'' is no file; give a path"),
+    ("sample --text_file ftp://a/b.txt", "'ftp://a/b.txt' is no file; give a path, or an address"),
+    ("sample --text_file {0}/a.png", "no .png is read"),
+    ("sample x --ckpt {0}/mel --wav /dev/null", "neither FILE.wav nor a folder"),
+    ("train --data en=file:///x.txt", "'file:///x.txt' is no file"),
+    ("train --data it=builtin", "does not know the language 'it'"),
+    ("train --data en=tatoeba:fr", "tatoeba:fr is 'fr', not 'en'; leave out en="),
+    ("train --data -1*builtin", "expected at least one argument that does not begin with -"),
+    ("train --resume=yes", "it takes no value, not 'yes'"),
 ])
 def test_flags_that_cannot_be_used(runs, command, words):
     (runs[0] / "long.txt").write_text("\n".join(c * 60 for c in "abcdefgh"))
@@ -168,7 +187,7 @@ def test_flags_that_cannot_be_used(runs, command, words):
         if program == "train":
             train.main([*FLAGS, "--out_dir", str(runs[0] / "o"), *argv])
         else:
-            sample.main([*argv, "--ckpt", str(runs[0] / "features")])
+            sample.main(["--ckpt", str(runs[0] / "features"), *argv])
     assert words in str(error.value) and sorted(runs[0].rglob("*")) == before
 
 
@@ -180,10 +199,11 @@ def nan(checkpoint):
     (lambda c: c.pop("step"), "'step'"), (lambda c: c.pop("config"), "'config'"),
     (lambda c: c["config"].update(foo=1), "unexpected keyword argument 'foo'"),
     (lambda c: c["ema"].update(no_text=torch.zeros(1)), "Error(s) in loading"),
-    (nan, "weights that are no numbers"),
+    (nan, "weights that are no numbers"), (lambda c: c.update(step=10**6), "an impossible step"),
+    (lambda c: c.update(step="two"), "not supported"), (lambda c: c.update(optimizer={}), "state"),
     (lambda c: c.update(origin={}), "'whisper'"), (lambda c: c.update(rhythm={"x": 1}), "Rhythm"),
     (lambda c: c["origin"].update(whisper="0"), "pocket has changed since the checkpoint"),
-], ids=["step", "config", "field", "shape", "nan", "origin", "rhythm", "weights"])
+])
 def test_checkpoints_that_are_none(runs, tmp_path, spoil, words):
     checkpoint = torch.load(runs[0] / "features" / "ckpt.pt", weights_only=True)
     spoil(checkpoint)
@@ -246,11 +266,16 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     for _ in range(2):
         log.keep(checkpoint)
         checkpoint.write_text("now")
-    with pytest.raises(OSError), atomic_write(tmp_path / "x") as part:
-        part.write_text("half")
-        raise OSError("No space left")
-    with pytest.raises(OSError, match="x cannot be written"), atomic_write(tmp_path / "x"):
-        raise RuntimeError("enforce fail at inline_container.cc")  # torch.save on a full disk
+    for error, words in (
+            (OSError(28, "No space left"), r"x cannot be written \(No space left\); make room"),
+            (RuntimeError("enforce fail"), "x cannot be written"),  # torch.save on a full disk
+            (OSError(104, "Connection reset"), "reset$"), (OSError("it is empty"), "^it is empty")):
+        with pytest.raises(OSError, match=words), atomic_write(tmp_path / "x") as part:
+            part.write_text("half")
+            raise error
+    for wrong in (tmp_path, checkpoint / "x"):  # a folder; below a file
+        with pytest.raises(OSError, match="cannot be written"), atomic_write(wrong) as part:
+            part.write_text("half")
     contents = {x.name: x.read_text() for x in tmp_path.iterdir()}
     assert contents == {"log.csv": "step,loss\n0,0.5\n", "ckpt.pt": "now", "log.old": "earlier",
                         "ckpt.old": "earlier"}
@@ -298,8 +323,31 @@ def test_whatever_goes_wrong_is_one_sentence(monkeypatch):
                          (BadInput("no text"), "no text"), (OSError("No space left"), "No space"),
                          (OSError(36, "Name too long", "a" * 300), "Name too long: a{100}$"),
                          (torch.OutOfMemoryError(), "try a smaller --batch_size"),
+                         (OSError(28, "No space left"), "No space left; make room"),
                          (RuntimeError("can't allocate memory"), "out of memory")):
         with pytest.raises(SystemExit, match=words):
             guard(lambda: fail(error))
     with pytest.raises(ZeroDivisionError):  # ours, not the user's
         guard(lambda: 1 / 0)
+
+
+def test_ctrl_c_while_modules_are_imported_is_no_traceback():
+    for program, seconds in itertools.product(("train.py", "sample.py"), (0.3, 1)):
+        command = [sys.executable, program, "--help"]
+        run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        run.send_signal(signal.SIGINT)
+        told = run.communicate()[1]
+        assert run.returncode and "stopped" in told and told.count("\n") == 1
+
+
+def test_a_full_standard_output_is_told(runs):
+    command = [sys.executable, "sample.py", "The dog.", "--ckpt", str(runs[0] / "features")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "sample.py: <stdout> cannot be written (No sp" in done.stderr
+
+
+def test_builtin_sentences_of_one_language_and_of_so_many_lines(pocket):
+    shares, _ = load_data(["fr=builtin"], pocket, max_lines=30)
+    assert {s.language for s in shares} == {"fr"} and 20 < len(shares) <= 30

@@ -31,7 +31,8 @@ MAX_CHARACTERS = 20_000  # of a text
 URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
-NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt".split())
+NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt .npz .png "
+              ".jpg .wav .flac .mp3 .ogg".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
@@ -86,6 +87,13 @@ def download(url: str) -> Path:
         raise BadInput(f"cannot fetch {url} ({first_line(error)}); check the address, the network "
                        "and the disk, or give a file that you have") from error
     return file
+
+
+def local_file(name: str) -> Path:
+    """A path, or a URL, which is downloaded."""
+    if not name or "://" in name and not re.match(URL, name):
+        raise BadInput(f"{name!r} is no file; give a path, or an address of http or https")
+    return download(name) if re.match(URL, name) else Path(os.path.expanduser(name))
 
 
 def kind(path: Path) -> str:
@@ -148,7 +156,7 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
     """Texts of the command line, files or URLs, or lines of standard input -> sentences, notes."""
     counts, notes = Counter(), []
     for name in files:
-        file = download(name) if re.match(URL, name) else Path(os.path.expanduser(name))
+        file = local_file(name)
         code = language or (None if kind(file) == ".tsv" else "en")
         more, problems = read_file(file, code, whisper)
         counts.update(more)
@@ -179,10 +187,10 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
     return sentences, notes
 
 
-def builtin() -> list[Sentence]:
+def builtin(max_lines: int = 10**6) -> list[Sentence]:
     """The built-in sentences of every language, a file of lines each; make_pocket.py wrote them."""
-    files = sorted((POCKET / "sentences").glob("*.txt"))
-    return [Sentence(f.stem, line) for f in files for line in f.read_text("utf-8").splitlines()]
+    return [Sentence(file.stem, line) for file in sorted((POCKET / "sentences").glob("*.txt"))
+            for line in file.read_text("utf-8").splitlines()[:max_lines]]
 
 
 # ---- all sources -----------------------------------------------------------------------------
@@ -208,13 +216,19 @@ def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper,
 
 def read_source(source: str, language: str | None, whisper: FrozenWhisper, max_lines: int) -> Texts:
     """"builtin", a file (see `read_file`), a URL of one, a folder, or tatoeba:LANGUAGE."""
-    if source == "builtin":
-        return Counter(s for s in builtin() if s.language in whisper.languages), []
     language = language and whisper.check_language(language)
+    if source == "builtin":
+        known = [language] if language else whisper.languages
+        counts = Counter(s for s in builtin(max_lines) if s.language in known)
+        if not counts:
+            raise BadInput(f"no built-in sentence is in {', '.join(known)}; give --data others")
+        return counts, []
     if source.startswith("tatoeba:"):
-        language = whisper.check_language(source.partition(":")[2])
-        source = TATOEBA.format(ISO_639_3[language])
-    path = download(source) if re.match(URL, source) else Path(os.path.expanduser(source))
+        code = whisper.check_language(source.partition(":")[2])
+        if language not in (None, code):
+            raise BadInput(f"{source} is {code!r}, not {language!r}; leave out {language}=")
+        language, source = code, TATOEBA.format(ISO_639_3[code])
+    path = local_file(source)
     read = read_folder if path.is_dir() else read_file
     return read(path, language, whisper, max_lines)
 
@@ -273,5 +287,6 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
     notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
     notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
     if len(shares) < 2:
-        raise BadInput("; ".join([f"{len(shares)} different sentences are too few", *notes[-1:]]))
+        raise BadInput("; ".join([f"{len(shares)} different sentences are too few; give --data "
+                                  "more", *notes[-1:]]))
     return dict(shares), notes
