@@ -22,17 +22,15 @@ from data import FRAMES_PER_SECOND, Sentence
 from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
-from plumbing.files import atomic_write
 from plumbing.flags import Parser, path
 from speech.align import durations_by
+from speech.dataset import KINDS, write_dataset, write_npz
 from speech.sound import another_voice, pace, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
 from text.sources import read_texts
 from train import LATENTS, RoundTrip, generate, load_checkpoint, round_trips
 from whisper_decoder import FrozenWhisper
-
-SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # see FrozenWhisper.transcribe
 
 
 def load_model(checkpoint: dict, device: torch.device) -> DiT:
@@ -62,17 +60,6 @@ def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Senten
         speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
     parts = split_long(text, whisper, speed, durations)
     return [(part, durations(part, speed)) for part in parts]
-
-
-def write_features(path: Path, pieces: Sequence[RoundTrip], text_of: np.ndarray) -> None:
-    """The data set: features (N, P, E), the first `frames` are speech; see docs/usage.md."""
-    sentences, latents, features, read = zip(*pieces)
-    languages, texts = zip(*sentences)
-    scores = {name: [getattr(r, name) for r in read] for name in SCORES}
-    with atomic_write(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, features=torch.stack(features), language=languages, text=texts,
-                            frames=[len(x) for x in latents], hypothesis=[r.text for r in read],
-                            text_of=text_of, **scores)
 
 
 def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
@@ -106,6 +93,11 @@ def is_wav_file(path: Path) -> bool:
     return path.suffix.lower() == ".wav" and not path.is_dir()
 
 
+def is_set(path: Path | None) -> bool:
+    """Whether --out is a folder of shards."""
+    return bool(path) and path.suffix != ".npz"
+
+
 def check(args, latent: str, n_texts: int) -> None:
     """BadInput if what was asked for cannot be made."""
     try:
@@ -114,14 +106,22 @@ def check(args, latent: str, n_texts: int) -> None:
         raise BadInput(f"--{error}") from error  # it begins with the name of the flag
     if not abs(args.guidance) <= 100:
         raise BadInput(f"--guidance {args.guidance} cannot be used; -100 to 100, 1 is off")
-    is_file = args.out and args.out.suffix == ".npz" and not args.out.is_dir()
-    if args.out and not (is_file and args.out.parent.is_dir()):
+    folder = is_set(args.out)
+    if args.out and not folder and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise BadInput(f"--out {args.out} must be FILE.npz, no folder, in a folder that exists")
+    if folder and (args.out.is_file() or not args.text_file or args.wav):
+        raise BadInput(f"--out {args.out} is a folder of shards; it needs --text_file, no --wav, and"
+                       " no file of its name")
+    if not folder and (args.write or args.best_of != 1 or args.max_cer is not None):
+        raise BadInput("--write, --best_of and --max_cer belong to --out FOLDER")
+    if not 1 <= args.best_of <= 100 or args.max_cer is not None and not args.max_cer >= 0:
+        raise BadInput(f"--best_of {args.best_of} and --max_cer {args.max_cer} cannot be used; 1 to "
+                       "100, and 0 or more")
     if not 0 <= args.rooms <= 1:
         raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1")
-    if (args.wav or args.rooms) and latent != "mel":
-        raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav and --rooms "
-                       "cannot be used; `python train.py --latent mel` makes spectrograms")
+    if (args.wav or args.rooms or {*args.write} - {"features"}) and latent != "mel":
+        raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav, --rooms and "
+                       "--write mel cannot be used; `python train.py --latent mel` makes spectra")
     if args.wav and is_wav_file(args.wav) and n_texts > 1:
         raise BadInput(f"--wav {args.wav} holds one text, not {n_texts}; give a folder")
     if args.wav and not is_wav_file(args.wav) and (
@@ -145,7 +145,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=int, help="of the noise (default: 0)")
     add("--rooms", type=float, default=0.0, help="up to 1: other voices (spectrograms only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--out", type=path, help="write the features here, as .npz")
+    add("--out", type=path, help="write the features here: FILE.npz, or a FOLDER of shards")
+    add("--write", nargs="+", default=[], choices=KINDS, help="to the FOLDER (default: features)")
+    add("--best_of", type=int, default=1, help="so many seeds are tried, the best read is written")
+    add("--max_cer", type=float, help="what is read worse is left out of the FOLDER")
+    add("--part", default="1/1", help="2/8: the second of eight processes that write the FOLDER")
     add("--wav", type=path, help="write the sound here: FILE.wav, or a folder of files")
     parser.set_defaults(**Solver()._asdict())
     args = parser.parse_args(argv)
@@ -159,20 +163,24 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device, checkpoint = choose_device(args.device), load_checkpoint(args.ckpt)
     whisper, model = load_critic(checkpoint, device), load_model(checkpoint, device)
+    durations = durations_by(checkpoint["rhythm"])
+    change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
+    make = partial(round_trips, model, whisper, change=change)
+    if is_set(args.out):
+        check(args, checkpoint["config"]["latent"], 1)
+        cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
+        return print(write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     check(args, checkpoint["config"]["latent"], len(texts))
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
     print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
-    durations = durations_by(checkpoint["rhythm"])
     parts = [cut(text, durations, whisper, args) for text in texts]
-    change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
-    sentences, lengths = zip(*chain(*parts))
-    pieces = [piece._replace(features=piece.features.cpu()) for piece in
-              round_trips(model, whisper, sentences, lengths, args.solver, change)]
+    trips = make(*zip(*chain(*parts)), args.solver)
+    pieces = [trip._replace(features=trip.features.cpu()) for trip in trips]
     if args.out:
         text_of = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
-        write_features(args.out, pieces, text_of)
+        write_npz(args.out, pieces, text_of)
     hypotheses, remaining = [], iter(pieces)
     for i, text in enumerate(texts):
         group = list(islice(remaining, len(parts[i])))

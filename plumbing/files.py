@@ -14,6 +14,8 @@ try:
 except ImportError:  # Windows
     flock = None
 
+OURS = ("ckpt.pt", "log.csv", "log.new", "result.txt", "settings.json", "manifest.jsonl",
+        "left_out.jsonl")  # files that a run replaces
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
                errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
@@ -61,9 +63,9 @@ def locked(folder: Path, rank: int = 0):
             flock(lock, LOCK_EX | LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
-        raise BadInput(f"another run writes to {folder}; give another --out_dir") from error
+        raise BadInput(f"another run writes to {folder}; give another folder") from error
     try:
-        for name in ("ckpt.pt", "log.csv", "log.new", "result.txt"):
+        for name in OURS:
             for part in folder.glob(f"{name}.*.tmp"):
                 part.unlink()
         yield

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -114,28 +114,15 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     return make_sentence(" ".join(columns), code, whisper)
 
 
-def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
-              max_lines: int = 10**6) -> Texts:
-    """A text file, packed or not -> its sentences with their counts, notes on what was left out.
-
-    FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
-    in its last column. Raises BadInput if the file is missing, empty or not UTF-8.
-    """
-    is_table, counts, left_out = kind(path) == ".tsv", Counter(), defaultdict(list)
+def lines_of(path: Path, language: str | None) -> Iterator[str]:
+    """The lines of a text file, packed or not; BadInput if it is missing or not UTF-8."""
     if kind(path) in NO_TEXT:
         raise BadInput(f"{path}: no {kind(path)} is read; give lines of text as .txt or .tsv")
-    if path.exists() and not is_table and not language:
+    if path.exists() and kind(path) != ".tsv" and not language:
         raise BadInput(f"{path}: say its language, as in en={path}")
     try:
         with OPEN.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig") as lines:
-            for n, line in enumerate(islice(lines, max_lines), 1):
-                try:
-                    if line.strip():
-                        counts[read_line(line, is_table, language, whisper)] += 1
-                except BadInput as error:
-                    left_out[str(error)].append(n)
-            if next(lines, None):
-                left_out[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
+            yield from lines
     except UnicodeDecodeError as error:
         if error.object[:2] == b"\x1f\x8b":
             raise BadInput(f"{path} is packed by gzip, but its name does not end in .gz") from error
@@ -144,6 +131,24 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
                        f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"cannot read {path} ({first_line(error)}); give another file") from error
+
+
+def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
+              max_lines: int = 10**6) -> Texts:
+    """A text file -> its sentences with their counts, notes on what was left out.
+
+    FILE.txt has a sentence a line; FILE.tsv language<TAB>text, or, with a language given, the text
+    in its last column. Raises BadInput if nothing in it can be used.
+    """
+    counts, left_out, lines = Counter(), defaultdict(list), lines_of(path, language)
+    for n, line in enumerate(islice(lines, max_lines), 1):
+        try:
+            if line.strip():
+                counts[read_line(line, kind(path) == ".tsv", language, whisper)] += 1
+        except BadInput as error:
+            left_out[str(error)].append(n)
+    if next(lines, None):
+        left_out[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
     notes = [f"{path}, line {n[0]} is left out{f', and {len(n) - 1} more' * (len(n) > 1)}: {why}"
              for why, n in left_out.items()]
     if not counts:

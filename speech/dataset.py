@@ -1,0 +1,248 @@
+"""Data sets: small ones in one .npz, and those of any size in numbered shards.
+
+    python sample.py --text_file TEXT --out FOLDER --best_of 4 --max_cer 0.1 --part 2/8
+
+    FOLDER/shard-00012.npz    `frames` (N,), and of all N pieces of text, one after another, what
+                              --write names: `features` (frames, E), `mel` (2 * frames, M), fp16
+    FOLDER/wav/00012/*.wav    or .flac
+    FOLDER/shard-00012.jsonl  a row for each text or piece; with it the shard is whole
+    FOLDER/manifest.jsonl     the rows of all shards, once all are there; in left_out.jsonl the rest
+
+A shard is made of the same TEXTS_A_SHARD texts whatever the part, and does not depend on others, so
+a run that was killed goes on at the first that is missing, and ends with the same bytes.
+"""
+import hashlib
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from itertools import chain, islice
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import FRAMES_PER_SECOND, Sentence, count_frames
+from flow import Solver
+from plumbing.errors import BadInput
+from plumbing.files import atomic_write, locked
+from speech.sound import griffin_lim, write_samples
+from text.error_rates import error_rates
+from text.sources import kind, lines_of, local_file, read_line
+from whisper_decoder import FrozenWhisper
+
+TEXTS_A_SHARD = 200
+SOUNDS = ("wav", "flac")
+KINDS = ("features", "mel", *SOUNDS)
+SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # see FrozenWhisper.transcribe
+
+Cut = Callable[[Sentence], list[tuple[Sentence, np.ndarray]]]  # a text -> pieces, durations (S,)
+Make = Callable[[Sequence[Sentence], Sequence[np.ndarray], Solver], Iterator]  # -> round trips
+
+
+def write_npz(path: Path, trips: Sequence, text_of: np.ndarray) -> None:
+    """A small set: features (N, P, E), the first `frames` are speech; see docs/usage.md."""
+    sentences, latents, features, read = zip(*trips)
+    languages, texts = zip(*sentences)
+    scores = {name: [getattr(r, name) for r in read] for name in SCORES}
+    with atomic_write(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, features=torch.stack(features), language=languages, text=texts,
+                            frames=[len(x) for x in latents], hypothesis=[r.text for r in read],
+                            text_of=text_of, **scores)
+
+
+# ---- one shard -------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    row: dict  # of the manifest
+    arrays: dict[str, Tensor]  # what --write names; of sounds, the log-mel
+
+
+def describe(trip, seed: int, whisper: FrozenWhisper, kinds: Sequence[str]) -> Piece:
+    """A round trip without what nobody asked for: features of a window are megabytes."""
+    n, read, arrays = len(trip.x1), trip.read, {}
+    row = dict(language=trip.sentence.language, text=trip.sentence.text,
+               seconds=n / FRAMES_PER_SECOND, frames=n, seed=seed, read=read.text,
+               cer=round(error_rates([trip.sentence], [read.text]).cer, 4),
+               **{name: round(getattr(read, name), 4) for name in SCORES})
+    if "features" in kinds:
+        arrays["features"] = trip.features[:n].half().cpu()
+    if set(kinds) - {"features"}:
+        x1 = trip.x1[None].to(whisper.device)
+        mel = whisper.spectrogram(x1, torch.tensor([n], device=x1.device), n)[0].T
+        arrays["mel"] = mel.half().cpu()
+    return Piece(row, arrays)
+
+
+def best_pieces(pieces: list, make: Make, solvers: Sequence[Solver], whisper: FrozenWhisper,
+                kinds: Sequence[str]) -> list[Piece]:
+    """Of each piece of text the seed that is read best: fewest errors, then surest."""
+    order = sorted(range(len(pieces)), key=lambda i: count_frames(pieces[i][1]))  # less padding
+    best = {}
+    for solver in solvers:
+        trips = make(*zip(*(pieces[i] for i in order)), solver) if order else ()
+        for i, trip in zip(order, trips):
+            now = describe(trip, solver.seed, whisper, kinds)
+            rank = -now.row["cer"], now.row["avg_logprob"]
+            if i not in best or rank > (-best[i].row["cer"], best[i].row["avg_logprob"]):
+                best[i] = now
+    return [best[i] for i in range(len(pieces))]
+
+
+def write_sound(path: Path, mel: Tensor, whisper: FrozenWhisper) -> None:
+    """A log-mel (n, M) as .wav, or as .flac by soundfile."""
+    samples = griffin_lim(mel.float().T.to(whisper.device))
+    if path.suffix == ".wav":
+        return write_samples(path, samples)
+    import soundfile
+    samples = samples / samples.abs().max().clamp(min=1)
+    with atomic_write(path) as part:
+        soundfile.write(part, samples.cpu().numpy(), 16000, format="FLAC")
+
+
+def make_shard(name: str, lines: Sequence, first: int, args, kinds: Sequence[str],
+               whisper: FrozenWhisper, cut: Cut, make: Make) -> None:
+    """Lines of text, the number of the first -> a shard on the disk."""
+    ids, texts, left_out = cut_texts(lines, first, cut, whisper)
+    solvers = [args.solver._replace(seed=args.seed + i) for i in range(args.best_of)]
+    pieces = [piece._replace(row=dict(id=id_of) | piece.row)
+              for id_of, piece in zip(ids, best_pieces(texts, make, solvers, whisper, kinds))]
+    limit = math.inf if args.max_cer is None else args.max_cer
+    left_out += [piece.row | dict(why=f"its CER is over --max_cer {limit:g}")
+                 for piece in pieces if piece.row["cer"] > limit]
+    good = [piece for piece in pieces if piece.row["cer"] <= limit]
+    write_shard(name, args.out, good, left_out, whisper, kinds)
+
+
+def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dict], whisper,
+                kinds: Sequence[str]) -> None:
+    """Its arrays and sounds, and last its rows: then it is whole."""
+    for file in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"*/{name[6:]}/*.tmp")]:
+        file.unlink()  # of a run that was killed
+    for sound in set(kinds) & {*SOUNDS}:
+        for piece in pieces:
+            piece.row[sound] = f"{sound}/{name[6:]}/{piece.row['id']}.{sound}"
+            write_sound(folder / piece.row[sound], piece.arrays["mel"], whisper)
+    arrays = {key: np.concatenate([piece.arrays[key] for piece in pieces])
+              for key in set(kinds) - {*SOUNDS} if pieces}
+    if arrays:
+        with atomic_write(folder / f"{name}.npz") as part, open(part, "wb") as file:
+            np.savez(file, frames=[piece.row["frames"] for piece in pieces],
+                     **dict(sorted(arrays.items())))
+    rows = [piece.row | dict(shard=f"{name}.npz", index=i) if arrays else piece.row
+            for i, piece in enumerate(pieces)]
+    with atomic_write(folder / f"{name}.jsonl") as part:
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n"
+                                for row in [*rows, *left_out]), "utf-8", newline="\n")
+
+
+# ---- all shards ------------------------------------------------------------------------------
+
+
+def read_lines(files: Sequence[str], language: str | None) -> Iterator[tuple[str, str, str | None]]:
+    """The lines of files that are not blank: text, kind of file, language."""
+    for name in files:
+        path = local_file(name)
+        code = language or (None if kind(path) == ".tsv" else "en")
+        yield from ((line, kind(path), code) for line in lines_of(path, code) if line.strip())
+
+
+def cut_texts(lines: Sequence, first: int, cut: Cut, whisper: FrozenWhisper) -> tuple[list, ...]:
+    """Lines, the number of the first -> ids and pieces of text, rows of what cannot be made."""
+    ids, pieces, left_out = [], [], []
+    for number, (line, suffix, code) in enumerate(lines, first):
+        try:
+            parts = cut(read_line(line, suffix == ".tsv", code, whisper))
+            ids += [f"{number:08d}" + f"-{i}" * (len(parts) > 1) for i in range(len(parts))]
+            pieces += parts
+        except BadInput as error:
+            left_out.append(dict(id=f"{number:08d}", language=code or line.split("\t")[0][:20],
+                                 text=line.strip()[:200], why=str(error)))
+    return ids, pieces, left_out
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """BadInput if the folder has a set of other texts, another checkpoint or other flags."""
+    file = folder / "settings.json"
+    if file.exists():
+        before = json.loads(file.read_text("utf-8"))
+        for name, now in json.loads(json.dumps(settings)).items():
+            if before.get(name) != now:
+                raise BadInput(f"{folder} was begun with {name} {before.get(name)!r}, not {now!r}; "
+                               "give the same, or another --out")
+    elif any(not path.name.startswith("settings.json") for path in folder.iterdir()):
+        raise BadInput(f"--out {folder} holds something else; give a new or empty folder")
+    else:
+        with atomic_write(file) as part:
+            part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+
+
+def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> str:
+    """manifest.jsonl and left_out.jsonl of all shards -> what is in them, in words."""
+    seconds, kept, left_out = 0.0, Counter(), defaultdict(list)
+    with (atomic_write(folder / "manifest.jsonl") as good, open(good, "wb") as manifest,
+          atomic_write(folder / "left_out.jsonl") as bad, open(bad, "wb") as rest):
+        for line in chain.from_iterable(open(folder / f"{name}.jsonl", "rb") for name in names):
+            row = json.loads(line)
+            if "why" in row:
+                left_out[row["language"], row["why"]].append(row["id"])
+                rest.write(line)
+            else:
+                kept[row["language"]] += 1
+                seconds += row["seconds"]
+                manifest.write(line)
+    lines = [f"{code}: {n} written" + ", though it was not trained in" * (code not in trained)
+             for code, n in sorted(kept.items())]
+    lines += [f"{code}: {len(ids)} left out, the first {ids[0]}: {why}"
+              for (code, why), ids in sorted(left_out.items())]
+    return "\n".join([*lines, f"wrote {folder}: {kept.total()} pieces of text, {seconds / 3600:.2f} "
+                              "hours, in manifest.jsonl"])
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """"2/8" -> 2, 8."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= part <= n <= 10_000:
+        raise BadInput(f"--part {text!r} cannot be used; 2/8 is the second of eight")
+    return part, n
+
+
+def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make: Make) -> str:
+    """All shards of this part that are not there yet -> what there is then, in words."""
+    folder, (part, n_parts) = args.out, parse_part(args.part)
+    kinds = sorted(set(args.write or ["features"]))
+    digest, n_texts, n = hashlib.sha256(), 0, TEXTS_A_SHARD
+    for line, suffix, code in read_lines(args.text_file, args.language):
+        digest.update(f"{line.rstrip()}\t{suffix}\t{code}\n".encode())
+        n_texts += 1
+    weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
+    settings = dict(texts=digest.hexdigest()[:16], checkpoint=weights.hexdigest()[:16],
+                    write=kinds, best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
+                    rooms=args.rooms, solver=args.solver, texts_a_shard=n)
+    names = [f"shard-{i:05d}" for i in range(-(-n_texts // n))]
+    total = sum(min(n, n_texts - n * i) for i in range(part - 1, len(names), n_parts))
+    lines = read_lines(args.text_file, args.language)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) if n_parts == 1 else nullcontext(), tqdm(total=total, unit=" texts") as bar:
+        check_settings(folder, settings)
+        for i, name in enumerate(names):
+            block = list(islice(lines, n))
+            if i % n_parts != part - 1:
+                continue
+            if (folder / f"{name}.jsonl").exists():
+                bar.initial += len(block)  # the time left follows from the others
+            else:
+                make_shard(name, block, n * i, args, kinds, whisper, cut, make)
+            bar.update(len(block))
+    missing = sum(not (folder / f"{name}.jsonl").exists() for name in names)
+    if missing:
+        return (f"part {args.part} is done; {missing} of {len(names)} shards are missing in "
+                f"{folder}, and the part that ends last writes manifest.jsonl")
+    with locked(folder):
+        return merge(folder, names, checkpoint["origin"]["languages"])

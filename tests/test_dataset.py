@@ -1,0 +1,137 @@
+"""Data sets in shards: `sample.py --text_file TEXT --out FOLDER`."""
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+
+import sample
+from plumbing.errors import BadInput
+from plumbing.files import locked
+from speech import dataset
+from test_roundtrip import ROOT, pocket, runs  # noqa: F401
+
+LINES = ["en\tThe dog sleeps. The cat sleeps. The children play football.", "xx\tNo.", "en\t...",
+         "", "fr\tLe chien dort.", "en\tThe red car.", "zh\t老师在教室里吃饺子。", "en\tThe dog sleeps.",
+         "de\tDie Sonne scheint.", "en\t" + "a" * 300]  # it is cut
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(dataset, "TEXTS_A_SHARD", 3)
+
+
+@pytest.fixture
+def make(runs, tmp_path):  # noqa: F811
+    (tmp_path / "text.tsv").write_text("\n".join(LINES), "utf-8")
+
+    def call(folder: str, *flags: str, latent: str = "features") -> dict[str, bytes]:
+        sample.main(["--text_file", str(tmp_path / "text.tsv"), "--ckpt", str(runs[0] / latent),
+                     "--out", str(tmp_path / folder), *flags])
+        return {str(file.relative_to(tmp_path / folder)): file.read_bytes()
+                for file in (tmp_path / folder).rglob("*") if file.is_file()}
+    return call
+
+
+def rows_of(files: dict[str, bytes], name: str = "manifest.jsonl") -> list[dict]:
+    return [json.loads(line) for line in files[name].decode().splitlines()]
+
+
+def test_every_text_is_in_the_set_or_named(make, tmp_path, capsys, pocket):  # noqa: F811
+    files = make("a")
+    rows, rest = rows_of(files), rows_of(files, "left_out.jsonl")
+    assert [r["id"][7:] for r in rows] == [*"034567", "8-0", "8-1"]
+    assert [r["text"] for r in rows[1:6]] == [line.split("\t")[1] for line in LINES[4:9]]
+    assert rows[6]["text"] + rows[7]["text"] == "a" * 300
+    assert [(r["id"][7:], r["why"][:8]) for r in rest] == [("1", "pocket d"), ("2", "there is")]
+    assert "fr: 1 written\n" in (out := capsys.readouterr().out) and "xx: 1 left out" in out
+    for row in rows:  # the reader of docs/usage.md
+        shard = np.load(tmp_path / "a" / row["shard"])
+        end = shard["frames"][: row["index"] + 1].sum()
+        x = shard["features"][end - row["frames"] : end]
+        assert x.dtype == np.float16 and x.shape == (row["frames"], 128)
+        features = pocket.silence.clone()
+        features[: len(x)] = sample.torch.from_numpy(x)
+        read = pocket.transcribe(features[None], [row["language"]])[0]
+        assert read.text == row["read"] and row["seconds"] == row["frames"] / 50
+
+
+def test_parts_and_runs_that_were_killed_make_the_same_bytes(make, tmp_path, monkeypatch, capsys):
+    whole = make("a", "--best_of", "2")
+    for part in ("2/2", "1/2"):
+        parts = make("b", "--best_of", "2", "--part", part)
+    assert parts == whole
+    out = capsys.readouterr().out
+    assert re.search(r"part 2/2 is done; 2 of 3 shards are missing", out) and "wrote" in out
+    write, written = dataset.atomic_write, []
+
+    def dying(file):
+        written.append(file)
+        if len(written) % 3 == 0:
+            file.with_name(f"{file.name}.1.tmp").write_text("half")
+            raise KeyboardInterrupt
+        return write(file)
+    monkeypatch.setattr(dataset, "atomic_write", dying)
+    for _ in range(20):
+        try:
+            killed = make("c", "--best_of", "2")
+            break
+        except KeyboardInterrupt:
+            pass
+    assert len(written) > 9 and killed == whole
+
+
+def test_the_best_seed_is_kept_and_bad_ones_are_left_out(make):
+    one, many = (rows_of(make(str(n), "--best_of", str(n))) for n in (1, 4))
+    assert len({row["seed"] for row in many}) > 1 and {row["seed"] for row in one} == {0}
+    for a, b in zip(one, many):
+        assert (-b["cer"], b["avg_logprob"]) >= (-a["cer"], a["avg_logprob"])
+    limit = sorted(row["cer"] for row in one)[2]
+    files = make("few", "--max_cer", str(limit))
+    assert rows_of(files) and all(row["cer"] <= limit for row in rows_of(files))
+    assert len(rows_of(files)) + len(rows_of(files, "left_out.jsonl")) == len(one) + 2
+
+
+def test_spectrograms_and_sounds(make, tmp_path):
+    files = make("a", "--write", "mel", "wav", "flac", "features", latent="mel")
+    for row in rows_of(files):
+        shard, n = np.load(tmp_path / "a" / row["shard"]), row["frames"]
+        start = shard["frames"][: row["index"]].sum()
+        mel = shard["mel"][2 * start : 2 * (start + n)]
+        assert mel.shape == (2 * n, 80) and mel.std() > 0.05
+        assert shard["features"].shape == (shard["frames"].sum(), 128)
+        wav, flac = (soundfile.read(tmp_path / "a" / row[kind])[0] for kind in ("wav", "flac"))
+        assert len(wav) == 320 * n and np.abs(wav - flac).max() < 1e-3 < wav.std()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--part", "9/8"], "--part '9/8' cannot be used; 2/8 is the second"),
+    (["--part", "two"], "--part 'two' cannot be used"), (["--best_of", "0"], "--best_of 0 and"),
+    (["--max_cer", "nan"], "--max_cer nan cannot be used"), (["--write", "mel"], "have no sound"),
+    (["--wav", "x"], "no --wav"), (["--steps", "2"], "was begun with solver"),
+    (["--write", "mp3"], "invalid choice: 'mp3'")])
+def test_flags_of_a_set_that_cannot_be_used(make, flags, words):
+    make("a", "--part", "3/9")
+    with pytest.raises(BadInput) as error:
+        make("a", *flags)
+    assert words in str(error.value)
+
+
+def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa: F811
+    before = make("a")
+    assert make("a") == before  # nothing is left to do
+    with locked(tmp_path / "a"), pytest.raises(BadInput, match="another run writes to"):
+        make("a")
+    (tmp_path / "text.tsv").write_text("en\tThe dog sleeps.\n")
+    with pytest.raises(BadInput, match="was begun with texts"):
+        make("a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("mine")
+    with pytest.raises(BadInput, match="b holds something else; give a new or empty folder"):
+        make("b")
+    for argv, words in ((["The dog.", "--out", "c"], "needs --text_file"),
+                        (["The dog.", "--max_cer", "1"], "belong to --out FOLDER")):
+        with pytest.raises(BadInput, match=words):
+            sample.main([*argv, "--ckpt", str(runs[0] / "features")])
+    assert not (ROOT / "c").exists()
