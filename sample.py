@@ -23,8 +23,8 @@ from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
 from plumbing.flags import Parser, path
+from speech import dataset
 from speech.align import durations_by
-from speech.dataset import KINDS, write_dataset, write_npz
 from speech.sound import another_voice, pace, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
@@ -93,11 +93,6 @@ def is_wav_file(path: Path) -> bool:
     return path.suffix.lower() == ".wav" and not path.is_dir()
 
 
-def is_set(path: Path | None) -> bool:
-    """Whether --out is a folder of shards."""
-    return bool(path) and path.suffix != ".npz"
-
-
 def check(args, latent: str, n_texts: int) -> None:
     """BadInput if what was asked for cannot be made."""
     try:
@@ -106,17 +101,7 @@ def check(args, latent: str, n_texts: int) -> None:
         raise BadInput(f"--{error}") from error  # it begins with the name of the flag
     if not abs(args.guidance) <= 100:
         raise BadInput(f"--guidance {args.guidance} cannot be used; -100 to 100, 1 is off")
-    folder = is_set(args.out)
-    if args.out and not folder and (args.out.is_dir() or not args.out.parent.is_dir()):
-        raise BadInput(f"--out {args.out} must be FILE.npz, no folder, in a folder that exists")
-    if folder and (args.out.is_file() or not args.text_file or args.wav):
-        raise BadInput(f"--out {args.out} is a folder of shards; it needs --text_file, no --wav, and"
-                       " no file of its name")
-    if not folder and (args.write or args.best_of != 1 or args.max_cer is not None):
-        raise BadInput("--write, --best_of and --max_cer belong to --out FOLDER")
-    if not 1 <= args.best_of <= 100 or args.max_cer is not None and not args.max_cer >= 0:
-        raise BadInput(f"--best_of {args.best_of} and --max_cer {args.max_cer} cannot be used; 1 to "
-                       "100, and 0 or more")
+    dataset.check(args)
     if not 0 <= args.rooms <= 1:
         raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1")
     if (args.wav or args.rooms or {*args.write} - {"features"}) and latent != "mel":
@@ -145,11 +130,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=int, help="of the noise (default: 0)")
     add("--rooms", type=float, default=0.0, help="up to 1: other voices (spectrograms only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--out", type=path, help="write the features here: FILE.npz, or a FOLDER of shards")
-    add("--write", nargs="+", default=[], choices=KINDS, help="to the FOLDER (default: features)")
-    add("--best_of", type=int, default=1, help="so many seeds are tried, the best read is written")
-    add("--max_cer", type=float, help="what is read worse is left out of the FOLDER")
-    add("--part", default="1/1", help="2/8: the second of eight processes that write the FOLDER")
+    dataset.add_flags(add)
     add("--wav", type=path, help="write the sound here: FILE.wav, or a folder of files")
     parser.set_defaults(**Solver()._asdict())
     args = parser.parse_args(argv)
@@ -166,10 +147,10 @@ def main(argv=None) -> None:
     durations = durations_by(checkpoint["rhythm"])
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
     make = partial(round_trips, model, whisper, change=change)
-    if is_set(args.out):
+    if dataset.is_set(args.out):
         check(args, checkpoint["config"]["latent"], 1)
         cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
-        return print(write_dataset(args, checkpoint, whisper, cut_text, make))
+        return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     check(args, checkpoint["config"]["latent"], len(texts))
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
@@ -180,7 +161,7 @@ def main(argv=None) -> None:
     pieces = [trip._replace(features=trip.features.cpu()) for trip in trips]
     if args.out:
         text_of = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
-        write_npz(args.out, pieces, text_of)
+        dataset.write_npz(args.out, pieces, text_of)
     hypotheses, remaining = [], iter(pieces)
     for i, text in enumerate(texts):
         group = list(islice(remaining, len(parts[i])))
@@ -194,6 +175,8 @@ def main(argv=None) -> None:
             write_wav(file, whisper, [piece.x1.to(device) for piece in group])
     cer, wer, exact = error_rates(texts, hypotheses)
     end = "".join(f"\nwrote {path}: {len(texts)} texts" for path in (args.wav, args.out) if path)
+    others = len([*args.wav.glob("*.wav")]) - len(texts) if args.wav and args.wav.is_dir() else 0
+    end += f"\nnote: {others} older .wav files are there too" * (others > 0)
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}{end}")
 
 

@@ -417,7 +417,7 @@ def test_long_texts_are_spoken_in_pieces_and_in_the_time_asked_for(runs, tmp_pat
     ("train --batch_size 0", "--batch_size 0 cannot be used; at least 1"),
     ("train --resume", "no checkpoint {0}/o/ckpt.pt; `python train.py` makes one"),
     ("train --steps 40 --learning_rate 1e8 --clip 1e8", "try a smaller --learning_rate"),
-    ("sample x --ckpt {0}/no.pt", "no.pt is not a checkpoint of this train.py"),
+    ("sample x --ckpt {0}/no.pt", "no.pt cannot be used as a checkpoint of this train.py"),
     ("sample ... --ckpt {0}/mel/ckpt.pt", "there is no word in it"),
     ("sample x --ckpt {0}/mel/ckpt.pt --steps 0", "--steps must be between 1 and 1000, not 0"),
     ("sample x --ckpt {0}/features/ckpt.pt --wav x.wav", "makes features, which have no sound"),

@@ -247,8 +247,8 @@ def load_checkpoint(path: Path) -> dict:
             raise ValueError("weights that are no numbers, or an impossible step")
         return {name: checkpoint[name] for name in CHECKPOINT}
     except Exception as error:
-        raise BadInput(f"{path} is not a checkpoint of this train.py ({first_line(error)}); train "
-                       "again") from error
+        raise BadInput(f"{path} cannot be used as a checkpoint of this train.py "
+                       f"({first_line(error)}); give another, or train again") from error
 
 
 # ---- the run ---------------------------------------------------------------------------------

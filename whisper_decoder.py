@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
@@ -64,7 +65,8 @@ class FrozenWhisper:
     def silence(self) -> Tensor:
         """What the decoder sees of silence (P, E)."""
         samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
-        with torch.autocast(self.device.type, enabled=False):  # may be asked for inside one
+        # The same wherever it is asked for first, also inside devices.mixed_precision.
+        with torch.autocast(self.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
             return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
     @cached_property

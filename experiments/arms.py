@@ -60,6 +60,8 @@ def write_speech(folder: Path, sentences: Sequence[data.Sentence], has_text: boo
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        return print(__doc__)
     n_names = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     names, flags = argv[:n_names], argv[n_names:]
     if not names or set(names) - set(ARMS):

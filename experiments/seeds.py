@@ -14,6 +14,8 @@ from plumbing.errors import BadInput, guard  # noqa: E402
 
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*argv}:
+        return print(__doc__)
     n_seeds = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     seeds, flags = argv[:n_seeds], argv[n_seeds:]
     if len(seeds) < 2 or not all(map(str.isdecimal, seeds)):

@@ -2,6 +2,7 @@
 import errno
 import hashlib
 import os
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,8 +17,9 @@ except ImportError:  # Windows
 
 OURS = ("ckpt.pt", "log.csv", "log.new", "result.txt", "settings.json", "manifest.jsonl",
         "left_out.jsonl")  # files that a run replaces
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
-               errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
+             errno.ENAMETOOLONG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def fingerprint(things: object) -> str:
@@ -38,10 +40,12 @@ def atomic_write(file: Path):
         yield part
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, where the disk is full
-        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno not in FORBIDDEN | FULL:
             raise  # a download's
         why = getattr(error, "strerror", first_line(error))
-        raise OSError(f"{file} cannot be written ({why}); make room, or give another") from error
+        way = ("give a place that you may write to" if getattr(error, "errno", None) in FORBIDDEN
+               else "make room")
+        raise OSError(f"{file} cannot be written ({why}); {way}") from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -90,6 +94,10 @@ class Log:
 
     def keep(self, checkpoint: Path) -> None:
         """Call it when a checkpoint is ready: those of an earlier run become .old, once."""
+        if not self.now.exists():
+            print(f"note: {self.now} is gone; it goes on in a new {checkpoint.parent}, with the "
+                  "steps that come now", file=sys.stderr)
+            self.file = open(self.now, "a", buffering=1)
         if self.now != self.path:
             for file in (self.path, checkpoint) if checkpoint.exists() else ():
                 if file.exists():

@@ -14,6 +14,7 @@ a run that was killed goes on at the first that is missing, and ends with the sa
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from data import FRAMES_PER_SECOND, Sentence, count_frames
 from flow import Solver
+from plumbing import flags
 from plumbing.errors import BadInput
 from plumbing.files import atomic_write, locked
 from speech.sound import griffin_lim, write_samples
@@ -42,6 +44,35 @@ SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # see FrozenWhi
 
 Cut = Callable[[Sentence], list[tuple[Sentence, np.ndarray]]]  # a text -> pieces, durations (S,)
 Make = Callable[[Sequence[Sentence], Sequence[np.ndarray], Solver], Iterator]  # -> round trips
+
+
+def is_set(path: Path | None) -> bool:
+    """Whether --out is a folder of shards."""
+    return bool(path) and path.suffix != ".npz"
+
+
+def add_flags(add: Callable) -> None:
+    """Flags of sample.py, by `add` of its parser."""
+    add("--out", type=flags.path, help="write the features here: FILE.npz, or a FOLDER of shards")
+    add("--write", nargs="+", default=[], choices=KINDS, help="to the FOLDER (default: features)")
+    add("--best_of", type=int, default=1, help="so many seeds are tried, the best read is written")
+    add("--max_cer", type=float, help="what is read worse is left out of the FOLDER")
+    add("--part", default="1/1", help="2/8: the second of eight processes that write the FOLDER")
+
+
+def check(args) -> None:
+    """BadInput for flags that do not go together."""
+    out, folder = args.out, is_set(args.out)
+    if out and not folder and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise BadInput(f"--out {out} must be FILE.npz, no folder, in a folder that may be written")
+    if folder and (out.is_file() or not args.text_file or args.wav):
+        raise BadInput(f"--out {out} is a folder of shards; it needs --text_file, no --wav, and no "
+                       "file of its name")
+    if not folder and (args.write or args.best_of != 1 or args.max_cer is not None):
+        raise BadInput("--write, --best_of and --max_cer belong to --out FOLDER")
+    if not 1 <= args.best_of <= 100 or args.max_cer is not None and not args.max_cer >= 0:
+        raise BadInput(f"--best_of {args.best_of} and --max_cer {args.max_cer} cannot be used; 1 to"
+                       " 100, and 0 or more")
 
 
 def write_npz(path: Path, trips: Sequence, text_of: np.ndarray) -> None:
@@ -200,8 +231,8 @@ def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> str:
              for code, n in sorted(kept.items())]
     lines += [f"{code}: {len(ids)} left out, the first {ids[0]}: {why}"
               for (code, why), ids in sorted(left_out.items())]
-    return "\n".join([*lines, f"wrote {folder}: {kept.total()} pieces of text, {seconds / 3600:.2f} "
-                              "hours, in manifest.jsonl"])
+    lines.append(f"wrote {folder}: {kept.total()} pieces of text, {seconds / 3600:.2f} hours")
+    return "\n".join(lines)
 
 
 def parse_part(text: str) -> tuple[int, int]:

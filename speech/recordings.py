@@ -68,7 +68,7 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     except UnicodeDecodeError as error:
         raise BadInput(f"{manifest} is not UTF-8 ({first_line(error)}); convert it, e.g. `iconv -f "
                        f"latin1 -t utf-8 {manifest}`") from error
-    entries, notes = [], []
+    entries, notes = {}, []
     for i, line in enumerate(lines, 1):
         fields = line.split("\t", 2) if is_table else line.split("|")
         try:
@@ -76,10 +76,14 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
                 raise BadInput(f"3 fields are expected, not {line[:60]!r}")
             if line.strip():
                 path, code = fields[:2] if is_table else (f"wavs/{fields[0]}.wav", "en")
-                entries.append((folder / path, make_sentence(fields[2], code, whisper)))
+                sentence = make_sentence(fields[2], code, whisper)
+                if folder / path in entries:
+                    raise BadInput(f"{path} has a text already")
+                entries[folder / path] = sentence
         except BadInput as error:
-            notes.append(f"{manifest}, line {i}: {error}")
-    return entries, notes
+            form = "path<TAB>language<TAB>text" if is_table else "id|text|text as spoken"
+            notes.append(f"{manifest}, line {i}: {error}; a line is {form}")
+    return [*entries.items()], notes
 
 
 def read_audio(path: Path) -> np.ndarray:

@@ -158,7 +158,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --guidance nan", "--guidance nan cannot be used"),
     ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
     ("sample x --steps 1000000", "--steps must be between 1 and 1000"),
-    ("sample x --out {0}", "must be FILE.npz, no folder, in a folder that exists"),
+    ("sample x --out {0}", "is a folder of shards; it needs --text_file"),
+    ("sample x --out {0}/no/a.npz", "must be FILE.npz, no folder, in a folder that may be"),
     ("sample x --text_file y.txt", "texts and --text_file were given"),
     ("sample  y", "text 1, '': there is no word in it"),
     ("sample {0}/long.txt", "it is a file, which belongs after --text_file"),
@@ -274,7 +275,7 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
             part.write_text("half")
             raise error
     for wrong in (tmp_path, checkpoint / "x"):  # a folder; below a file
-        with pytest.raises(OSError, match="cannot be written"), atomic_write(wrong) as part:
+        with pytest.raises(OSError, match="a place that you"), atomic_write(wrong) as part:
             part.write_text("half")
     contents = {x.name: x.read_text() for x in tmp_path.iterdir()}
     assert contents == {"log.csv": "step,loss\n0,0.5\n", "ckpt.pt": "now", "log.old": "earlier",
@@ -351,3 +352,35 @@ def test_a_full_standard_output_is_told(runs):
 def test_builtin_sentences_of_one_language_and_of_so_many_lines(pocket):
     shares, _ = load_data(["fr=builtin"], pocket, max_lines=30)
     assert {s.language for s in shares} == {"fr"} and 20 < len(shares) <= 30
+
+
+def test_a_folder_that_is_moved_during_a_run_is_told(tmp_path, capsys):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    log = Log(folder / "log.csv", "step,loss", 0)
+    for step, move in enumerate((False, True, True)):
+        log.write(step, 0.5)
+        if move:
+            folder.rename(tmp_path / str(step))
+        with atomic_write(folder / "ckpt.pt") as part:
+            part.write_text("now")
+            log.keep(folder / "ckpt.pt")
+        assert ("is gone; it goes on in a new" in capsys.readouterr().err) == move
+    log.write(3, 0.5)
+    assert (folder / "log.csv").read_text() == "3,0.5\n"
+
+
+def test_cells_of_a_spreadsheet_lose_their_quotes(pocket, tmp_path):
+    (tmp_path / "t.tsv").write_text('en\t"He says: ""The dog sleeps."""\nen\t"a" and "b"\n')
+    assert [s.text for s in read_file(tmp_path / "t.tsv", None, pocket)[0]] == [
+        'He says: "The dog sleeps."', '"a" and "b"']
+
+
+def test_a_recording_has_one_text(pocket, tmp_path):
+    (tmp_path / "manifest.tsv").write_text("path\tlanguage\ttext\na.wav\ten\tA dog.\n"
+                                           "a.wav\ten\tA cat.\n")
+    entries, notes = recordings.read_manifest(tmp_path, pocket)
+    assert [s.text for _, s in entries] == ["A dog."]
+    assert "line 1: pocket does not know the language 'language'" in notes[0]
+    assert notes[0].endswith("a line is path<TAB>language<TAB>text")
+    assert "line 3: a.wav has a text already" in notes[1]

@@ -128,19 +128,21 @@ def test_every_bad_recording_is_named(tmp_path, pocket, monkeypatch):
     lines = [f"a.flac\ten\t{TEXTS[0]}", "no tab", "a.flac\txx\tunknown", "a.flac\ten\t...", "",
              "long.wav\ten\tA long one.", "none.wav\ten\tNothing.", "broken.wav\ten\tBroken.",
              "missing.wav\ten\tMissing.", f"{'Columns ' * 40}\ten\tswapped.",
-             f"a.flac\ten\t{'Too fast. ' * 9}", f"a.flac\tde\t{held_out}"]
+             f"b.flac\ten\t{'Too fast. ' * 9}", f"c.flac\tde\t{held_out}", "c.flac\ten\tTwice."]
+    for copy in ("b.flac", "c.flac"):
+        shutil.copy(tmp_path / "a.flac", tmp_path / copy)
     (tmp_path / "manifest.tsv").write_text("\n".join(lines))
     found, notes = recordings.load_recordings(tmp_path, pocket)
     assert [r.sentence.text for r in found] == TEXTS[:1] and abs(len(found[0].x1) - 50) <= 2
     assert found[0].durations.sum() == len(found[0].x1) and found[0].x1.shape[1] == pocket.channels
-    wrong = ["line 2: 3 fields", "line 3: pocket does not", "line 4: there is no word",
+    wrong = ["line 2: 3 fields", "line 3: pocket does not", "line 4: there is no word", "already",
              "long.wav: it lasts 9.00 s", "none.wav: no sound in it", "broken.wav: no audio",
              "missing.wav: no audio", "no audio", "frames are too few",
              "1 recordings, 0.0 minutes of speech; 1 of held-out"]
     assert [w in note for w, note in zip(wrong, notes, strict=True)] == [True] * len(wrong)
     monkeypatch.setattr(recordings, "MAX_NOTES", 2)
     few = recordings.load_recordings(tmp_path, pocket)[1]
-    assert few == [*notes[:2], "7 more recordings are left out", notes[-1]]
+    assert few == [*notes[:2], "8 more recordings are left out", notes[-1]]
 
 
 def test_folders_that_cannot_be_used(tmp_path, pocket, monkeypatch):

@@ -32,7 +32,7 @@ URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
 NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt .npz .png "
-              ".jpg .wav .flac .mp3 .ogg".split())
+              ".jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls .epub .rtf".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
@@ -109,6 +109,8 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     code, *columns = line.rstrip("\n").split("\t")
     if not columns:
         raise BadInput("there is no tab between language and text")
+    columns = [column[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', column) else column
+               for column in columns]  # as spreadsheets write a cell with quotes
     if language:
         return make_sentence(columns[-1], language, whisper)
     return make_sentence(" ".join(columns), code, whisper)

@@ -1,0 +1,202 @@
+"""The end use: a language model learns tokens -> text from synthetic speech, and hears real one.
+
+    python experiments/tokens.py espeak --out out/tokens                     # its quantiser
+    python experiments/speech_lm.py espeak out/mel/ckpt.pt out/ckpt.pt       # a row for each
+
+A decoder-only transformer reads the sound tokens of an utterance, then writes its text, letter by
+letter. It learns from one kind of speech, and is tested on real speech, of sentences and in voices
+that nothing was trained on: character error rate, greedy; and perplexity of the real tokens, which
+says how likely a model of synthetic ones finds them. All rows have one quantiser, of real speech,
+as Ichigo has.
+
+B batch, L positions of a sequence, D width, H heads, V tokens of sound, marks and letters.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+from experiments.student import Speech, edit_distance, letters, resample  # noqa: E402
+from experiments.tokens import N_CODES, Quantiser, real_test, speak, tokenise  # noqa: E402
+from model import mlp, rotate, rotations  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
+from text.sources import load_data  # noqa: E402
+from whisper_decoder import FrozenWhisper  # noqa: E402
+
+TEXT, END = N_CODES, N_CODES + 1  # marks behind the sound tokens; letters follow
+MAX_LETTERS = 120
+
+
+class Block(nn.Module):
+    """Causal attention and MLP, with layer norms before them."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = mlp(width, 4 * width, width)
+
+    def forward(self, x: Tensor, turns: Tensor, cache: list | None = None) -> Tensor:
+        """(B, L, D), (2, L, D / (2H)) -> (B, L, D). cache: keys and values of what came before."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], turns)
+        v, is_causal = qkv[2], x.shape[1] > 1
+        if cache is not None:
+            cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v))] or [k, v]
+            k, v = cache
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class SpeechLM(nn.Module):
+    """Tokens -> logits of the next one."""
+
+    def __init__(self, n_tokens: int, width: int = 192, depth: int = 6):
+        super().__init__()
+        self.width, self.heads = width, width // 32
+        self.embedding = nn.Embedding(n_tokens, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(width, self.heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, first: int = 0, caches: list | None = None) -> Tensor:
+        """(B, L) -> (B, L, V); with caches tokens go on at position `first`."""
+        x = F.dropout(self.embedding(tokens), 0.1, self.training)
+        turns = rotations(first + tokens.shape[1], self.width // self.heads, x.device)[:, first:]
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x = block(x, turns, cache)
+        return self.norm(x) @ self.embedding.weight.T
+
+
+def sequences(sounds: list[list[int]], texts: list[str], alphabet: dict) -> list[Tensor]:
+    """Sound tokens, TEXT, letters, END of each utterance (L,)."""
+    return [torch.tensor([*sound, TEXT, *(alphabet[c] for c in text if c in alphabet), END])
+            for sound, text in zip(sounds, texts)]
+
+
+def losses(model: SpeechLM, items: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of all sound tokens and of all letters, nats per token."""
+    tokens = pad_sequence(items, True, padding_value=-1)
+    targets = tokens[:, 1:]
+    logits = model(tokens[:, :-1].clamp(min=0))
+    nll = F.cross_entropy(logits.mT, targets.clamp(min=0), reduction="none")
+    is_sound, is_text = (targets >= 0) & (targets < TEXT), targets > TEXT
+    return nll[is_sound].mean(), nll[is_text].mean()
+
+
+def uneven(x: Tensor, rng: torch.Generator) -> Tensor:
+    """(T, C) at another pace, so that no utterance is seen twice with the same tokens."""
+    pace = 0.8 + 0.4 * torch.rand((), generator=rng)
+    return resample(x, torch.linspace(0, len(x) - 1, max(2, round(len(x) * pace.item()))))
+
+
+def train_model(sounds: list[list[list[int]]], texts: list[str], alphabet: dict, steps: int,
+                seed: int) -> SpeechLM:
+    """Learns from versions of the utterances, sounds[version][utterance]."""
+    torch.manual_seed(seed)
+    model = SpeechLM(END + 1 + len(alphabet)).train()
+    versions = [sequences(version, texts, alphabet) for version in sounds]
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.98), weight_decay=0.1)
+    lengths = torch.tensor([float(len(x)) for x in versions[0]])
+    for step in (bar := tqdm(range(steps), "language model")):
+        picks = data.draw_alike(torch.ones(len(lengths)), lengths, 24, data.generator(seed, step))
+        sound, text = losses(model, [versions[(step + i) % len(versions)][i] for i in picks])
+        optimizer.zero_grad(set_to_none=True)
+        (text + 0.3 * sound).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 100, 1.05 - step / steps)
+        optimizer.step()
+        bar.set_postfix(sound=f"{sound.item():.2f}", text=f"{text.item():.2f}")
+    return model.eval()
+
+
+@torch.no_grad()
+def write_text(model: SpeechLM, sound: list[int], letter_of: dict) -> str:
+    """What the model writes for an utterance, greedy."""
+    caches = [[] for _ in model.blocks]
+    tokens, written = torch.tensor([[*sound, TEXT]]), []
+    for first in range(len(sound) + 1, len(sound) + 1 + MAX_LETTERS):
+        logits = model(tokens, first - tokens.shape[1], caches)[0, -1]
+        tokens = logits[END:].argmax().view(1, 1) + END  # no sound, no second TEXT
+        if tokens.item() == END:
+            break
+        written.append(letter_of[tokens.item()])
+    return "".join(written)
+
+
+@torch.no_grad()
+def test(model: SpeechLM, sounds: list[list[int]], texts: list[str],
+         alphabet: dict) -> tuple[float, float]:
+    """Character error rate, and perplexity of the sound tokens."""
+    letter_of = {i: c for c, i in alphabet.items()}
+    edits = sum(edit_distance(text, write_text(model, sound, letter_of))
+                for sound, text in zip(sounds, texts))
+    pairs = [(losses(model, [x])[0].item(), len(sound) - 1)
+             for x, sound in zip(sequences(sounds, texts, alphabet), sounds)]
+    nll = sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
+    return edits / sum(map(len, texts)), math.exp(nll)
+
+
+def versions_of(source: str, sentences: list, n: int, quantiser: Quantiser,
+                whisper: FrozenWhisper, work: Path, amount: float) -> list[list[list[int]]]:
+    """Tokens of a source, plain and in other voices, each also at other paces."""
+    sounds, rng = [], data.generator(0, 0)
+    for seed in range(n):
+        said = speak(source, sentences, whisper, work, 20 * seed, amount * (seed > 0))
+        for x1 in (said.x1, [uneven(x, rng) for x in said.x1]):
+            sounds.append(tokenise(quantiser, Speech(sentences, x1), whisper))
+    return sounds
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("sources", nargs="+", help="espeak, or checkpoints of train.py: a row each")
+    add("--quantiser", type=Path, default=ROOT / "out" / "tokens" / "quantiser.pt",
+        help="of experiments/tokens.py")
+    add("--sentences", type=int, default=2000, help="that a model learns from")
+    add("--versions", type=int, default=2, help="of each, in other voices")
+    add("--rooms", type=float, default=1.0, help="how different they are (spectrograms only)")
+    add("--steps", type=int, default=2000)
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if min(args.sentences, args.versions, args.steps) < 1:
+        raise BadInput("--sentences, --versions and --steps are at least 1")
+    whisper = FrozenWhisper("pocket")
+    quantiser = Quantiser(whisper).eval()
+    try:
+        quantiser.load_state_dict(torch.load(args.quantiser, weights_only=True))
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{args.quantiser} is no quantiser of pocket; experiments/tokens.py makes "
+                       "one") from error
+    training = data.split(list(load_data(["builtin"], whisper)[0]))[0]
+    sentences = data.per_language(sorted(training, key=data.hash_share), args.sentences)
+    texts = [letters(s) for s in sentences]
+    alphabet = {c: END + 1 + i for i, c in enumerate(sorted(set("".join(map(letters, training)))))}
+    real, work = real_test(whisper), args.quantiser.parent / "speech"
+    heard = tokenise(quantiser, real, whisper)
+    print("| a language model of | CER on real speech | on what it learned from | perplexity "
+          "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)
+    for source in args.sources:
+        sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work, args.rooms)
+        model = train_model(sounds, texts, alphabet, args.steps, args.seed)
+        cer, perplexity = test(model, heard, [letters(s) for s in real.sentences], alphabet)
+        own, own_perplexity = test(model, sounds[0][:100], texts[:100], alphabet)
+        print(f"| {source} | {cer:.1%} | {own:.1%} | {perplexity:.1f} | {own_perplexity:.1f} |",
+              flush=True)
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,111 @@
+"""How fast is a checkpoint, and how fast would one token after the other be? One run, one table.
+
+    python experiments/speed.py out/ckpt.pt out/mel/ckpt.pt
+
+The rival is an autoregressive model from text to semantic tokens, 25 a second, as WhisperSpeech and
+Ichigo have: as many layers as the DiT and as wide, keys and values cached, random weights. Both say
+the same held-out sentences, one at a time and 50 at once.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from experiments.speech_lm import SpeechLM  # noqa: E402
+from experiments.tokens import N_CODES, PER_SECOND  # noqa: E402
+from flow import Solver  # noqa: E402
+from model import DiTConfig  # noqa: E402
+from plumbing.devices import choose_device  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
+from speech.align import durations_by  # noqa: E402
+from speech.ear import Ear  # noqa: E402
+from speech.sound import griffin_lim  # noqa: E402
+from text.sources import load_data  # noqa: E402
+
+
+@torch.no_grad()
+def clock(work: Callable, device: torch.device) -> float:
+    """Seconds that a second call takes: the first one warms up."""
+    for _ in range(2):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def say(batch: data.Batch, model, critic, steps: int, kind: str) -> None:
+    """Features, log-mels or samples of a batch on the CPU's side of `make_batch`."""
+    batch = batch.to(critic)
+    x1 = train.generate(model, critic, batch, Solver(steps))[-1]
+    if kind == "features":
+        critic.model.encoder.ln_post(x1)
+        return
+    frames = batch.cond["frames"]
+    mel = critic.spectrogram(x1, frames, x1.shape[1])
+    if kind == "wav":
+        for x, n in zip(mel, frames.tolist()):
+            griffin_lim(x[:, : 2 * n])
+
+
+def say_in_turn(model: SpeechLM, texts: torch.Tensor, n: int) -> None:
+    """n tokens after a text, one by one, (B, S)."""
+    caches, tokens = [[] for _ in model.blocks], texts
+    for i in range(n):
+        first = texts.shape[1] + i - 1 if i else 0
+        tokens = model(tokens, first, caches)[:, -1:].argmax(2)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="of train.py")
+    parser.add_argument("--data", nargs="+", help="of train.py; its held-out part is said")
+    parser.add_argument("--sentences", type=int, default=50)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    if args.sentences < 1:
+        raise BadInput(f"--sentences {args.sentences} is too few; at least 1")
+    device = choose_device(args.device)
+    print(f"{device}, {torch.get_num_threads()} threads\n| what | at once | sentences a second | "
+          "real-time factor | times as fast as one token after the other |\n" + "| --- " * 5 + "|")
+    for path in args.checkpoints:
+        checkpoint = train.load_checkpoint(path)
+        critic, shape = sample.load_critic(checkpoint, device), DiTConfig(
+            **checkpoint["model_config"])
+        model = sample.load_model(checkpoint, device)
+        rival = SpeechLM(N_CODES + critic.dims.n_vocab, shape.width, shape.depth).to(device).eval()
+        shares, _ = load_data(args.data or checkpoint["config"]["data"], critic)
+        sentences = data.per_language(data.split(list(shares))[1], args.sentences)
+        rule = durations_by(checkpoint["rhythm"])
+        for size in (1, len(sentences)):
+            groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
+            seconds = sum(data.count_frames(rule(s, 1.0)) for s in sentences) / 50
+            batches = [data.make_batch(g, critic, [rule(s, 1.0) for s in g]) for g in groups]
+
+            def in_turn() -> None:
+                for batch in batches:
+                    n = int(batch.cond["frames"].max()) * PER_SECOND // data.FRAMES_PER_SECOND
+                    say_in_turn(rival, N_CODES + batch.targets.clamp(min=0).to(device), n)
+
+            slow = clock(in_turn, device)
+            rows = [("one token after the other", slow)]
+            for kind in ("mel", "wav") if isinstance(critic, Ear) else ("features",):
+                rows += [(f"{kind}, {n} steps", clock(lambda: [
+                    say(batch, model, critic, n, kind) for batch in batches], device))
+                    for n in (1, 4)]
+            for name, took in rows:
+                print(f"| {path}, {name} | {size} | {len(sentences) / took:.1f} | "
+                      f"{took / seconds:.5f} | {slow / took:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,313 @@
+"""Sound tokens: a quantiser of WhisperVQ's recipe, and its tokens in the forms of other projects.
+
+    python experiments/tokens.py espeak --out out/tokens                  # of real speech
+    python experiments/tokens.py out/mel/ckpt.pt --out out/tokens         # of a flow's speech
+    python experiments/tokens.py espeak --quantiser out/tokens/quantiser.pt --write out/mel/ckpt.pt
+
+The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP(LN(x)), 64
+dimensions, the nearest of 512 codes by angle; back through a linear map, each twice, positions, one
+transformer layer and a LayerNorm, into the frozen decoder. The loss is its cross-entropy, the
+Kullback-Leibler divergence from what it says of the unquantised features, and commitment. Codes are
+moving averages, and those that nothing uses are put where something is (van den Oord et al. 2017,
+arXiv 1711.00937; by angle: Yu et al. 2021, arXiv 2110.04627).
+
+B batch, T frames (20 ms), N pairs of frames, E width of Whisper, K codes, D their dimensions.
+"""
+import argparse
+import json
+import math
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Iterable, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+import data  # noqa: E402
+import make_pocket  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from experiments.student import Speech  # noqa: E402
+from experiments.utterances import Flow, Voice, encode, espeak, generate  # noqa: E402
+from flow import Solver  # noqa: E402
+from model import mlp  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.files import atomic_write  # noqa: E402
+from pocket.clips import spoken_clips  # noqa: E402
+from speech.align import durations_by  # noqa: E402
+from speech.ear import Ear  # noqa: E402
+from text.error_rates import error_rates  # noqa: E402
+from text.sources import load_data  # noqa: E402
+from whisper_decoder import FrozenWhisper  # noqa: E402
+
+N_CODES, CODE_DIM, PER_SECOND = 512, 64, 25
+DECAY, DEAD = 0.95, 0.1  # of the codes' averages; fewer uses a step than DEAD: it moves elsewhere
+KL, COMMITMENT = 1.0, 0.25  # weights of the losses
+TRANSCRIBE = "<|reserved_special_token_69|>"  # how Ichigo and Speechless begin this task
+SEED = 1000  # of espeak-ng's voices
+
+
+# ---- the quantiser ---------------------------------------------------------------------------
+
+
+class Quantised(NamedTuple):
+    features: Tensor  # (B, T, E) as the decoder takes them
+    tokens: Tensor  # (B, N)
+    commitment: Tensor  # (), 1 - cosine
+
+
+class Quantiser(nn.Module):
+    """Features of speech -> tokens -> features."""
+
+    def __init__(self, whisper: FrozenWhisper):
+        super().__init__()
+        width, heads = whisper.dims.n_audio_state, whisper.dims.n_audio_head
+        self.mlp = mlp(width, width, width)
+        self.down, self.up = nn.Linear(width, CODE_DIM), nn.Linear(CODE_DIM, width)
+        self.positions = nn.Parameter(torch.zeros(whisper.max_frames + 1, width))
+        self.layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu",
+                                                batch_first=True, norm_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("codes", F.normalize(torch.randn(N_CODES, CODE_DIM), dim=1))
+        self.register_buffer("uses", torch.ones(N_CODES))
+
+    def encode(self, features: Tensor) -> Tensor:
+        """(B, T, E) -> directions (B, N, D)."""
+        x = F.pad(features.mT, (0, features.shape[1] % 2), mode="replicate")
+        x = F.avg_pool1d(x, 2).mT
+        return F.normalize(self.down(x + self.mlp(F.layer_norm(x, x.shape[-1:]))), dim=2)
+
+    def decode(self, codes: Tensor, frames: Tensor) -> Tensor:
+        """(B, N, D), lengths (B,) -> features (B, T, E)."""
+        x = self.up(codes).repeat_interleave(2, 1)
+        behind = torch.arange(x.shape[1], device=x.device) >= frames[:, None]
+        x = self.layer(x + self.positions[: x.shape[1]], src_key_padding_mask=behind)
+        return self.norm(x)[:, : int(frames.max())]
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """(B, T, E) -> (B, N): 25 a second."""
+        return (self.encode(features) @ self.codes.T).argmax(2)
+
+    def forward(self, features: Tensor, frames: Tensor) -> Quantised:
+        x = self.encode(features)
+        tokens = (x @ self.codes.T).argmax(2)
+        nearest = self.codes[tokens]
+        mask = torch.arange(x.shape[1], device=x.device) < (frames[:, None] + 1) // 2
+        if self.training:
+            self.update(x.detach()[mask], tokens[mask])
+        commitment = (1 - (x * nearest).sum(2))[mask].mean()
+        straight = x + (nearest - x).detach()  # its gradient goes to x
+        return Quantised(self.decode(straight, frames), tokens, commitment)
+
+    def update(self, x: Tensor, tokens: Tensor) -> None:
+        """Codes follow the mean of what chose them, (n, D), (n,)."""
+        chosen = F.one_hot(tokens, N_CODES).to(x.dtype)  # (n, K)
+        uses, sums = chosen.sum(0), chosen.T @ x
+        self.uses.lerp_(uses, 1 - DECAY)
+        moved = F.normalize(self.codes.lerp(F.normalize(sums, dim=1), 1 - DECAY), dim=1)
+        self.codes.copy_(torch.where(uses[:, None] > 0, moved, self.codes))
+        dead = (self.uses < DEAD).nonzero()[:, 0][: len(x)]
+        self.codes[dead] = x[torch.randperm(len(x), device=x.device)[: len(dead)]]
+        self.uses[dead] = 1
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+def features_of(x1: list[Tensor], whisper: FrozenWhisper) -> tuple[Tensor, Tensor]:
+    """x1 (T, E) each -> features as the decoder takes them (B, T, E), lengths (B,)."""
+    frames = torch.tensor([len(x) for x in x1])
+    return whisper.model.encoder.ln_post(pad_sequence(x1, True)), frames
+
+
+def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], targets: Tensor,
+                   whisper: FrozenWhisper) -> dict[str, Tensor]:
+    """Cross-entropy and divergence in nats per token, and commitment."""
+    features, frames = features_of(x1, whisper)
+    made = quantiser(features, frames)
+    x = whisper.teacher_force(made.features, targets, frames)[0]
+    with torch.no_grad():
+        real = whisper.teacher_force(features, targets, frames)[0]
+    mask = targets[:, 1:] >= 0
+    log_p, log_q = ((y[mask] @ whisper.rows.T + whisper.row_count.log()).log_softmax(1)
+                    for y in (real, x))
+    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return dict(nll=whisper.nll(x, targets).mean(), kl=kl, commitment=made.commitment)
+
+
+def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: int) -> Quantiser:
+    """A quantiser of these utterances."""
+    torch.manual_seed(seed)
+    quantiser = Quantiser(whisper).train()
+    optimizer = torch.optim.AdamW(quantiser.parameters(), 2e-3, (0.9, 0.98))
+    frames = torch.tensor([float(len(x)) for x in speech.x1])
+    for step in (bar := tqdm(range(steps), "quantiser")):
+        rng = data.generator(seed, step)
+        picks = data.draw_alike(torch.ones(len(frames)), frames, 16, rng)
+        languages, texts = zip(*(speech.sentences[i] for i in picks))
+        losses = quantiser_loss(quantiser, [speech.x1[i] for i in picks],
+                                whisper.target_tokens(texts, languages), whisper)
+        loss = losses["nll"] + KL * losses["kl"] + COMMITMENT * losses["commitment"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(quantiser.parameters(), 1.0)
+        progress = step / steps
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 50, 1.05 - progress)
+        optimizer.step()
+        bar.set_postfix({name: f"{x.item():.2f}" for name, x in losses.items()})
+    return quantiser.eval()
+
+
+@torch.no_grad()
+def tokenise(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> list[list[int]]:
+    """Utterances -> their tokens, 25 a second."""
+    return [quantiser.tokens(features_of([x], whisper)[0])[0].tolist() for x in speech.x1]
+
+
+@torch.no_grad()
+def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[str, float]:
+    """Use and entropy of the codes, and the CER of what the decoder reads, before and after."""
+    counts = torch.tensor(sum(tokenise(quantiser, speech, whisper), [])).bincount(minlength=N_CODES)
+    share = counts / counts.sum()
+    figures = dict(codes=int((counts > 0).sum()),
+                   entropy=-(share * share.clamp(min=1e-12).log2()).sum().item())
+    for name in ("plain", "quantised"):
+        read = []
+        for i in range(0, len(speech.x1), 16):
+            features, frames = features_of(speech.x1[i : i + 16], whisper)
+            if name == "quantised":
+                features = quantiser(features, frames).features
+            whole = whisper.silence.expand(len(features), -1, -1).clone()
+            for row, x, n in zip(whole, features, frames):
+                row[:n] = x[:n]
+            codes = [s.language for s in speech.sentences[i : i + 16]]
+            read += [r.text for r in whisper.transcribe(whole, codes)]
+        figures[f"cer_{name}"] = error_rates(speech.sentences, read).cer
+    return figures
+
+
+# ---- forms of other projects -----------------------------------------------------------------
+
+
+def sound(tokens: Iterable[int]) -> str:
+    """As Ichigo writes a sound."""
+    return "<|sound_start|>" + "".join(f"<|sound_{t:04d}|>" for t in tokens) + "<|sound_end|>"
+
+
+def run_lengths(tokens: Iterable[int]) -> str:
+    """As Speechless does: how often, then what; at most 99 times at once."""
+    runs = ((token, len(list(run))) for token, run in groupby(tokens))
+    parts = [(token, min(99, n - i)) for token, n in runs for i in range(0, n, 99)]
+    return "".join(f"<|duration_{n:02d}|><|sound_{token:04d}|>" for token, n in parts)
+
+
+def row(form: str, index: int, text: str, tokens: list[int]) -> dict:
+    """A row of a data set in the form of "ichigo" or "speechless"."""
+    text = " ".join(text.split())
+    if form == "speechless":
+        return dict(index=index, prompt=TRANSCRIBE + text, answer=run_lengths(tokens))
+    turns = [dict(content=TRANSCRIBE + sound(tokens), role="user"),
+             dict(content=text, role="assistant")]
+    return dict(index=index, tokens=tokens, text_prompt=text, answer=text, length=len(tokens),
+                prompt=sound(tokens), conversations=turns)
+
+
+def write_rows(rows: list[dict], folder: Path, name: str) -> Path:
+    """Rows as parquet where pyarrow is installed, else as JSON lines -> the file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        pyarrow = None
+    file = folder / f"{name}.{'parquet' if pyarrow else 'jsonl'}"
+    with atomic_write(file) as part:
+        if pyarrow:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), part)
+        else:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            part.write_text("".join(lines), "utf-8")
+    return file
+
+
+# ---- the command -----------------------------------------------------------------------------
+
+
+def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed: int = 0,
+          amount: float = 0.0) -> Speech:
+    """espeak-ng, or a checkpoint of the same Whisper, says the sentences."""
+    if source == "espeak":
+        make_pocket.need_espeak()
+        mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work)
+        return Speech(sentences, encode(mels, whisper))
+    checkpoint = train.load_checkpoint(Path(source))
+    critic = sample.load_critic(checkpoint, whisper.device)
+    if critic.model.dims != whisper.dims:
+        raise BadInput(f"{source} was trained with {critic.name}, not {whisper.name}")
+    flow = Flow(sample.load_model(checkpoint, whisper.device), durations_by(checkpoint["rhythm"]),
+                checkpoint["config"]["speed"], dict(critic=critic))
+    return generate(flow, sentences, Solver(seed=seed), Voice(amount * isinstance(critic, Ear)))
+
+
+def real_test(whisper: FrozenWhisper) -> Speech:
+    """The spoken test sentences of pocket, in voices that nothing heard."""
+    sentences, mels = map(list, zip(*spoken_clips(whisper)))
+    return Speech(sentences, encode(mels, whisper))
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("source", help="espeak, or a checkpoint of train.py: whose speech is quantised")
+    add("--whisper", default="pocket")
+    add("--data", nargs="+", default=["builtin"], help="of train.py")
+    add("--sentences", type=int, default=2000)
+    add("--steps", type=int, default=1500)
+    add("--seed", type=int, default=0)
+    add("--quantiser", type=Path, help="one that is there already")
+    add("--write", nargs="*", default=[], help="espeak or checkpoints whose tokens are written")
+    add("--form", choices=["ichigo", "speechless"], default="ichigo")
+    add("--out", type=Path, default=ROOT / "out" / "tokens", help="folder")
+    args = parser.parse_args(argv)
+    if min(args.sentences, args.steps) < 1:
+        raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; at least 1")
+    whisper = FrozenWhisper(args.whisper)
+    training, held_out = data.split(list(load_data(args.data, whisper)[0]))
+    held_out = data.per_language(held_out, 100)
+    training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
+    work = args.out / "speech"
+    if args.quantiser:
+        quantiser = Quantiser(whisper).eval()
+        try:
+            quantiser.load_state_dict(torch.load(args.quantiser, weights_only=True))
+        except (OSError, RuntimeError) as error:
+            raise BadInput(f"{args.quantiser} is no quantiser of {args.whisper}; leave out "
+                           "--quantiser, and one is trained") from error
+    else:
+        speech = speak(args.source, training, whisper, work)
+        quantiser = train_quantiser(speech, whisper, args.steps, args.seed)
+        with atomic_write(args.out / "quantiser.pt") as part:
+            torch.save(quantiser.state_dict(), part)
+    tests = {f"{args.source}, held out": speak(args.source, held_out, whisper, work, 2)}
+    if args.whisper == "pocket":
+        tests["real speech"] = real_test(whisper)
+    print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most")
+    for name, speech in tests.items():
+        figures = judge(quantiser, speech, whisper)
+        print(f"{name}: {figures['codes']} codes used, entropy {figures['entropy']:.2f} bits, CER "
+              f"{figures['cer_plain']:.2%} before, {figures['cer_quantised']:.2%} after")
+    for source in args.write:
+        tokens = tokenise(quantiser, speak(source, training, whisper, work), whisper)
+        rows = [row(args.form, i, s.text, t) for i, (s, t) in enumerate(zip(training, tokens))]
+        name = Path(source).parent.name if source != "espeak" else source
+        print(f"wrote {write_rows(rows, args.out, f'{args.form}_{name}')}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    guard(main)
