@@ -305,7 +305,7 @@ def main(argv=None) -> None:
     for source in args.write:
         tokens = tokenise(quantiser, speak(source, training, whisper, work), whisper)
         rows = [row(args.form, i, s.text, t) for i, (s, t) in enumerate(zip(training, tokens))]
-        name = Path(source).parent.name if source != "espeak" else source
+        name = Path(source).parent.name if Path(source).is_file() else Path(source).name
         print(f"wrote {write_rows(rows, args.out, f'{args.form}_{name}')}: {len(rows)} rows")
 
 

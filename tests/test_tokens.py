@@ -1,0 +1,110 @@
+"""Sound tokens and the language model of them: experiments/tokens.py, speech_lm.py, speed.py."""
+import json
+
+import pytest
+import torch
+
+from data import Sentence
+from experiments import speech_lm, speed, tokens
+from experiments.student import Speech
+from plumbing.errors import BadInput
+from test_roundtrip import close, pocket, randn, runs  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def real(pocket):  # noqa: F811
+    speech = tokens.real_test(pocket)
+    return Speech(speech.sentences[::10], speech.x1[::10])
+
+
+def test_forms_of_other_projects(tmp_path):
+    assert tokens.sound([3, 314]) == ("<|sound_start|><|sound_0003|><|sound_0314|><|sound_end|>")
+    assert tokens.run_lengths([7, 7, 194]) == (
+        "<|duration_02|><|sound_0007|><|duration_01|><|sound_0194|>")
+    assert tokens.run_lengths([5] * 100) == (
+        "<|duration_99|><|sound_0005|><|duration_01|><|sound_0005|>")
+    task, heard = "<|reserved_special_token_69|>", "<|sound_start|><|sound_0511|><|sound_end|>"
+    ichigo = tokens.row("ichigo", 7, "A dog\nsleeps.", [511])
+    assert ichigo == dict(
+        index=7, tokens=[511], text_prompt="A dog sleeps.", answer="A dog sleeps.", length=1,
+        prompt=heard, conversations=[dict(content=task + heard, role="user"),
+                                     dict(content="A dog sleeps.", role="assistant")])
+    assert tokens.row("speechless", 7, "A dog\nsleeps.", [2, 2]) == dict(
+        index=7, prompt=task + "A dog sleeps.", answer="<|duration_02|><|sound_0002|>")
+    file = tokens.write_rows([ichigo], tmp_path, "x")
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+        assert pyarrow.parquet.read_table(file).to_pylist() == [ichigo]
+    else:
+        assert json.loads(file.read_text()) == ichigo
+
+
+def test_a_quantiser_learns_and_padding_changes_nothing(pocket, real):  # noqa: F811
+    before, after = tokens.Quantiser(pocket).eval(), tokens.train_quantiser(real, pocket, 40, 0)
+    texts = pocket.target_tokens(*zip(*((s.text, s.language) for s in real.sentences[:8])))
+    loss = [sum(tokens.quantiser_loss(q, real.x1[:8], texts, pocket).values()).item()
+            for q in (before, after)]
+    assert loss[1] < 0.8 * loss[0]
+    figures = tokens.judge(after, real, pocket)
+    assert figures["cer_plain"] < 0.05 < figures["cer_quantised"] and figures["codes"] > 30
+    assert 3 < figures["entropy"] <= 9
+    cut = [x[:n] for x, n in zip(real.x1, (31, 60, 44))]
+    features, frames = tokens.features_of(cut, pocket)
+    made = after(features, frames)
+    for x, y, ids, n in zip(features, made.features, made.tokens, frames):
+        alone = after(x[None, :n], n[None])
+        assert torch.equal(ids[: n // 2], alone.tokens[0, : n // 2])
+        close(y[: n - 1], alone.features[0, : n - 1], atol=1e-3)
+        assert alone.tokens.shape[1] == (n + 1) // 2 and (n % 2 or alone.features.shape[1] == n)
+    (made.features.square().mean() + made.commitment).backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in after.parameters())
+
+
+def test_codes_that_nothing_uses_move(pocket):  # noqa: F811
+    quantiser, x = tokens.Quantiser(pocket), torch.nn.functional.normalize(randn(40, 64), dim=1)
+    quantiser.uses.zero_()
+    quantiser.update(x, torch.zeros(40, dtype=torch.long))
+    assert quantiser.uses[0] > 1 and (quantiser.codes @ x.T).amax(1).gt(0.999).sum() == 40
+
+
+def test_a_language_model_reads_on_where_it_was():
+    torch.manual_seed(0)
+    model = speech_lm.SpeechLM(600).eval()
+    ids = torch.randint(0, 600, (2, 20))
+    whole, caches = model(ids), [[] for _ in model.blocks]
+    parts = [model(ids[:, :12], 0, caches)]
+    parts += [model(ids[:, i : i + 1], i, caches) for i in range(12, 20)]
+    close(torch.cat(parts, 1), whole, atol=1e-4)
+    ids[:, 10:] = 0
+    close(model(ids)[:, :10], whole[:, :10])  # nothing comes from the future
+
+
+def test_a_language_model_learns_tokens_and_their_text():
+    sounds = [[[i, i, 100 + i]] * 3 for i in range(8)]
+    versions, texts = [[s[k] for s in sounds] for k in range(2)], list("abcdefgh")
+    alphabet = {c: speech_lm.END + 1 + i for i, c in enumerate(texts)}
+    model = speech_lm.train_model(versions, texts, alphabet, 150, 0)
+    cer, perplexity = speech_lm.test(model, versions[0], texts, alphabet)
+    assert cer == 0 and 1 <= perplexity < 3
+    cer, other = speech_lm.test(model, [[200, 3, 77]] * 8, texts, alphabet)
+    assert cer > 0.5 and other > 10 * perplexity
+
+
+def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
+    ear, features = (str(runs[0] / name) for name in ("mel", "features"))
+    few = [Sentence("en", "The dog sleeps."), Sentence("de", "Die Sonne scheint.")]
+    monkeypatch.setattr(tokens.data, "per_language", lambda *_: few)
+    speech = tokens.speak(features, few, pocket, tmp_path)
+    monkeypatch.setattr(tokens, "real_test", lambda _: speech)
+    monkeypatch.setattr(speech_lm, "real_test", tokens.real_test)
+    tokens.main([ear, "--steps", "2", "--out", str(tmp_path), "--write", features, "--form",
+                 "speechless"])
+    out = capsys.readouterr().out
+    assert "real speech: " in out and "speechless_features." in out and ": 2 rows" in out
+    with pytest.raises(BadInput, match="is no quantiser of pocket"):
+        tokens.main([ear, "--quantiser", str(runs[0] / "mel" / "ckpt.pt")])
+    speech_lm.main([ear, features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2"])
+    assert capsys.readouterr().out.count("% | ") == 4
+    speed.main([features, ear, "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert out.count("one token after the other | ") == 4 + 1 and "wav, 4 steps | 2 |" in out
