@@ -2,6 +2,7 @@
 
     pip install ctranslate2
     python experiments/engine.py out/ckpt.pt --sentences 200
+    python experiments/engine.py out/ckpt.pt --recordings FOLDER    # and people, as an upper bound
 
 Both have the same weights; its decoder and its search were written by others. It reads features,
 and of --latent mel the spectrogram, which its own encoder hears.
@@ -9,20 +10,25 @@ and of --latent mel the spectrogram, which its own encoder hears.
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
 from torch import nn
+from whisper.audio import SAMPLE_RATE
 from whisper.decoding import DecodingOptions, DecodingTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from data import hash_share  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
+from speech.recordings import log_mel, read_audio, read_manifest  # noqa: E402
 from text.error_rates import edit_distance, error_rates  # noqa: E402
 from text.sources import load_data  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
@@ -102,11 +108,43 @@ def transcribe(model, whisper: FrozenWhisper, trips: list[train.RoundTrip]) -> l
     return texts
 
 
+def people(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int) -> Iterator:
+    """Round trips without a flow: n clips of 1 to 12 seconds, without digits, by a hash."""
+    entries = read_manifest(folder, whisper)[0]
+    known = sorted({s: path for path, s in entries if s and s.language in languages
+                    and not any(map(str.isdigit, s.text))}.items(), key=lambda e: hash_share(e[0]))
+    chosen, trips = data.per_language([s for s, _ in known], 2 * n), Counter()
+    for sentence in chosen:
+        samples = read_audio(dict(known)[sentence])
+        if 1 <= len(samples) / SAMPLE_RATE <= 12 and trips[sentence.language] < n / len(languages):
+            trips[sentence.language] += 1
+            mel = log_mel(samples, whisper)
+            x1, features = whisper.latents(mel)[0], whisper.features_of_mel(mel)
+            read = whisper.transcribe(features, [sentence.language])[0]
+            yield train.RoundTrip(sentence, x1, features[0], read)
+
+
+def compare(what: str, trips: list, theirs: list[str]) -> None:
+    """Print how well both engines read, and whether they read the same."""
+    sentences, ours = [trip.sentence for trip in trips], [trip.read.text for trip in trips]
+    for name, texts in (("openai-whisper", ours), ("CTranslate2", theirs)):
+        by_language = {}
+        for code in dict.fromkeys(s.language for s in sentences):
+            pairs = [pair for pair in zip(sentences, texts) if pair[0].language == code]
+            by_language[code] = f"{code} {error_rates(*zip(*pairs)).cer:.1%}"
+        print(f"{what}, {name}: CER {error_rates(sentences, texts).cer:.2%} of {len(texts)} "
+              f"sentences; {', '.join(by_language.values())}")
+    same = np.mean([a == b for a, b in zip(ours, theirs)])
+    edits = sum(map(edit_distance, ours, theirs)) / max(1, sum(map(len, ours)))
+    print(f"letter by letter the same: {same:.1%}; letters that differ: {edits:.2%}")
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="of train.py")
     parser.add_argument("--data", nargs="+", help="of train.py; its held-out part is read")
     parser.add_argument("--sentences", type=int, default=100)
+    parser.add_argument("--recordings", type=Path, help="a folder with manifest.tsv")
     args = parser.parse_args(argv)
     if not ctranslate2:
         raise BadInput("CTranslate2 is not installed; `pip install ctranslate2`")
@@ -119,13 +157,15 @@ def main(argv=None) -> None:
     trips = list(train.round_trips(sample.load_model(checkpoint, device), whisper, sentences,
                                    durations))
     with tempfile.TemporaryDirectory() as folder:
-        theirs = transcribe(convert(whisper, folder), whisper, trips)
-    ours = [trip.read.text for trip in trips]
-    for name, texts in (("openai-whisper", ours), ("CTranslate2", theirs)):
-        print(f"{name}: CER {error_rates(sentences, texts).cer:.2%} of {len(texts)} sentences")
-    same = np.mean([a == b for a, b in zip(ours, theirs)])
-    edits = sum(map(edit_distance, ours, theirs)) / max(1, sum(map(len, ours)))
-    print(f"letter by letter the same: {same:.1%}; letters that differ: {edits:.2%}")
+        model = convert(whisper, folder)
+        compare("the flow", trips, transcribe(model, whisper, trips))
+        if args.recordings:
+            languages = {s.language for s in sentences}
+            clips = list(people(args.recordings, whisper, languages, args.sentences))
+            if not clips:
+                raise BadInput(f"{args.recordings} has no clip of 1 to 12 seconds in "
+                               f"{', '.join(sorted(languages))}")
+            compare("people", clips, transcribe(model, whisper, clips))
 
 
 if __name__ == "__main__":

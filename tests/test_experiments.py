@@ -330,3 +330,18 @@ def test_another_engine_reads_the_same(ear, tmp_path):
     for critic in (ear, FrozenWhisper("pocket")):  # its encoder and decoder, its decoder alone
         assert engine.transcribe(model, critic, trips) == texts
         assert engine.transcribe(model, critic, silent) != texts
+
+
+def test_people_are_an_upper_bound(ear, tmp_path, capsys):
+    rng, lines = np.random.default_rng(0), []
+    for name, seconds, text in (("a", 1.5, "The dog sleeps."), ("b", 0.5, "Too short."),
+                                ("c", 1.5, "In 1984."), ("d", 2.0, "The cat sleeps.")):
+        soundfile.write(tmp_path / f"{name}.wav", rng.normal(0, 0.1, int(16000 * seconds)), 16000)
+        lines.append(f"{name}.wav\ten\t{text}\n")
+    (tmp_path / "manifest.tsv").write_text("".join(lines))
+    trips = list(engine.people(tmp_path, ear, {"en"}, 5))
+    assert {trip.sentence.text for trip in trips} == {"The dog sleeps.", "The cat sleeps."}
+    assert trips[0].features.shape == (ear.max_frames, 128)
+    engine.compare("people", trips, [trip.read.text for trip in trips])
+    out = capsys.readouterr().out
+    assert "people, CTranslate2: CER" in out and "letter by letter the same: 100.0%" in out
