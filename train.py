@@ -269,7 +269,7 @@ def train(run: Run, batches: data.Batches, held_out: list, objective: Callable =
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
-            with devices.mixed_precision(device):
+            with devices.mixed_precision(device, whisper.dims.n_text_state):
                 loss, nll, stray, cfm = objective(
                     run.model, whisper, batch, x0, t, drop, room, config.flow_weight,
                     config.attention_weight * max(0, 1 - 3 * run.step / config.steps))

@@ -19,12 +19,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
+from plumbing.devices import KERNELS
 from plumbing.errors import BadInput
 from plumbing.files import fingerprint
 from plumbing.weights import load_whisper
@@ -66,7 +67,7 @@ class FrozenWhisper:
         """What the decoder sees of silence (P, E)."""
         samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
         # The same wherever it is asked for first, also inside devices.mixed_precision.
-        with torch.autocast(self.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(self.device.type, enabled=False), sdpa_kernel(KERNELS):
             return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
     @cached_property

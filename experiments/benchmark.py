@@ -130,7 +130,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
         batch, rng = make_batch(step), data.generator(0, step, device)
         noise = train.draw_noise(batch, whisper.channels, config.drop_text, rng)
         room = room_of_step(config.steps, config.steps, rng)
-        with mixed_precision(device) if bf16 else nullcontext():
+        with mixed_precision(device, whisper.dims.n_text_state) if bf16 else nullcontext():
             loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight,
                                        config.attention_weight)
         backward(loss)

@@ -63,7 +63,7 @@ class Block(nn.Module):
 class SpeechLM(nn.Module):
     """Tokens -> logits of the next one."""
 
-    def __init__(self, n_tokens: int, width: int = 192, depth: int = 6):
+    def __init__(self, n_tokens: int, width: int = 128, depth: int = 4):
         super().__init__()
         self.width, self.heads = width, width // 32
         self.embedding = nn.Embedding(n_tokens, width)
@@ -169,7 +169,7 @@ def main(argv=None) -> None:
     add("--sentences", type=int, default=2000, help="that a model learns from")
     add("--versions", type=int, default=2, help="of each, in other voices")
     add("--rooms", type=float, default=1.0, help="how different they are (spectrograms only)")
-    add("--steps", type=int, default=2000)
+    add("--steps", type=int, default=1500)
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if min(args.sentences, args.versions, args.steps) < 1:

@@ -10,6 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plumbing.errors import BadInput, first_line
 
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 def choose_device(name: str) -> torch.device:
     """auto: cuda, else mps, else cpu; cuda is this process's own GPU under torchrun.
@@ -38,13 +40,13 @@ def has_bf16(device: torch.device) -> bool:
 
 
 @contextmanager
-def mixed_precision(device: torch.device):
-    """Matrix products in bf16 where `has_bf16`."""
-    fast = has_bf16(device)
+def mixed_precision(device: torch.device, width: int):
+    """Matrix products in bf16 where that is faster; on a CPU with matrices of 384 or more only."""
+    on_cpu = device.type == "cpu"
+    fast = has_bf16(device) and (width >= 384 or not on_cpu)
     # On a CPU the backward pass of flash attention takes five times as long in bf16.
-    kernels = [SDPBackend.MATH] if fast and device.type == "cpu" else [
-        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(kernels), torch.autocast(device.type, torch.bfloat16, enabled=fast):
+    with (sdpa_kernel(KERNELS[1:] if on_cpu and fast else KERNELS),
+          torch.autocast(device.type, torch.bfloat16, enabled=fast)):
         yield
 
 
