@@ -2,6 +2,7 @@
 
     python sample.py "The dog sleeps." --language en
     python sample.py --text_file sentences.tsv --steps 4 --seed 1 --out features.npz
+    python sample.py --text_file million.tsv --out FOLDER --best_of 4       # of any size, in shards
     echo "El perro duerme." | python sample.py --language es
     python sample.py "The dog sleeps." --wav dog.wav        # of a checkpoint of --latent mel
 """
