@@ -3,8 +3,8 @@
     python experiments/speed.py out/ckpt.pt out/mel/ckpt.pt
 
 The rival is an autoregressive model from text to semantic tokens, 25 a second, as WhisperSpeech and
-Ichigo have: as many layers as the DiT and as wide, keys and values cached, random weights and words.
-Both say the same held-out sentences, one at a time and 50 at once.
+Ichigo have: as many layers as the DiT and as wide, keys and values cached, random weights. Both say
+the same held-out sentences, one at a time and 50 at once.
 """
 import argparse
 import sys
