@@ -121,7 +121,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("text", nargs="*", help="texts; none: from --text_file or standard input")
     add("--language", help="of the texts (default: en, or as a .tsv says)")
     add("--text_file", action="append", default=[], help="FILE or URL of .txt or .tsv; equal lines "
-        "are read once")
+        "are read once, except for --out FOLDER")
     add("--ckpt", type=path, default=Path("out/ckpt.pt"), help="of train.py")
     add("--steps", type=int, help="steps of the ODE solver (default: 4)")
     add("--method", choices=list(flow.ORDER), help="solver (default: euler)")

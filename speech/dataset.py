@@ -48,7 +48,7 @@ Make = Callable[[Sequence[Sentence], Sequence[np.ndarray], Solver], Iterator]  #
 
 def is_set(path: Path | None) -> bool:
     """Whether --out is a folder of shards."""
-    return bool(path) and path.suffix != ".npz"
+    return bool(path) and path.suffix.lower() != ".npz"
 
 
 def add_flags(add: Callable) -> None:
@@ -56,7 +56,7 @@ def add_flags(add: Callable) -> None:
     add("--out", type=flags.path, help="write the features here: FILE.npz, or a FOLDER of shards")
     add("--write", nargs="+", default=[], choices=KINDS, help="to the FOLDER (default: features)")
     add("--best_of", type=int, default=1, help="so many seeds are tried, the best read is written")
-    add("--max_cer", type=float, help="what is read worse is left out of the FOLDER")
+    add("--max_cer", type=float, help="what is read worse, 0.05 is 5 %%, is left out of the FOLDER")
     add("--part", default="1/1", help="2/8: the second of eight processes that write the FOLDER")
 
 
@@ -65,14 +65,17 @@ def check(args) -> None:
     out, folder = args.out, is_set(args.out)
     if out and not folder and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise BadInput(f"--out {out} must be FILE.npz, no folder, in a folder that may be written")
+    if folder and out.suffix and not out.is_dir():
+        raise BadInput(f"--out {out} is neither FILE.npz nor a folder; a new one has no dot")
     if folder and (out.is_file() or not args.text_file or args.wav):
         raise BadInput(f"--out {out} is a folder of shards; it needs --text_file, no --wav, and no "
                        "file of its name")
     if not folder and (args.write or args.best_of != 1 or args.max_cer is not None):
         raise BadInput("--write, --best_of and --max_cer belong to --out FOLDER")
-    if not 1 <= args.best_of <= 100 or args.max_cer is not None and not args.max_cer >= 0:
-        raise BadInput(f"--best_of {args.best_of} and --max_cer {args.max_cer} cannot be used; 1 to"
-                       " 100, and 0 or more")
+    for name, low, high in (("best_of", 1, 100), ("max_cer", 0, 1000), ("speed", 0.1, 10)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise BadInput(f"--{name} {value} cannot be used; {low} to {high}")
 
 
 def write_npz(path: Path, trips: Sequence, text_of: np.ndarray) -> None:
@@ -161,7 +164,7 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
             write_sound(folder / piece.row[sound], piece.arrays["mel"], whisper)
     arrays = {key: np.concatenate([piece.arrays[key] for piece in pieces])
               for key in set(kinds) - {*SOUNDS} if pieces}
-    if arrays:
+    if set(kinds) - {*SOUNDS}:
         with atomic_write(folder / f"{name}.npz") as part, open(part, "wb") as file:
             np.savez(file, frames=[piece.row["frames"] for piece in pieces],
                      **dict(sorted(arrays.items())))
@@ -170,6 +173,12 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
     with atomic_write(folder / f"{name}.jsonl") as part:
         part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n"
                                 for row in [*rows, *left_out]), "utf-8", newline="\n")
+
+
+def is_whole(name: str, folder: Path, kinds: Sequence[str]) -> bool:
+    """Whether a shard is there."""
+    return (folder / f"{name}.jsonl").exists() and (
+        {*kinds} <= {*SOUNDS} or (folder / f"{name}.npz").exists())
 
 
 # ---- all shards ------------------------------------------------------------------------------
@@ -183,16 +192,17 @@ def read_lines(files: Sequence[str], language: str | None) -> Iterator[tuple[str
         yield from ((line, kind(path), code) for line in lines_of(path, code) if line.strip())
 
 
-def cut_texts(lines: Sequence, first: int, cut: Cut, whisper: FrozenWhisper) -> tuple[list, ...]:
+def cut_texts(lines: Sequence, start: int, cut: Cut, whisper: FrozenWhisper) -> tuple[list, ...]:
     """Lines, the number of the first -> ids and pieces of text, rows of what cannot be made."""
     ids, pieces, left_out = [], [], []
-    for number, (line, suffix, code) in enumerate(lines, first):
+    for number, (line, suffix, code) in enumerate(lines, start):
         try:
             parts = cut(read_line(line, suffix == ".tsv", code, whisper))
             ids += [f"{number:08d}" + f"-{i}" * (len(parts) > 1) for i in range(len(parts))]
             pieces += parts
         except BadInput as error:
-            left_out.append(dict(id=f"{number:08d}", language=code or line.split("\t")[0][:20],
+            first = line.split("\t")[0].strip()[:20]
+            left_out.append(dict(id=f"{number:08d}", language=code or first,
                                  text=line.strip()[:200], why=str(error)))
     return ids, pieces, left_out
 
@@ -203,9 +213,12 @@ def check_settings(folder: Path, settings: dict) -> None:
     if file.exists():
         before = json.loads(file.read_text("utf-8"))
         for name, now in json.loads(json.dumps(settings)).items():
-            if before.get(name) != now:
-                raise BadInput(f"{folder} was begun with {name} {before.get(name)!r}, not {now!r}; "
+            if before.get(name) != now and name in ("text", "checkpoint"):
+                raise BadInput(f"{folder} was begun with another {name}, which has changed since; "
                                "give the same, or another --out")
+            if before.get(name) != now:
+                raise BadInput(f"{folder} was begun with --{name} {before.get(name)!r}, not "
+                               f"{now!r}; give the same, or another --out")
     elif any(not path.name.startswith("settings.json") for path in folder.iterdir()):
         raise BadInput(f"--out {folder} holds something else; give a new or empty folder")
     else:
@@ -227,10 +240,13 @@ def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> str:
                 kept[row["language"]] += 1
                 seconds += row["seconds"]
                 manifest.write(line)
-    lines = [f"{code}: {n} written" + ", though it was not trained in" * (code not in trained)
+    lines = [f"{code}: {n} written" + ", which the checkpoint never learned" * (code not in trained)
              for code, n in sorted(kept.items())]
-    lines += [f"{code}: {len(ids)} left out, the first {ids[0]}: {why}"
-              for (code, why), ids in sorted(left_out.items())]
+    rest = [f"{len(ids)} left out, the first {ids[0]}, {code!r}: {why}" for (code, why), ids in
+            sorted(left_out.items(), key=lambda item: -len(item[1]))]
+    lines += rest[:10]
+    if rest[10:]:
+        lines.append(f"and others for {len(rest) - 10} more reasons, see left_out.jsonl")
     lines.append(f"wrote {folder}: {kept.total()} pieces of text, {seconds / 3600:.2f} hours")
     return "\n".join(lines)
 
@@ -252,10 +268,12 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     for line, suffix, code in read_lines(args.text_file, args.language):
         digest.update(f"{line.rstrip()}\t{suffix}\t{code}\n".encode())
         n_texts += 1
+    if not n_texts:
+        raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
-    settings = dict(texts=digest.hexdigest()[:16], checkpoint=weights.hexdigest()[:16],
+    settings = dict(text=digest.hexdigest()[:16], checkpoint=weights.hexdigest()[:16],
                     write=kinds, best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
-                    rooms=args.rooms, solver=args.solver, texts_a_shard=n)
+                    rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
     names = [f"shard-{i:05d}" for i in range(-(-n_texts // n))]
     total = sum(min(n, n_texts - n * i) for i in range(part - 1, len(names), n_parts))
     lines = read_lines(args.text_file, args.language)
@@ -266,12 +284,12 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             block = list(islice(lines, n))
             if i % n_parts != part - 1:
                 continue
-            if (folder / f"{name}.jsonl").exists():
+            if is_whole(name, folder, kinds):
                 bar.initial += len(block)  # the time left follows from the others
             else:
                 make_shard(name, block, n * i, args, kinds, whisper, cut, make)
             bar.update(len(block))
-    missing = sum(not (folder / f"{name}.jsonl").exists() for name in names)
+    missing = sum(not is_whole(name, folder, kinds) for name in names)
     if missing:
         return (f"part {args.part} is done; {missing} of {len(names)} shards are missing in "
                 f"{folder}, and the part that ends last writes manifest.jsonl")

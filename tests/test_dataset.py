@@ -45,7 +45,7 @@ def test_every_text_is_in_the_set_or_named(make, tmp_path, capsys, pocket):  # n
     assert [r["text"] for r in rows[1:6]] == [line.split("\t")[1] for line in LINES[4:9]]
     assert rows[6]["text"] + rows[7]["text"] == "a" * 300
     assert [(r["id"][7:], r["why"][:8]) for r in rest] == [("1", "pocket d"), ("2", "there is")]
-    assert "fr: 1 written\n" in (out := capsys.readouterr().out) and "xx: 1 left out" in out
+    assert "fr: 1 written\n" in (out := capsys.readouterr().out) and "1 left out, the first 00000001, 'xx'" in out
     for row in rows:  # the reader of docs/usage.md
         shard = np.load(tmp_path / "a" / row["shard"])
         end = shard["frames"][: row["index"] + 1].sum()
@@ -107,9 +107,10 @@ def test_spectrograms_and_sounds(make, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--part", "9/8"], "--part '9/8' cannot be used; 2/8 is the second"),
-    (["--part", "two"], "--part 'two' cannot be used"), (["--best_of", "0"], "--best_of 0 and"),
+    (["--part", "two"], "--part 'two' cannot be used"), (["--best_of", "0"], "--best_of 0 cannot be used; 1 to 100"),
+    (["--speed", "20"], "--speed 20.0 cannot be used"), (["--seed", "3"], "with --seed 0, not 3"),
     (["--max_cer", "nan"], "--max_cer nan cannot be used"), (["--write", "mel"], "have no sound"),
-    (["--wav", "x"], "no --wav"), (["--steps", "2"], "was begun with solver"),
+    (["--wav", "x"], "no --wav"), (["--steps", "2"], "was begun with --steps 4, not 2"),
     (["--write", "mp3"], "invalid choice: 'mp3'")])
 def test_flags_of_a_set_that_cannot_be_used(make, flags, words):
     make("a", "--part", "3/9")
@@ -121,10 +122,15 @@ def test_flags_of_a_set_that_cannot_be_used(make, flags, words):
 def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa: F811
     before = make("a")
     assert make("a") == before  # nothing is left to do
+    (tmp_path / "a" / "shard-00001.npz").unlink()
+    assert make("a") == before
+    for name in ("a.npy", "a.parquet"):
+        with pytest.raises(BadInput, match="neither FILE.npz nor a folder"):
+            make(name)
     with locked(tmp_path / "a"), pytest.raises(BadInput, match="another run writes to"):
         make("a")
     (tmp_path / "text.tsv").write_text("en\tThe dog sleeps.\n")
-    with pytest.raises(BadInput, match="was begun with texts"):
+    with pytest.raises(BadInput, match="was begun with another text"):
         make("a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")

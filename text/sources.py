@@ -113,7 +113,10 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
                for column in columns]  # as spreadsheets write a cell with quotes
     if language:
         return make_sentence(columns[-1], language, whisper)
-    return make_sentence(" ".join(columns), code, whisper)
+    if len(columns) > 1:
+        raise BadInput(f"{1 + len(columns)} columns, not language<TAB>text; with a language given, "
+                       "as in en=FILE.tsv, the last one is the text")
+    return make_sentence(columns[0], code, whisper)
 
 
 def lines_of(path: Path, language: str | None) -> Iterator[str]:
@@ -206,8 +209,9 @@ def builtin(max_lines: int = 10**6) -> list[Sentence]:
 def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper,
                 max_lines: int) -> Texts:
     """All .txt and .tsv of a folder, packed or not; with no language given fr.txt is French."""
-    counts, notes = Counter(), []
-    for file in sorted(path for path in folder.iterdir() if kind(path) in (".txt", ".tsv")):
+    counts, files = Counter(), sorted(folder.iterdir())
+    notes = [f"{file} is not read: {kind(file)}" for file in files if kind(file) in NO_TEXT]
+    for file in (path for path in files if kind(path) in (".txt", ".tsv")):
         code = language or (file.name.partition(".")[0] if kind(file) == ".txt" else None)
         try:
             more, problems = read_file(file, code, whisper, max_lines)
