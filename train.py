@@ -31,7 +31,7 @@ from plumbing.report import report
 from pocket.clips import real_speech_cer
 from speech.align import durations_by
 from speech.ear import Ear, Room, room_of_step
-from text.error_rates import error_rates
+from text.error_rates import cer_by_language, error_rates
 from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper
 
@@ -160,9 +160,8 @@ def evaluate(run: "Run", held_out: list) -> dict:
         hypotheses = run.transcribe_samples(sentences, Solver(steps))
         for name, rate in error_rates(sentences, hypotheses)._asdict().items():
             result[f"val_{name}_{steps}step"] = rate
-        for code in dict.fromkeys(s.language for s in sentences):
-            pairs = [pair for pair in zip(sentences, hypotheses) if pair[0].language == code]
-            result[f"val_cer_{steps}step_{code}"] = error_rates(*zip(*pairs)).cer
+        for code, cer in cer_by_language(sentences, hypotheses).items():
+            result[f"val_cer_{steps}step_{code}"] = cer
     # Chance: what was read with 4 steps for another sentence.
     result["cer_shuffled_text"] = error_rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
     return result | dict(cer_real_speech=real_speech_cer(whisper, n),

@@ -24,12 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import hash_share  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.recordings import log_mel, read_audio, read_manifest  # noqa: E402
-from text.error_rates import edit_distance, error_rates  # noqa: E402
+from text.error_rates import cer_by_language, edit_distance, error_rates  # noqa: E402
 from text.sources import load_data  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -111,11 +110,11 @@ def transcribe(model, whisper: FrozenWhisper, trips: list[train.RoundTrip]) -> l
 def people(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int) -> Iterator:
     """Round trips without a flow: n clips of 1 to 12 seconds, without digits, by a hash."""
     entries = read_manifest(folder, whisper)[0]
-    known = sorted({s: path for path, s in entries if s and s.language in languages
-                    and not any(map(str.isdigit, s.text))}.items(), key=lambda e: hash_share(e[0]))
-    chosen, trips = data.per_language([s for s, _ in known], 2 * n), Counter()
-    for sentence in chosen:
-        samples = read_audio(dict(known)[sentence])
+    path_of = {s: path for path, s in entries if s and s.language in languages
+               and not any(map(str.isdigit, s.text))}
+    trips = Counter()
+    for sentence in data.per_language(sorted(path_of, key=data.hash_share), 2 * n):
+        samples = read_audio(path_of[sentence])
         if 1 <= len(samples) / SAMPLE_RATE <= 12 and trips[sentence.language] < n / len(languages):
             trips[sentence.language] += 1
             mel = log_mel(samples, whisper)
@@ -128,12 +127,9 @@ def compare(what: str, trips: list, theirs: list[str]) -> None:
     """Print how well both engines read, and whether they read the same."""
     sentences, ours = [trip.sentence for trip in trips], [trip.read.text for trip in trips]
     for name, texts in (("openai-whisper", ours), ("CTranslate2", theirs)):
-        by_language = {}
-        for code in dict.fromkeys(s.language for s in sentences):
-            pairs = [pair for pair in zip(sentences, texts) if pair[0].language == code]
-            by_language[code] = f"{code} {error_rates(*zip(*pairs)).cer:.1%}"
+        each = [f"{code} {cer:.1%}" for code, cer in cer_by_language(sentences, texts).items()]
         print(f"{what}, {name}: CER {error_rates(sentences, texts).cer:.2%} of {len(texts)} "
-              f"sentences; {', '.join(by_language.values())}")
+              f"sentences; {', '.join(each)}")
     same = np.mean([a == b for a, b in zip(ours, theirs)])
     edits = sum(map(edit_distance, ours, theirs)) / max(1, sum(map(len, ours)))
     print(f"letter by letter the same: {same:.1%}; letters that differ: {edits:.2%}")

@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from experiments.student import Speech, edit_distance, letters, resample  # noqa: E402
-from experiments.tokens import N_CODES, Quantiser, real_test, speak, tokenise  # noqa: E402
+from experiments.tokens import (  # noqa: E402
+    N_CODES, Quantiser, load_quantiser, real_test, speak, tokenise,
+)
 from model import mlp, rotate, rotations  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from text.sources import load_data  # noqa: E402
@@ -175,12 +177,7 @@ def main(argv=None) -> None:
     if min(args.sentences, args.versions, args.steps) < 1:
         raise BadInput("--sentences, --versions and --steps are at least 1")
     whisper = FrozenWhisper("pocket")
-    quantiser = Quantiser(whisper).eval()
-    try:
-        quantiser.load_state_dict(torch.load(args.quantiser, weights_only=True))
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"{args.quantiser} is no quantiser of pocket; experiments/tokens.py makes "
-                       "one") from error
+    quantiser = load_quantiser(args.quantiser, whisper)
     training = data.split(list(load_data(["builtin"], whisper)[0]))[0]
     sentences = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     texts = [letters(s) for s in sentences]

@@ -8,7 +8,6 @@ the same held-out sentences, one at a time and 50 at once.
 """
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Callable
 
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from experiments.benchmark import clock  # noqa: E402
 from experiments.speech_lm import SpeechLM  # noqa: E402
 from experiments.tokens import N_CODES, PER_SECOND  # noqa: E402
 from flow import Solver  # noqa: E402
@@ -31,20 +31,16 @@ from text.sources import load_data  # noqa: E402
 
 
 @torch.no_grad()
-def clock(work: Callable, device: torch.device) -> float:
+def seconds_of(work: Callable, device: torch.device) -> float:
     """Seconds that a second call takes: the first one warms up."""
-    for _ in range(2):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return time.perf_counter() - start
+    work()
+    start = clock(device)
+    work()
+    return clock(device) - start
 
 
 def say(batch: data.Batch, model, critic, steps: int, kind: str) -> None:
-    """Features, log-mels or samples of a batch on the CPU's side of `make_batch`."""
+    """Features, log-mels or samples of what `make_batch` made."""
     batch = batch.to(critic)
     x1 = train.generate(model, critic, batch, Solver(steps))[-1]
     if kind == "features":
@@ -88,7 +84,8 @@ def main(argv=None) -> None:
         rule = durations_by(checkpoint["rhythm"])
         for size in (1, len(sentences)):
             groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
-            seconds = sum(data.count_frames(rule(s, 1.0)) for s in sentences) / 50
+            frames = sum(data.count_frames(rule(s, 1.0)) for s in sentences)
+            seconds = frames / data.FRAMES_PER_SECOND
             batches = [data.make_batch(g, critic, [rule(s, 1.0) for s in g]) for g in groups]
 
             def in_turn() -> None:
@@ -97,10 +94,10 @@ def main(argv=None) -> None:
                     texts = N_CODES + batch.targets.to(device) % N_CODES  # it has no larger head
                     say_in_turn(rival, texts, n)
 
-            slow = clock(in_turn, device)
+            slow = seconds_of(in_turn, device)
             rows = [("one token after the other", slow)]
             for kind in ("mel", "wav") if isinstance(critic, Ear) else ("features",):
-                rows += [(f"{kind}, {n} steps", clock(lambda: [
+                rows += [(f"{kind}, {n} steps", seconds_of(lambda: [
                     say(batch, model, critic, n, kind) for batch in batches], device))
                     for n in (1, 4)]
             for name, took in rows:

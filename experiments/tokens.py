@@ -165,6 +165,17 @@ def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: in
     return quantiser.eval()
 
 
+def load_quantiser(path: Path, whisper: FrozenWhisper) -> Quantiser:
+    """What `main` saved; BadInput if it is missing or of another Whisper."""
+    quantiser = Quantiser(whisper).eval()
+    try:
+        quantiser.load_state_dict(torch.load(path, weights_only=True))
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{path} is no quantiser of {whisper.name}; experiments/tokens.py makes one "
+                       "where --quantiser is left out") from error
+    return quantiser
+
+
 @torch.no_grad()
 def tokenise(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> list[list[int]]:
     """Utterances -> their tokens, 25 a second."""
@@ -283,12 +294,7 @@ def main(argv=None) -> None:
     training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     work = args.out / "speech"
     if args.quantiser:
-        quantiser = Quantiser(whisper).eval()
-        try:
-            quantiser.load_state_dict(torch.load(args.quantiser, weights_only=True))
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"{args.quantiser} is no quantiser of {args.whisper}; leave out "
-                           "--quantiser, and one is trained") from error
+        quantiser = load_quantiser(args.quantiser, whisper)
     else:
         speech = speak(args.source, training, whisper, work)
         quantiser = train_quantiser(speech, whisper, args.steps, args.seed)

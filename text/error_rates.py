@@ -1,4 +1,5 @@
 """How much of a text comes back: Levenshtein distance after Whisper's own normaliser."""
+from collections import defaultdict
 from functools import cache
 from typing import NamedTuple, Sequence
 
@@ -29,6 +30,15 @@ class ErrorRates(NamedTuple):
     cer: float  # character error rate: edits / characters of the references
     wer: float  # word error rate; in languages without spaces a character is a word
     exact: float  # share of texts that come back letter by letter, punctuation included
+
+
+def cer_by_language(sentences: Sequence[tuple[str, str]],
+                    hypotheses: Sequence[str]) -> dict[str, float]:
+    """The character error rate of each language, in the order of the sentences."""
+    pairs = defaultdict(list)
+    for sentence, hypothesis in zip(sentences, hypotheses, strict=True):
+        pairs[sentence[0]].append((sentence, hypothesis))
+    return {code: error_rates(*zip(*group)).cer for code, group in pairs.items()}
 
 
 def error_rates(sentences: Sequence[tuple[str, str]],  # (language, text)
