@@ -203,7 +203,7 @@ class FrozenWhisper:
         # bf16 would round small losses away.
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
             leaf, log_count = x.detach().requires_grad_(), self.row_count.log()
-            logits = leaf @ self.rows.T + log_count
+            logits = F.linear(leaf, self.rows, log_count)
             # The target is one of its k equal rows.
             nll = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
             gradient, = torch.autograd.grad(nll.sum(), leaf)  # each loss is of its own x alone

@@ -95,10 +95,15 @@ def test_a_long_sentence_before_fifty_short_ones_is_evaluated(pocket):
     assert result["val_sentences"] == 52 and result["cer_shuffled_text"] > 0.5
 
 
-@pytest.mark.parametrize("has_bf16, width", [(True, 384), (True, 128), (False, 512)])
-def test_matrix_products_are_bf16_where_that_is_faster(monkeypatch, has_bf16, width):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
-    x, fast = torch.ones(2, 2), has_bf16 and width == 384
+@pytest.mark.parametrize("cpu, width, fast", [
+    (dict(cpu_name="AMD EPYC", avx512_bf16=True), 384, True),
+    (dict(cpu_name="AMD EPYC", avx512_bf16=True), 128, False),
+    (dict(cpu_name="AMD EPYC", avx512_bf16=False), 512, False),
+    (dict(cpu_name="Intel Xeon", avx512_bf16=True), 512, False),
+    (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=True), 512, True), ({}, 512, False)])
+def test_matrix_products_are_bf16_where_that_is_faster(monkeypatch, cpu, width, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    x = torch.ones(2, 2)
     with devices.mixed_precision(torch.device("cpu"), width):
         assert (x @ x).dtype == (torch.bfloat16 if fast else torch.float32)
         assert torch.backends.cuda.flash_sdp_enabled() != fast
