@@ -49,13 +49,15 @@ class FrozenWhisper:
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         # In pocket all tokens that it never uses share one row of the embedding, and so one logit:
-        # `token_nll` needs 1,900 logits, not 51,865. Official checkpoints have no equal rows.
-        unique = self.model.decoder.token_embedding.weight.cpu().unique(
-            dim=0, return_inverse=True, return_counts=True)
+        # `token_nll` needs 1,900 logits, not 51,865.
+        weight = self.model.decoder.token_embedding.weight
+        unique = weight.cpu().unique(dim=0, return_inverse=True, return_counts=True)
+        is_own = unique[2][unique[1]] == 1  # (V,)
+        if len(unique[0]) > len(weight) / 2:  # an official checkpoint: no second copy
+            unique = weight, torch.arange(len(weight)), torch.ones(len(weight))
         self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
         # A language whose token has no embedding of its own was never trained.
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
-        is_own = self.row_count[self.row_of] == 1  # (V,)
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         if not (self.languages and self.rows.isfinite().all()):
             raise BadInput(f"{name} was never trained: its weights are all alike, or no numbers")

@@ -7,14 +7,12 @@ import re
 import sys
 from pathlib import Path
 
-import matplotlib
 from matplotlib import pyplot
 from whisper.tokenizer import LANGUAGES
 
-matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.errors import BadInput, guard  # noqa: E402
-from plumbing.files import atomic_write  # noqa: E402
+from experiments import figures  # noqa: E402
+from plumbing.errors import BadInput, first_line, guard  # noqa: E402
 
 
 def rates_of(result: str, steps: int) -> dict[str, float]:
@@ -31,9 +29,7 @@ def picture(rates: dict[str, float], title: str, path: Path) -> None:
     axis.set_title(title, fontsize=9)
     axis.tick_params("x", labelrotation=90, labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    with atomic_write(path) as part:
-        figure.savefig(part, format="png", dpi=100)
-    pyplot.close(figure)
+    figures.save(figure, path)
 
 
 def main(argv=None) -> None:
@@ -44,9 +40,9 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     try:
         rates = rates_of(args.result.read_text(), args.steps)
-    except OSError as error:
-        raise BadInput(f"cannot read {args.result} ({error.strerror}); train.py makes it"
-                       ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {args.result} ({first_line(error)}); give the result.txt of "
+                       "train.py") from error
     if not rates:
         raise BadInput(f"{args.result} has no error rates; give the result.txt of train.py")
     mean = sum(rates.values()) / len(rates)

@@ -2,6 +2,8 @@
 
     python experiments/benchmark.py memory                    # computed, of all shapes
     python experiments/benchmark.py train tiny base           # also in bf16 where that is faster
+    python experiments/benchmark.py train base --data prompts.tsv --depth 8 --batch_size 4 8 16 \
+        --words 1-4 5-10 20-40 --languages 1 8 40             # a row for each combination
 
 Every figure is of this machine; the ratios in a table come from one run.
 """
@@ -28,7 +30,7 @@ from model import DiT, DiTConfig  # noqa: E402
 from plumbing.devices import choose_device, has_bf16, mixed_precision  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import room_of_step  # noqa: E402
-from text.sources import builtin  # noqa: E402
+from text.sources import load_data  # noqa: E402
 
 # n_mels, width, heads, encoder layers, decoder layers, n_vocab of the official checkpoints
 SHAPES = {
@@ -68,7 +70,6 @@ def compute_memory() -> None:
             encoder = AudioEncoder(dims.n_mels, 1500, dims.n_audio_state, 1, dims.n_audio_layer)
             decoder = TextDecoder(dims.n_vocab, 448, dims.n_text_state, 1, dims.n_text_layer)
         frozen = n_parameters(encoder) + n_parameters(decoder)
-        frozen += dims.n_vocab * dims.n_text_state  # FrozenWhisper.rows
         print(f"| {name} | {config.depth} | {config.width} | {trained / 1e6:.0f} M | "
               f"{frozen / 1e6:.0f} M | {held(frozen, trained):.1f} |")
 
@@ -105,20 +106,34 @@ def timed(function: Callable, times: Counter, part: str, device: torch.device) -
     return wrapper
 
 
+def choose(sentences: list, span: str, n_languages: int) -> list:
+    """Sentences of so many words, as in "1-4", of the first languages by code; 0: of all."""
+    codes = sorted({s.language for s in sentences})
+    shortest, _, longest = span.partition("-")
+    if not (shortest.isdecimal() and longest.isdecimal()):
+        raise BadInput(f"--words {span} is no range; give for example 5-10")
+    chosen = [s for s in sentences if s.language in codes[: n_languages or None]
+              and int(shortest) <= len(data.words(*s[::-1])) <= int(longest)]
+    if not chosen:
+        raise BadInput(f"no sentence of {span} words in {n_languages} languages; give more --data")
+    return chosen
+
+
 def measure_training(name: str, bf16: bool, args) -> None:
     """One line of the table, in a process of its own: peak memory never falls."""
     device = choose_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "whisper.pt"
         random_checkpoint(name, path)
-        config = train.Config(out_dir=folder, latent=args.latent, batch_size=args.batch_size)
+        config = train.Config(out_dir=folder, latent=args.latent, depth=args.depth)
         whisper = train.LATENTS[args.latent](str(path), device)
         run = train.Run(config, whisper)
     trained = n_parameters(run.model)
-    frozen = n_parameters(whisper.model) + whisper.rows.numel()
-    shares = dict.fromkeys(data.split(builtin())[0], 1.0)
-    batches = data.Batches(shares, whisper, args.batch_size, 0, 1.0, whisper.speed_range)
-    times = Counter()
+    frozen = n_parameters(whisper.model)
+    n, span, n_languages = args.batch_size[0], args.words[0], args.languages[0]
+    sentences = choose(list(load_data(args.data, whisper)[0]), span, n_languages)
+    batches = data.Batches(dict.fromkeys(sentences, 1.0), whisper, n, 0, 1.0, whisper.speed_range)
+    times, seconds = Counter(), batches.frames.mean() / data.FRAMES_PER_SECOND
     make_batch = timed(lambda step: batches[step].to(whisper), times, "batch", device)
     run.model.forward = timed(run.model.forward, times, "flow", device)
     whisper.text_loss = timed(whisper.text_loss, times, "critic", device)
@@ -138,9 +153,9 @@ def measure_training(name: str, bf16: bool, args) -> None:
         run.optimizer.zero_grad()
     form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
     parts = " | ".join(f"{1000 * times[part] / args.steps:.0f}" for part in PARTS)
-    print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | "
-          f"{held(frozen, trained):.1f} | {peak_memory(device):.1f} | "
-          f"{1000 * times.total() / args.steps:.0f} | {parts} |", flush=True)
+    print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | {n} | {span} | "
+          f"{seconds:.1f} | {n_languages} | {held(frozen, trained):.1f} | {peak_memory(device):.1f} |"
+          f" {1000 * times.total() / args.steps:.0f} | {parts} |", flush=True)
 
 
 def main(argv=None) -> None:
@@ -148,7 +163,11 @@ def main(argv=None) -> None:
     parser.add_argument("what", choices=["memory", "train"])
     parser.add_argument("names", nargs="*", default=["tiny", "base"], help=f"of {list(SHAPES)}")
     parser.add_argument("--latent", choices=list(train.LATENTS), default="features")
-    parser.add_argument("--batch_size", type=int, default=24)
+    parser.add_argument("--depth", type=int, default=0, help="of the DiT; 0: as wide as Whisper")
+    parser.add_argument("--data", nargs="+", default=["builtin"])
+    parser.add_argument("--batch_size", nargs="+", type=int, default=[24])
+    parser.add_argument("--words", nargs="+", default=["1-1000"], help="of a sentence")
+    parser.add_argument("--languages", nargs="+", type=int, default=[0], help="how many; 0: all")
     parser.add_argument("--steps", type=int, default=20, help="that are measured")
     parser.add_argument("--warmup", type=int, default=5, help="steps before")
     parser.add_argument("--device", default="auto")
@@ -160,14 +179,19 @@ def main(argv=None) -> None:
         return compute_memory()
     if args.one:
         return measure_training(args.names[0], args.one == "bf16", args)
-    print("| shape | depth | DiT | arithmetic | GB held, computed | GB at most | ms, all parts | "
-          f"{' | '.join(PARTS)} |\n{'| --- ' * (7 + len(PARTS))}|", flush=True)
+    print("| shape | depth | DiT | arithmetic | batch size | words | seconds of a sentence | "
+          "languages | GB held, computed | GB at most | ms, all parts | "
+          f"{' | '.join(PARTS)} |\n{'| --- ' * (11 + len(PARTS))}|", flush=True)
     forms = ["single"] + ["bf16"] * has_bf16(choose_device(args.device))
-    for name, one in itertools.product(args.names, forms):
-        command = [sys.executable, __file__, "train", name, "--one", one]
-        for flag in ("latent", "batch_size", "steps", "warmup", "device"):
-            command += [f"--{flag}", str(getattr(args, flag))]
-        subprocess.run(command, check=True)
+    same = ("latent", "depth", "steps", "warmup", "device")
+    for name, one, *row in itertools.product(args.names, forms, args.batch_size, args.words,
+                                             args.languages):
+        command = [sys.executable, __file__, "train", name, "--one", one, "--data", *args.data]
+        varied = zip(("batch_size", "words", "languages"), row)
+        for flag, value in (*((flag, getattr(args, flag)) for flag in same), *varied):
+            command += [f"--{flag}", str(value)]
+        if subprocess.run(command).returncode:  # it said why
+            raise BadInput(f"{name}: this row cannot be measured")
 
 
 if __name__ == "__main__":

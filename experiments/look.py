@@ -10,19 +10,17 @@ import sys
 import textwrap
 from pathlib import Path
 
-import matplotlib
 import torch
 from matplotlib import pyplot
 
-matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import flow  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from experiments import figures  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from plumbing.files import atomic_write  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 
@@ -37,9 +35,7 @@ def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("\n".join(textwrap.wrap(read, 26)), fontsize=8, loc="left", va="top")
     axes[0].set_ylabel("channel", fontsize=8)
-    with atomic_write(path) as part:
-        figure.savefig(part, format="png", dpi=80)
-    pyplot.close(figure)
+    figures.save(figure, path, 80)
 
 
 def main(argv=None) -> None:

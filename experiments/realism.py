@@ -25,7 +25,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
@@ -34,7 +33,6 @@ from torch import Tensor
 from matplotlib import pyplot
 from whisper.audio import load_audio
 
-matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
 import data  # noqa: E402
@@ -43,6 +41,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from data import per_language  # noqa: E402
 from flow import Solver  # noqa: E402
+from experiments import figures  # noqa: E402
 from experiments.student import (  # noqa: E402
     Speech, greedy_cer, language_accuracy, letters, student_cer, train_student,
 )
@@ -354,9 +353,7 @@ def picture(rows: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("character error rate, %")
     axes.legend()
-    with atomic_write(path) as part:
-        figure.savefig(part, format="png")
-    pyplot.close(figure)
+    figures.save(figure, path)
 
 
 # ---- the command -----------------------------------------------------------------------------

@@ -21,6 +21,9 @@ def main(argv=None) -> None:
     if len(seeds) < 2 or not all(map(str.isdecimal, seeds)):
         raise BadInput(f"{' '.join(seeds) or 'nothing'} cannot be used; give at least two seeds, "
                        "such as 0 1 2")
+    if len({*seeds}) < len(seeds) or {"--seed", "--out_dir"} & {*flags}:
+        raise BadInput("each seed is given once, and its folder is out/seed0, out/seed1 ...; leave "
+                       "out --seed, --out_dir and what is given twice")
     results = [train.main([*flags, "--seed", seed, "--out_dir", f"out/seed{seed}"])
                for seed in seeds]
     print("| figure | mean | standard deviation |\n| --- | --- | --- |")

@@ -7,7 +7,8 @@ A decoder-only transformer reads the sound tokens of an utterance, then writes i
 letter. It learns from one kind of speech, and is tested on real speech, of sentences and in voices
 that nothing was trained on: character error rate, greedy; and perplexity of the real tokens, which
 says how likely a model of synthetic ones finds them. All rows have one quantiser, of real speech,
-as Ichigo has.
+as Ichigo has. So small a model finds out where to look only with the help of CTC over the sound, as
+in hybrid recognisers (Watanabe et al. 2017, 10.1109/JSTSP.2017.2763455); it writes without it.
 
 B batch, L positions of a sequence, D width, H heads, V tokens of sound, marks and letters.
 """
@@ -72,14 +73,19 @@ class SpeechLM(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(width, self.heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
+        self.ctc = nn.Linear(width, n_tokens - END)  # END is its blank
 
-    def forward(self, tokens: Tensor, first: int = 0, caches: list | None = None) -> Tensor:
-        """(B, L) -> (B, L, V); with caches tokens go on at position `first`."""
+    def states(self, tokens: Tensor, first: int = 0, caches: list | None = None) -> Tensor:
+        """(B, L) -> (B, L, D); with caches tokens go on at position `first`."""
         x = F.dropout(self.embedding(tokens), 0.1, self.training)
         turns = rotations(first + tokens.shape[1], self.width // self.heads, x.device)[:, first:]
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x = block(x, turns, cache)
-        return self.norm(x) @ self.embedding.weight.T
+        return self.norm(x)
+
+    def forward(self, *args) -> Tensor:
+        """As `states` -> (B, L, V)."""
+        return self.states(*args) @ self.embedding.weight.T
 
 
 def sequences(sounds: list[list[int]], texts: list[str], alphabet: dict) -> list[Tensor]:
@@ -88,14 +94,18 @@ def sequences(sounds: list[list[int]], texts: list[str], alphabet: dict) -> list
             for sound, text in zip(sounds, texts)]
 
 
-def losses(model: SpeechLM, items: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of all sound tokens and of all letters, nats per token."""
+def losses(model: SpeechLM, items: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of all sound tokens and of all letters, CTC of the letters: nats per token."""
     tokens = pad_sequence(items, True, padding_value=-1)
     targets = tokens[:, 1:]
-    logits = model(tokens[:, :-1].clamp(min=0))
-    nll = F.cross_entropy(logits.mT, targets.clamp(min=0), reduction="none")
+    x = model.states(tokens[:, :-1].clamp(min=0))
+    nll = F.cross_entropy((x @ model.embedding.weight.T).mT, targets.clamp(min=0), reduction="none")
     is_sound, is_text = (targets >= 0) & (targets < TEXT), targets > TEXT
-    return nll[is_sound].mean(), nll[is_text].mean()
+    n_sounds, n_letters = (tokens[:, :-1] < TEXT).logical_and(tokens[:, :-1] >= 0).sum(1), (targets > END).sum(1)
+    log_probs = model.ctc(x).log_softmax(2).transpose(0, 1)
+    ctc = F.ctc_loss(log_probs, targets[targets > END] - END, n_sounds, n_letters,
+                     zero_infinity=True)
+    return nll[is_sound].mean(), nll[is_text].mean(), ctc
 
 
 def uneven(x: Tensor, rng: torch.Generator) -> Tensor:
@@ -114,13 +124,15 @@ def train_model(sounds: list[list[list[int]]], texts: list[str], alphabet: dict,
     lengths = torch.tensor([float(len(x)) for x in versions[0]])
     for step in (bar := tqdm(range(steps), "language model")):
         picks = data.draw_alike(torch.ones(len(lengths)), lengths, 24, data.generator(seed, step))
-        sound, text = losses(model, [versions[(step + i) % len(versions)][i] for i in picks])
+        items = [versions[(step + i) % len(versions)][i] for i in picks]
+        sound, text, ctc = losses(model, items)
         optimizer.zero_grad(set_to_none=True)
-        (text + 0.3 * sound).backward()
+        (text + 0.3 * sound + ctc).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 100, 1.05 - step / steps)
         optimizer.step()
-        bar.set_postfix(sound=f"{sound.item():.2f}", text=f"{text.item():.2f}")
+        bar.set_postfix(sound=f"{sound.item():.2f}", text=f"{text.item():.2f}",
+                        ctc=f"{ctc.item():.2f}")
     return model.eval()
 
 

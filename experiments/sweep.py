@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+import flow  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.student import greedy_cer  # noqa: E402
@@ -61,6 +62,15 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     try:
         values = [KINDS[args.kind](value) for value in args.values]
+        for value in values:  # those that the sampler does not know
+            if args.kind in ("steps", "sway"):
+                flow.schedule(**{"steps": 1, args.kind: value})
+        if args.kind == "guidance" and not all(abs(value) <= 100 for value in values):
+            raise ValueError("-100 to 100, 1 is off")
+        if args.kind == "method" and not {*values} <= {*flow.ORDER}:
+            raise ValueError(f"choose of {', '.join(flow.ORDER)}")
+        if args.sentences < 1:
+            raise BadInput(f"--sentences {args.sentences} are too few; at least 1")
     except ValueError as error:
         raise BadInput(f"{args.kind} cannot be swept over {args.values}: {error}") from error
     checkpoints, cells = [train.load_checkpoint(path) for path in args.checkpoints], []

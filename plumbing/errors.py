@@ -78,5 +78,6 @@ def guard(main: Callable) -> None:
                "checkpoint), or begin anew with a smaller --depth")
     except KeyboardInterrupt:
         why = "stopped; what is written is whole"
-    is_main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun
+    # Of the processes of torchrun, which sets both; a scheduler may set RANK alone.
+    is_main = "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"))
     sys.exit(f"{Path(sys.argv[0]).name}: {why}" if is_main else 1)

@@ -51,16 +51,22 @@ def atomic_write(file: Path):
             part.unlink()
 
 
+def make_folder(folder: Path) -> None:
+    """BadInput if there cannot be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be a folder ({error.strerror}); give a place that you may "
+                       "write to") from error
+
+
 @contextmanager
 def locked(folder: Path, rank: int = 0):
     """One run at a time, by its first process; what a killed one left half-written goes."""
     if rank > 0:
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out_dir {folder} cannot be a folder ({error.strerror})") from error
+    make_folder(folder)
     lock = os.open(folder, os.O_RDONLY) if flock else None
     try:
         if flock:

@@ -16,6 +16,8 @@ import json
 import math
 import os
 import re
+import sys
+import zipfile
 from collections import Counter, defaultdict
 from contextlib import nullcontext
 from itertools import chain, islice
@@ -31,10 +33,10 @@ from data import FRAMES_PER_SECOND, Sentence, count_frames
 from flow import Solver
 from plumbing import flags
 from plumbing.errors import BadInput
-from plumbing.files import atomic_write, locked
+from plumbing.files import atomic_write, locked, make_folder
 from speech.sound import griffin_lim, write_samples
 from text.error_rates import error_rates
-from text.sources import kind, lines_of, local_file, read_line
+from text.sources import kind, lines_of, local_file, note_english, read_line
 from whisper_decoder import FrozenWhisper
 
 TEXTS_A_SHARD = 200
@@ -70,12 +72,14 @@ def check(args) -> None:
     if folder and (out.is_file() or not args.text_file or args.wav):
         raise BadInput(f"--out {out} is a folder of shards; it needs --text_file, no --wav, and no "
                        "file of its name")
-    if not folder and (args.write or args.best_of != 1 or args.max_cer is not None):
-        raise BadInput("--write, --best_of and --max_cer belong to --out FOLDER")
-    for name, low, high in (("best_of", 1, 100), ("max_cer", 0, 1000), ("speed", 0.1, 10)):
+    if not folder and (args.write or args.best_of != 1 or args.max_cer is not None
+                       or args.part != "1/1"):
+        raise BadInput("--write, --best_of, --max_cer and --part belong to --out FOLDER")
+    for name, low, high in (("best_of", 1, 100), ("max_cer", 0, 1), ("speed", 0.1, 10)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise BadInput(f"--{name} {value} cannot be used; {low} to {high}")
+            raise BadInput(f"--{name} {value} cannot be used; {low} to {high}"
+                           + ", 0.05 is 5 %" * (name == "max_cer"))
 
 
 def write_npz(path: Path, trips: Sequence, text_of: np.ndarray) -> None:
@@ -158,7 +162,7 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
     """Its arrays and sounds, and last its rows: then it is whole."""
     for file in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"*/{name[6:]}/*.tmp")]:
         file.unlink()  # of a run that was killed
-    for sound in set(kinds) & {*SOUNDS}:
+    for sound in [kind for kind in SOUNDS if kind in kinds]:
         for piece in pieces:
             piece.row[sound] = f"{sound}/{name[6:]}/{piece.row['id']}.{sound}"
             write_sound(folder / piece.row[sound], piece.arrays["mel"], whisper)
@@ -176,9 +180,15 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
 
 
 def is_whole(name: str, folder: Path, kinds: Sequence[str]) -> bool:
-    """Whether a shard is there."""
-    return (folder / f"{name}.jsonl").exists() and (
-        {*kinds} <= {*SOUNDS} or (folder / f"{name}.npz").exists())
+    """Whether a shard is there, with its sounds, and neither file of it is cut short."""
+    try:
+        with open(folder / f"{name}.jsonl", "rb") as file:
+            rows = [json.loads(line) for line in file]
+    except (FileNotFoundError, ValueError):
+        return False
+    sounds = [folder / row[sound] for row in rows for sound in SOUNDS if sound in row]
+    return all(sound.is_file() for sound in sounds) and (
+        {*kinds} <= {*SOUNDS} or zipfile.is_zipfile(folder / f"{name}.npz"))
 
 
 # ---- all shards ------------------------------------------------------------------------------
@@ -211,14 +221,20 @@ def check_settings(folder: Path, settings: dict) -> None:
     """BadInput if the folder has a set of other texts, another checkpoint or other flags."""
     file = folder / "settings.json"
     if file.exists():
-        before = json.loads(file.read_text("utf-8"))
+        try:
+            before = dict(json.loads(file.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"{file} is damaged, so nobody knows how its set was made; give another "
+                           "--out") from error
         for name, now in json.loads(json.dumps(settings)).items():
             if before.get(name) != now and name in ("text", "checkpoint"):
                 raise BadInput(f"{folder} was begun with another {name}, which has changed since; "
                                "give the same, or another --out")
             if before.get(name) != now:
-                raise BadInput(f"{folder} was begun with --{name} {before.get(name)!r}, not "
-                               f"{now!r}; give the same, or another --out")
+                was, now = (f"--{name} {x}" if x is not None else f"no --{name}"
+                            for x in (before.get(name), now))
+                raise BadInput(f"{folder} was begun with {was}, not with {now}; give the same, or "
+                               "another --out")
     elif any(not path.name.startswith("settings.json") for path in folder.iterdir()):
         raise BadInput(f"--out {folder} holds something else; give a new or empty folder")
     else:
@@ -264,20 +280,26 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     """All shards of this part that are not there yet -> what there is then, in words."""
     folder, (part, n_parts) = args.out, parse_part(args.part)
     kinds = sorted(set(args.write or ["features"]))
-    digest, n_texts, n = hashlib.sha256(), 0, TEXTS_A_SHARD
+    digest, n_texts, n, as_english = hashlib.sha256(), 0, TEXTS_A_SHARD, []
+    for name in args.text_file:
+        if (path := local_file(name)).exists() and not path.is_file():
+            raise BadInput(f"--text_file {name} is no file that can be read twice; make it one")
     for line, suffix, code in read_lines(args.text_file, args.language):
         digest.update(f"{line.rstrip()}\t{suffix}\t{code}\n".encode())
         n_texts += 1
+        as_english += [line] if code == "en" != args.language and note_english([line]) else []
     if not n_texts:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
+    for note in note_english(as_english):
+        print(f"note: {note}", file=sys.stderr)
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
-    settings = dict(text=digest.hexdigest()[:16], checkpoint=weights.hexdigest()[:16],
+    settings = dict(language=args.language, text=digest.hexdigest()[:16], checkpoint=weights.hexdigest()[:16],
                     write=kinds, best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
                     rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
     names = [f"shard-{i:05d}" for i in range(-(-n_texts // n))]
     total = sum(min(n, n_texts - n * i) for i in range(part - 1, len(names), n_parts))
     lines = read_lines(args.text_file, args.language)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with locked(folder) if n_parts == 1 else nullcontext(), tqdm(total=total, unit=" texts") as bar:
         check_settings(folder, settings)
         for i, name in enumerate(names):

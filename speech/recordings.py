@@ -72,7 +72,7 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     for i, line in enumerate(lines, 1):
         fields = line.split("\t", 2) if is_table else line.split("|")
         try:
-            if line.strip() and len(fields) < 3:
+            if line.strip() and (len(fields) < 3 or is_table and "\t" in fields[2].strip()):
                 raise BadInput(f"3 fields are expected, not {line[:60]!r}")
             if line.strip():
                 path, code = fields[:2] if is_table else (f"wavs/{fields[0]}.wav", "en")

@@ -96,6 +96,7 @@ def test_the_best_seed_is_kept_and_bad_ones_are_left_out(make):
 def test_spectrograms_and_sounds(make, tmp_path):
     files = make("a", "--write", "mel", "wav", "flac", "features", latent="mel")
     for row in rows_of(files):
+        assert [key for key in row if key in ("wav", "flac")] == ["wav", "flac"]
         shard, n = np.load(tmp_path / "a" / row["shard"]), row["frames"]
         start = shard["frames"][: row["index"]].sum()
         mel = shard["mel"][2 * start : 2 * (start + n)]
@@ -103,14 +104,26 @@ def test_spectrograms_and_sounds(make, tmp_path):
         assert shard["features"].shape == (shard["frames"].sum(), 128)
         wav, flac = (soundfile.read(tmp_path / "a" / row[kind])[0] for kind in ("wav", "flac"))
         assert len(wav) == 320 * n and np.abs(wav - flac).max() < 1e-3 < wav.std()
+    (tmp_path / "a" / row["wav"]).unlink()
+    assert make("a", "--write", "mel", "wav", "flac", "features", latent="mel") == files
+
+
+def test_texts_of_another_script_are_noted(make, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("老师在教室里。\nYes.\n", "utf-8")
+    for flags in ([], ["--language", "zh"]):
+        make(f"a{len(flags)}", "--text_file", str(tmp_path / "t.txt"), *flags)
+        note = "1 texts such as '老师在教室里。' are read as English"
+        assert (note in capsys.readouterr().err) == (not flags)
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--part", "9/8"], "--part '9/8' cannot be used; 2/8 is the second"),
     (["--part", "two"], "--part 'two' cannot be used"), (["--best_of", "0"], "--best_of 0 cannot be used; 1 to 100"),
-    (["--speed", "20"], "--speed 20.0 cannot be used"), (["--seed", "3"], "with --seed 0, not 3"),
-    (["--max_cer", "nan"], "--max_cer nan cannot be used"), (["--write", "mel"], "have no sound"),
-    (["--wav", "x"], "no --wav"), (["--steps", "2"], "was begun with --steps 4, not 2"),
+    (["--speed", "20"], "--speed 20.0 cannot be used"), (["--seed", "3"], "with --seed 0, not with --seed 3"),
+    (["--max_cer", "5"], "--max_cer 5.0 cannot be used; 0 to 1, 0.05 is 5 %"),
+    (["--max_cer", "nan"], "--max_cer nan cannot"), (["--language", "fr"], "with no --language, not"),
+    (["--write", "mel"], "have no sound"),
+    (["--wav", "x"], "no --wav"), (["--steps", "2"], "with --steps 4, not with --steps 2"),
     (["--write", "mp3"], "invalid choice: 'mp3'")])
 def test_flags_of_a_set_that_cannot_be_used(make, flags, words):
     make("a", "--part", "3/9")
@@ -129,9 +142,19 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa:
             make(name)
     with locked(tmp_path / "a"), pytest.raises(BadInput, match="another run writes to"):
         make("a")
+    for name in ("shard-00000.npz", "shard-00001.jsonl"):  # a copy that broke off
+        (tmp_path / "a" / name).write_bytes(before[name][:-9])
+    assert make("a") == before
     (tmp_path / "text.tsv").write_text("en\tThe dog sleeps.\n")
     with pytest.raises(BadInput, match="was begun with another text"):
         make("a")
+    (tmp_path / "a" / "settings.json").write_text("")
+    with pytest.raises(BadInput, match="settings.json is damaged"):
+        make("a")
+    with pytest.raises(BadInput, match="text.tsv/a cannot be a folder .*; give a place"):
+        make("text.tsv/a")
+    with pytest.raises(BadInput, match="/dev/null is no file that can be read twice"):
+        make("c", "--text_file", "/dev/null")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")
     with pytest.raises(BadInput, match="b holds something else; give a new or empty folder"):

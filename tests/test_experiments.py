@@ -1,5 +1,6 @@
 """make_pocket.py and the studies: `python -m pytest tests/test_experiments.py`, a minute."""
 import argparse
+import re
 import shutil
 import statistics
 from dataclasses import asdict
@@ -293,15 +294,34 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     assert lines[0] == f"| {kind} | {values[0]} | {values[1]} |"
     _, first, second = lines[2].split(" | ")
     assert lines[2].count(" ± 0.00%") == 2 and first != second.removesuffix(" |")
+    for wrong in (["steps", "0"], ["sway", "9"], ["method", "rk4"], ["guidance", "nan"],
+                  ["speed", "1", "--sentences", "0"]):
+        with pytest.raises(BadInput, match=wrong[0] if len(wrong) == 2 else "too few"):
+            sweep.main(wrong + ["--checkpoints", checkpoints[latent]])
+    with pytest.raises(BadInput, match="flow.jpg is no .png"):
+        look.main([checkpoints[latent], "--out", str(tmp_path / "flow.jpg")])
     benchmark.main(["memory"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split(" | ")[1:5:3] == ["12", "57 M"]  # 37 M, and the rows of the softmax
+    assert lines[2].split(" | ")[1:5:3] == ["12", "37 M"]
     monkeypatch.setitem(benchmark.SHAPES, "tiny", (80, 64, 2, 1, 1, 51865))
-    args = argparse.Namespace(device="cpu", latent=latent, batch_size=4, steps=1, warmup=1)
+    args = argparse.Namespace(device="cpu", latent=latent, depth=0, data=["builtin"], steps=1,
+                              warmup=1, batch_size=[4], words=["3-4"], languages=[2])
     benchmark.measure_training("tiny", False, args)
-    assert capsys.readouterr().out.startswith("| tiny | 2 | ")
+    assert re.match(r"\| tiny \| 2 \| .* \| 4 \| 3-4 \| \d\.\d \| 2 \|", capsys.readouterr().out)
+    sentences = [("de", "a b"), ("en", "a b c"), ("de", "a b c"), ("de", "a b c d")]
+    sentences = [data.Sentence(*s) for s in sentences]
+    assert benchmark.choose(sentences, "3-3", 1) == sentences[2:3]
+    for wrong in ("3", "9-9"):
+        with pytest.raises(BadInput, match=wrong):
+            benchmark.choose(sentences, wrong, 0)
     look.main([checkpoints[latent], "--out", str(tmp_path / "flow.png")])
     assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_differ_and_have_folders_of_their_own():
+    for wrong in (["3", "3"], ["0", "1", "--seed", "5"], ["0", "1", "--out_dir", "mine"]):
+        with pytest.raises(BadInput, match="each seed is given once"):
+            seeds.main(wrong)
 
 
 def test_bars_show_every_language(tmp_path):

@@ -1,4 +1,5 @@
 """What users and systems do wrong: one sentence, nothing lost, nothing silent."""
+import bz2
 import gzip
 import io
 import os
@@ -164,7 +165,9 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample {0}/long.txt", "it is a file, which belongs after --text_file"),
     ("train --out_dir=", "--out_dir is empty"),
     ("train --data 30%*builtin", "--data '30%*builtin' cannot be used"),
-    ("train --data en={0}/packed.txt", "packed.txt is packed by gzip, but its name"),
+    ("train --data en={0}/packed.txt", "not UTF-8; it is packed by gzip: unpack it, or name it"),
+    ("sample x --part 2/2", "--max_cer and --part belong to --out FOLDER"),
+    ("sample x --part 7/2 --out {0}/a.npz", "belong to --out FOLDER"),
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
     ("sample x --wav=", "--wav: it is empty; give something"),
     ("sample x --out=", "--out: it is empty; give something"),
@@ -379,6 +382,40 @@ def test_cells_of_a_spreadsheet_lose_their_quotes(pocket, tmp_path):
         'He says: "The dog sleeps."', '"a" and "b"']
 
 
+@pytest.mark.parametrize("content, way", [
+    (bz2.compress(b"The dog.\n"), "packed by bzip2"), (b"PK\3\4\xff", "packed by zip"),
+    ("é.\n".encode("utf-16"), "iconv -f utf-16 "), ("é.\n".encode("utf-32"), "iconv -f utf-32 "),
+    ("Der Bär.\n".encode("utf-16be"), "iconv -f utf-16be "), (b"caf\xe9\n", "iconv -f latin1 "),
+    ("Der Bär.\n".encode("utf-16le"), "iconv -f utf-16le ")])
+def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, content, way):
+    (tmp_path / "t.tsv").write_bytes(content)
+    with pytest.raises(BadInput, match=way):
+        read_file(tmp_path / "t.tsv", "de", pocket)
+
+
+def test_what_is_not_read_in_a_folder_is_noted(pocket, tmp_path):
+    (tmp_path / "en").mkdir()
+    for name in ("a.csv", "notes", "en/a.txt", "fr.txt", ".hidden"):
+        (tmp_path / name).write_text("Le chien dort.\nLe chat dort.\n")
+    shares, notes = load_data([str(tmp_path)], pocket)
+    assert len(shares) == 2 and notes == [
+        f"of {tmp_path} only .txt and .tsv are read, not a.csv, en, notes"]
+
+
+def test_a_file_of_another_script_is_noted(pocket, tmp_path):
+    (tmp_path / "t.txt").write_text("老师在教室里。\nYes.\n", "utf-8")
+    for language, n in ((None, 1), ("zh", 0), ("en", 0)):
+        assert len(read_texts([], [str(tmp_path / "t.txt")], language, pocket)[1]) == n
+
+
+def test_a_rank_without_torchrun_hides_no_error(pocket, monkeypatch):
+    for environment, words in ((dict(RANK="1"), "no word in it"), (dict(LOCAL_RANK="1"), "^1")):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match=f"{words}$"):
+            guard(lambda: read_texts([""], [], "en", pocket))
+
+
 def test_a_recording_has_one_text(pocket, tmp_path):
     (tmp_path / "manifest.tsv").write_text("path\tlanguage\ttext\na.wav\ten\tA dog.\n"
                                            "a.wav\ten\tA cat.\n")
@@ -387,3 +424,5 @@ def test_a_recording_has_one_text(pocket, tmp_path):
     assert "line 1: pocket does not know the language 'language'" in notes[0]
     assert notes[0].endswith("a line is path<TAB>language<TAB>text")
     assert "line 3: a.wav has a text already" in notes[1]
+    (tmp_path / "manifest.tsv").write_text("a.wav\ten\tA dog.\tJohn\n")
+    assert "3 fields are expected" in recordings.read_manifest(tmp_path, pocket)[1][0]

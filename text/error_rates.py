@@ -18,12 +18,14 @@ def normalizer(language: str):
 
 def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:
     """Levenshtein distance: fewest insertions, deletions and substitutions."""
-    row = list(range(len(hypothesis) + 1))
-    for i, expected in enumerate(reference, 1):
-        previous, row = row, [i]
-        for j, token in enumerate(hypothesis):
-            row.append(min(row[j] + 1, previous[j + 1] + 1, previous[j] + (expected != token)))
-    return row[-1]
+    ids = {token: i for i, token in enumerate({*reference, *hypothesis})}
+    hyp, row = np.array([ids[token] for token in hypothesis], int), np.arange(len(hypothesis) + 1)
+    insertions = row.copy()
+    for i, token in enumerate(reference, 1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (hyp != ids[token]))
+        # Insertions after the best of all that came before: a running minimum.
+        row = np.minimum.accumulate(np.append(i, best) - insertions) + insertions
+    return int(row[-1])
 
 
 class ErrorRates(NamedTuple):

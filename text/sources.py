@@ -34,6 +34,7 @@ ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
 NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt .npz .png "
               ".jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls .epub .rtf".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\3\4": "zip", b"\xfd7zXZ": "xz"}
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
 
@@ -47,7 +48,8 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     if len(text) > MAX_CHARACTERS:
         raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
     if re.search("[\0\ud800-\udfff]", text):
-        raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` converts UTF-16")
+        raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` (or utf-16be) "
+                       "converts UTF-16")
     if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGE_ROWS):
         raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
@@ -119,6 +121,20 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     return make_sentence(columns[0], code, whisper)
 
 
+def way_to_utf8(path: Path) -> str:
+    """What makes a file that is not UTF-8 one that is, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(1000)
+    for magic, name in PACKED.items():
+        if head.startswith(magic):
+            return f"it is packed by {name}: unpack it, or name it as such (.gz, .bz2)"
+    zeros = [head[i::2].count(0) for i in (0, 1)]  # of letters in UTF-16: the upper byte
+    other = ("utf-32" if head[:4] == b"\xff\xfe\0\0" else
+             "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else
+             "latin1" if not any(zeros) else "utf-16be" if zeros[0] > zeros[1] else "utf-16le")
+    return f"convert the file, e.g. `iconv -f {other} -t utf-8 {path}`"
+
+
 def lines_of(path: Path, language: str | None) -> Iterator[str]:
     """The lines of a text file, packed or not; BadInput if it is missing or not UTF-8."""
     if kind(path) in NO_TEXT:
@@ -129,11 +145,8 @@ def lines_of(path: Path, language: str | None) -> Iterator[str]:
         with OPEN.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig") as lines:
             yield from lines
     except UnicodeDecodeError as error:
-        if error.object[:2] == b"\x1f\x8b":
-            raise BadInput(f"{path} is packed by gzip, but its name does not end in .gz") from error
-        other = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the "
-                       f"file, e.g. `iconv -f {other} -t utf-8 {path}`") from error
+        raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+                       + way_to_utf8(path)) from error
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"cannot read {path} ({first_line(error)}); give another file") from error
 
@@ -161,6 +174,14 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     return counts, notes
 
 
+def note_english(texts: Sequence[str]) -> list[str]:
+    """A note on texts without a Latin letter whose language nobody said."""
+    other = [text for text in texts
+             if re.search("[^\\W\\d_]", text) and not re.search("[a-zA-Z]", text)]
+    return other and [f"{len(other)} texts such as {other[0].strip()[:40]!r} are read as English; "
+                      "--language says another"]
+
+
 def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
                whisper: FrozenWhisper) -> tuple[list[Sentence], list[str]]:
     """Texts of the command line, files or URLs, or lines of standard input -> sentences, notes."""
@@ -171,6 +192,7 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
         more, problems = read_file(file, code, whisper)
         counts.update(more)
         notes += problems
+        notes += note_english([s.text for s in more if code == "en" != language])
     if files:
         return list(counts), notes
     if not texts and sys.stdin and sys.stdin.isatty():
@@ -187,11 +209,7 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
             sentences.append(make_sentence(line, language or "en", whisper))
         except BadInput as error:
             raise BadInput(f"text {i}, {line[:40]!r}: {error}") from error
-    other = [s.text for s in sentences if re.search("[^\\W\\d_]", s.text) and not language
-             and not re.search("[a-zA-Z]", s.text)]
-    if other:
-        notes.append(f"{len(other)} texts such as {other[0][:40]!r} are read as English; "
-                     "--language says another")
+    notes += note_english([s.text for s in sentences if not language])
     if len(texts) > 2 and all(len(words(s.text, s.language)) == 1 for s in sentences):
         notes.append(f"{len(texts)} texts of a word each; quotes make them one text")
     return sentences, notes
@@ -209,9 +227,11 @@ def builtin(max_lines: int = 10**6) -> list[Sentence]:
 def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper,
                 max_lines: int) -> Texts:
     """All .txt and .tsv of a folder, packed or not; with no language given fr.txt is French."""
-    counts, files = Counter(), sorted(folder.iterdir())
-    notes = [f"{file} is not read: {kind(file)}" for file in files if kind(file) in NO_TEXT]
-    for file in (path for path in files if kind(path) in (".txt", ".tsv")):
+    counts, files = Counter(), [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    others = [path.name for path in files if kind(path) not in (".txt", ".tsv") or path.is_dir()]
+    notes = others and [f"of {folder} only .txt and .tsv are read, not {', '.join(others[:5])}"
+                        + " ..." * (len(others) > 5)]
+    for file in (path for path in files if path.name not in others):
         code = language or (file.name.partition(".")[0] if kind(file) == ".txt" else None)
         try:
             more, problems = read_file(file, code, whisper, max_lines)
