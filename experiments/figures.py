@@ -1,0 +1,18 @@
+"""Figures are whole .png files."""
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+
+from plumbing.errors import BadInput
+from plumbing.files import atomic_write
+
+matplotlib.use("Agg")
+
+
+def save(figure: pyplot.Figure, path: Path, dpi: int = 100) -> None:
+    if path.suffix.lower() != ".png":
+        raise BadInput(f"{path} is no .png, which is what is written")
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", dpi=dpi)
+    pyplot.close(figure)
