@@ -69,10 +69,12 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     none is left to train on.
     """
     shares = [hash_share(s) for s in sentences]
-    limit = max(HELD_OUT, min(shares, default=0))  # at least one; in tiny sets that one may move
-    held_out = [s for s, share in zip(sentences, shares) if share <= limit]
-    keys = set(map(key, held_out))
-    training = [s for s, share in zip(sentences, shares) if share > limit and key(s) not in keys]
+    # At least one of a language; in tiny sets that one may move.
+    lowest = {s.language: share for share, s in sorted(zip(shares, sentences), reverse=True)}
+    held_out = [s for s, share in zip(sentences, shares)
+                if share <= max(HELD_OUT, lowest[s.language])]
+    keys = set(map(key, held_out))  # their own too
+    training = [s for s in sentences if key(s) not in keys]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
                        "more, in languages that the decoder knows")
@@ -177,8 +179,8 @@ class Batch(NamedTuple):
         return position < self.cond["frames"][:, None]
 
     def shard(self, rank: int, n_ranks: int) -> "Batch":
-        """Every n_ranks-th item."""
-        part = slice(rank, None, n_ranks)
+        """Every n_ranks-th item, at least one."""
+        part = slice(rank % len(self.sentences), None, n_ranks)
         cond = {name: x[part] for name, x in self.cond.items()}
         x1 = None if self.x1 is None else self.x1[part]
         return Batch(self.sentences[part], cond, self.targets[part], self.token_frames[part], x1)

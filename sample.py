@@ -136,7 +136,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(**Solver()._asdict())
     args = parser.parse_args(argv)
     if args.text and args.text_file:
-        raise BadInput("texts and --text_file were given; give one of them")
+        raise BadInput(f"texts and --text_file were given, such as {args.text[0][:40]!r}; give one "
+                       "of them, and each file its --text_file")
     args.solver = Solver(*(getattr(args, name) for name in Solver._fields))
     return args
 

@@ -32,6 +32,7 @@ from pocket.clips import real_speech_cer
 from speech.align import durations_by
 from speech.ear import Ear, Room, room_of_step
 from text.error_rates import cer_by_language, error_rates
+from text.long import LongBatches
 from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper
 
@@ -162,8 +163,8 @@ def evaluate(run: "Run", held_out: list) -> dict:
             result[f"val_{name}_{steps}step"] = rate
         for code, cer in cer_by_language(sentences, hypotheses).items():
             result[f"val_cer_{steps}step_{code}"] = cer
-    # Chance: what was read with 4 steps for another sentence.
-    result["cer_shuffled_text"] = error_rates(sentences, hypotheses[1:] + hypotheses[:1]).cer
+    shuffled = hypotheses[1:] + hypotheses[:1]  # chance: for another sentence, if there is one
+    result["cer_shuffled_text"] = error_rates(sentences, shuffled).cer if shuffled[1:] else math.nan
     return result | dict(cer_real_speech=real_speech_cer(whisper, n),
                          evaluation_seconds=time.time() - start)
 
@@ -310,12 +311,11 @@ def main(argv=None) -> dict:
         shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
                                   config.max_lines)
         training, held_out = data.split(list(shares))
-        batches = data.Batches({s: shares[s] for s in training}, whisper, config.batch_size,
-                               config.seed, config.speed, config.speed_range or whisper.speed_range)
+        batches = LongBatches({s: shares[s] for s in training}, whisper, config.batch_size,
+                              config.seed, config.speed, config.speed_range or whisper.speed_range)
         if config.speech:
-            from speech import recordings
-            batches, run_objective, rhythm, more = recordings.join(batches, held_out, config)
-            notes += more
+            from speech.recordings import join
+            batches, run_objective, rhythm, notes = join(batches, held_out, config, notes)
     run = Run(config, whisper, rhythm, shares)
     if checkpoint:
         run.load(checkpoint)

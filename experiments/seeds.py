@@ -20,8 +20,9 @@ def main(argv=None) -> None:
     seeds, flags = argv[:n_seeds], argv[n_seeds:]
     if len(seeds) < 2 or not all(map(str.isdecimal, seeds)):
         raise BadInput(f"{' '.join(seeds) or 'nothing'} cannot be used; give at least two seeds, "
-                       "such as 0 1 2")
-    if len({*seeds}) < len(seeds) or {"--seed", "--out_dir"} & {*flags}:
+                       "such as 0 1 2, and then the flags")
+    if len({*seeds}) < len(seeds) or {"--seed", "--out_dir"} & {
+            flag.partition("=")[0] for flag in flags}:
         raise BadInput("each seed is given once, and its folder is out/seed0, out/seed1 ...; leave "
                        "out --seed, --out_dir and what is given twice")
     results = [train.main([*flags, "--seed", seed, "--out_dir", f"out/seed{seed}"])

@@ -38,6 +38,7 @@ from whisper_decoder import FrozenWhisper  # noqa: E402
 
 TEXT, END = N_CODES, N_CODES + 1  # marks behind the sound tokens; letters follow
 MAX_LETTERS = 120
+RATE = 3e-3  # of learning, at its peak
 
 
 class Block(nn.Module):
@@ -101,10 +102,9 @@ def losses(model: SpeechLM, items: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
     x = model.states(tokens[:, :-1].clamp(min=0))
     nll = F.cross_entropy((x @ model.embedding.weight.T).mT, targets.clamp(min=0), reduction="none")
     is_sound, is_text = (targets >= 0) & (targets < TEXT), targets > TEXT
-    n_sounds, n_letters = (tokens[:, :-1] < TEXT).logical_and(tokens[:, :-1] >= 0).sum(1), (targets > END).sum(1)
     log_probs = model.ctc(x).log_softmax(2).transpose(0, 1)
-    ctc = F.ctc_loss(log_probs, targets[targets > END] - END, n_sounds, n_letters,
-                     zero_infinity=True)
+    ctc = F.ctc_loss(log_probs, targets[targets > END] - END, is_sound.sum(1) + 1,
+                     (targets > END).sum(1), zero_infinity=True)
     return nll[is_sound].mean(), nll[is_text].mean(), ctc
 
 
@@ -114,13 +114,16 @@ def uneven(x: Tensor, rng: torch.Generator) -> Tensor:
     return resample(x, torch.linspace(0, len(x) - 1, max(2, round(len(x) * pace.item()))))
 
 
-def train_model(sounds: list[list[list[int]]], texts: list[str], alphabet: dict, steps: int,
-                seed: int) -> SpeechLM:
+def train_model(sounds: list[list[list[int]]], texts: list[str], alphabet: dict, codes: Tensor,
+                steps: int, seed: int) -> SpeechLM:
     """Learns from versions of the utterances, sounds[version][utterance]."""
     torch.manual_seed(seed)
     model = SpeechLM(END + 1 + len(alphabet)).train()
+    with torch.no_grad():  # sounds that are alike begin alike
+        projection = 0.02 * torch.randn(codes.shape[1], model.width)
+        model.embedding.weight[:N_CODES] = codes @ projection
     versions = [sequences(version, texts, alphabet) for version in sounds]
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.98), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.98), weight_decay=0.1)
     lengths = torch.tensor([float(len(x)) for x in versions[0]])
     for step in (bar := tqdm(range(steps), "language model")):
         picks = data.draw_alike(torch.ones(len(lengths)), lengths, 24, data.generator(seed, step))
@@ -129,7 +132,7 @@ def train_model(sounds: list[list[list[int]]], texts: list[str], alphabet: dict,
         optimizer.zero_grad(set_to_none=True)
         (text + 0.3 * sound + ctc).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 100, 1.05 - step / steps)
+        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 100, 1.05 - step / steps)
         optimizer.step()
         bar.set_postfix(sound=f"{sound.item():.2f}", text=f"{text.item():.2f}",
                         ctc=f"{ctc.item():.2f}")
@@ -180,6 +183,7 @@ def main(argv=None) -> None:
     add("sources", nargs="+", help="espeak, or checkpoints of train.py: a row each")
     add("--quantiser", type=Path, default=ROOT / "out" / "tokens" / "quantiser.pt",
         help="of experiments/tokens.py")
+    add("--languages", nargs="+", help="of sentences and test (default: all); one learns faster")
     add("--sentences", type=int, default=2000, help="that a model learns from")
     add("--versions", type=int, default=2, help="of each, in other voices")
     add("--rooms", type=float, default=1.0, help="how different they are (spectrograms only)")
@@ -190,17 +194,18 @@ def main(argv=None) -> None:
         raise BadInput("--sentences, --versions and --steps are at least 1")
     whisper = FrozenWhisper("pocket")
     quantiser = load_quantiser(args.quantiser, whisper)
-    training = data.split(list(load_data(["builtin"], whisper)[0]))[0]
+    codes = [whisper.check_language(code) for code in args.languages or whisper.languages]
+    training = data.split([s for s in load_data(["builtin"], whisper)[0] if s.language in codes])[0]
     sentences = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     texts = [letters(s) for s in sentences]
     alphabet = {c: END + 1 + i for i, c in enumerate(sorted(set("".join(map(letters, training)))))}
-    real, work = real_test(whisper), args.quantiser.parent / "speech"
-    heard = tokenise(quantiser, real, whisper)
+    real = Speech(*zip(*((s, x) for s, x in zip(*real_test(whisper)) if s.language in codes)))
+    heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on real speech | on what it learned from | perplexity "
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)
     for source in args.sources:
         sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work, args.rooms)
-        model = train_model(sounds, texts, alphabet, args.steps, args.seed)
+        model = train_model(sounds, texts, alphabet, quantiser.codes, args.steps, args.seed)
         cer, perplexity = test(model, heard, [letters(s) for s in real.sentences], alphabet)
         own, own_perplexity = test(model, sounds[0][:100], texts[:100], alphabet)
         print(f"| {source} | {cer:.1%} | {own:.1%} | {perplexity:.1f} | {own_perplexity:.1f} |",

@@ -56,7 +56,8 @@ def is_set(path: Path | None) -> bool:
 def add_flags(add: Callable) -> None:
     """Flags of sample.py, by `add` of its parser."""
     add("--out", type=flags.path, help="write the features here: FILE.npz, or a FOLDER of shards")
-    add("--write", nargs="+", default=[], choices=KINDS, help="to the FOLDER (default: features)")
+    add("--write", nargs="+", action="extend", default=[], choices=KINDS,
+        help="to the FOLDER (default: features)")
     add("--best_of", type=int, default=1, help="so many seeds are tried, the best read is written")
     add("--max_cer", type=float, help="what is read worse, 0.05 is 5 %%, is left out of the FOLDER")
     add("--part", default="1/1", help="2/8: the second of eight processes that write the FOLDER")
@@ -283,7 +284,8 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     digest, n_texts, n, as_english = hashlib.sha256(), 0, TEXTS_A_SHARD, []
     for name in args.text_file:
         if (path := local_file(name)).exists() and not path.is_file():
-            raise BadInput(f"--text_file {name} is no file that can be read twice; make it one")
+            raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
+                           "and give each file of a folder its --text_file")
     for line, suffix, code in read_lines(args.text_file, args.language):
         digest.update(f"{line.rstrip()}\t{suffix}\t{code}\n".encode())
         n_texts += 1
@@ -293,7 +295,8 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     for note in note_english(as_english):
         print(f"note: {note}", file=sys.stderr)
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
-    settings = dict(language=args.language, text=digest.hexdigest()[:16], checkpoint=weights.hexdigest()[:16],
+    settings = dict(language=args.language, text=digest.hexdigest()[:16],
+                    checkpoint=weights.hexdigest()[:16],
                     write=kinds, best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
                     rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
     names = [f"shard-{i:05d}" for i in range(-(-n_texts // n))]

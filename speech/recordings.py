@@ -83,6 +83,8 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
         except BadInput as error:
             form = "path<TAB>language<TAB>text" if is_table else "id|text|text as spoken"
             notes.append(f"{manifest}, line {i}: {error}; a line is {form}")
+    if not is_table:
+        notes.append(f"{manifest} is read as English; a manifest.tsv says another language")
     return [*entries.items()], notes
 
 
@@ -235,14 +237,15 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
     return TEXT_WEIGHT * nll.mean(), nll, 0 * t, 0 * t
 
 
-def join(text: data.Batches, held_out: Sequence[Sentence], config) -> tuple:
+def join(text: data.Batches, held_out: Sequence[Sentence], config,
+         notes: Sequence[str] = ()) -> tuple:
     """Batches of text, train.Config -> batches of recordings and text, objective, rhythm, notes.
 
     Text lasts as long as the recordings say, in their languages.
     """
-    recordings, notes = load_recordings(Path(config.speech), text.whisper, held_out)
+    recordings, more = load_recordings(Path(config.speech), text.whisper, held_out)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
     text.set_durations(Rhythm(**rhythm).durations)
     if not {r.sentence.language for r in recordings} & {s.language for s in text.sentences}:
-        notes.append("text and recordings have no language in common")
-    return Batches(recordings, text, config.steps), objective, rhythm, notes
+        more.append("text and recordings have no language in common")
+    return Batches(recordings, text, config.steps), objective, rhythm, [*notes, *more]

@@ -94,7 +94,7 @@ def test_the_best_seed_is_kept_and_bad_ones_are_left_out(make):
 
 
 def test_spectrograms_and_sounds(make, tmp_path):
-    files = make("a", "--write", "mel", "wav", "flac", "features", latent="mel")
+    files = make("a", "--write", "mel", "wav", "--write", "flac", "features", latent="mel")
     for row in rows_of(files):
         assert [key for key in row if key in ("wav", "flac")] == ["wav", "flac"]
         shard, n = np.load(tmp_path / "a" / row["shard"]), row["frames"]

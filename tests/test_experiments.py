@@ -319,7 +319,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
 
 
 def test_seeds_differ_and_have_folders_of_their_own():
-    for wrong in (["3", "3"], ["0", "1", "--seed", "5"], ["0", "1", "--out_dir", "mine"]):
+    for wrong in (["3", "3"], ["0", "1", "--seed", "5"], ["0", "1", "--out_dir=mine"]):
         with pytest.raises(BadInput, match="each seed is given once"):
             seeds.main(wrong)
 

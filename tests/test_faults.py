@@ -2,6 +2,7 @@
 import bz2
 import gzip
 import io
+import math
 import os
 import re
 import shutil
@@ -172,6 +173,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --wav=", "--wav: it is empty; give something"),
     ("sample x --out=", "--out: it is empty; give something"),
     ("sample --text_file=", "'' is no file; give a path"),
+    ("sample --text_file fr=x.txt", "there is no file 'fr=x.txt'; --language says the language"),
+    ("sample --text_file x.txt y.txt", "such as 'y.txt'; give one of them, and each file its"),
     ("sample --text_file ftp://a/b.txt", "'ftp://a/b.txt' is no file; give a path, or an address"),
     ("sample --text_file {0}/a.png", "no .png is read"),
     ("sample x --ckpt {0}/mel --wav /dev/null", "neither FILE.wav nor a folder"),
@@ -394,12 +397,12 @@ def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, con
 
 
 def test_what_is_not_read_in_a_folder_is_noted(pocket, tmp_path):
-    (tmp_path / "en").mkdir()
-    for name in ("a.csv", "notes", "en/a.txt", "fr.txt", ".hidden"):
+    (tmp_path / "en.txt").mkdir()
+    for name in ("a.csv", "notes", "en.txt/a.txt", "fr.txt", ".hidden"):
         (tmp_path / name).write_text("Le chien dort.\nLe chat dort.\n")
     shares, notes = load_data([str(tmp_path)], pocket)
     assert len(shares) == 2 and notes == [
-        f"of {tmp_path} only .txt and .tsv are read, not a.csv, en, notes"]
+        f"of {tmp_path} only .txt and .tsv are read, not a.csv, en.txt, notes"]
 
 
 def test_a_file_of_another_script_is_noted(pocket, tmp_path):
@@ -414,6 +417,39 @@ def test_a_rank_without_torchrun_hides_no_error(pocket, monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit, match=f"{words}$"):
             guard(lambda: read_texts([""], [], "en", pocket))
+
+
+def test_headers_of_tables_and_empty_columns_are_no_sentences(pocket, tmp_path):
+    (tmp_path / "t.tsv").write_text("client_id\tpath\tSentence\tlocale\n1\ta.mp3\tThe dog.\ten\n"
+                                    "language\ttext\nen\t\npath\tThe text.\nx\ttext\n")
+    counts, notes = read_file(tmp_path / "t.tsv", "en", pocket)
+    assert [s.text for s in counts] == ["en", "The text.", "text"]
+    assert "line 1 is left out, and 1 more: it is the header of a table" in notes[0]
+    assert "the last of 2 columns, the text, has no word in it" in notes[1]
+    (tmp_path / "t.txt").write_text("Yes.\n" * 9)
+    with pytest.raises(BadInput, match=r"1 different sentences \('Yes.'\) are too few"):
+        load_data([f"en={tmp_path}/t.txt"], pocket)
+
+
+def test_of_every_language_a_sentence_is_held_out():
+    sentences = [data.Sentence(code, f"{code} {i}") for code, n in (("en", 50), ("fr", 2), ("de", 3))
+                 for i in range(n)]
+    training, held_out = data.split(sentences)
+    assert {s.language for s in held_out} == {s.language for s in training} == {"en", "fr", "de"}
+    assert sorted(training + held_out) == sorted(sentences)
+
+
+def test_one_sentence_has_no_other_to_compare_with(pocket):
+    result = train.evaluate(train.Run(train.Config(depth=1, eval_sentences=1), pocket),
+                            [data.Sentence("en", "The dog sleeps.")])
+    assert math.isnan(result["cer_shuffled_text"]) and result["val_cer_4step"] > 0
+
+
+def test_ljspeechs_layout_is_english(pocket, tmp_path):
+    (tmp_path / "metadata.csv").write_text("a|The dog.|The dog.\n")
+    (_, sentence), = recordings.read_manifest(tmp_path, pocket)[0]
+    assert sentence.language == "en"
+    assert "is read as English" in recordings.read_manifest(tmp_path, pocket)[1][-1]
 
 
 def test_a_recording_has_one_text(pocket, tmp_path):

@@ -19,7 +19,7 @@ from plumbing.errors import BadInput
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
 from text import sources
 from text.error_rates import edit_distance, error_rates
-from text.long import fits, split_long
+from text.long import LongBatches, fits, split_long
 from text.sources import builtin, load_data, make_sentence
 from text.spelling import strip_unspoken
 from whisper_decoder import FrozenWhisper
@@ -124,6 +124,25 @@ def test_length_rule(language, text, speed, frames):
     assert data.n_frames(Sentence(language, text), speed) == frames
     durations = data.char_durations(Sentence(language, text), speed)
     assert len(durations) == len(text) and math.isclose(durations.sum(), frames)
+
+
+def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(pocket, monkeypatch):
+    shares = {s: 1 + i for i, s in enumerate(data.split(builtin())[1][::10])}
+    plain, batches = (kind(shares, pocket, 8, 0, 1.0, 1.7) for kind in (data.Batches, LongBatches))
+    assert [batches[i].sentences for i in range(9)] == [plain[i].sentences for i in range(9)]
+    monkeypatch.setattr(pocket, "max_frames", 1500)
+    found, again = ([batches[i] for i in range(0, 40, 4)] for _ in range(2))
+    assert [b.sentences for b in found] == [b.sentences for b in again]
+    assert batches[5].sentences == plain[5].sentences and {len(b.sentences) for b in found} == {2}
+    known = {code: [s.text for s in shares if s.language == code] for code in pocket.languages}
+    for language, text in (s for batch in found for s in batch.sentences):
+        while first := max((t for t in known[language] if text.startswith(t)), key=len, default=""):
+            text = text[len(first):].strip()
+        assert not text  # sentences of one language
+    frames = torch.cat([batch.cond["frames"] for batch in found])
+    assert 800 < frames.max() <= 1500 and frames.min() < 400 < frames.float().mean()
+    assert max(len(pocket.encode(s.text, s.language)) for b in found for s in b.sentences) <= 112
+    assert sum(len(found[0].shard(rank, 4).sentences) for rank in range(4)) == 4  # none is empty
 
 
 @pytest.mark.parametrize("language, text", [

@@ -83,7 +83,7 @@ def test_a_language_model_learns_tokens_and_their_text():
     sounds = [[[i, i, 100 + i]] * 3 for i in range(8)]
     versions, texts = [[s[k] for s in sounds] for k in range(2)], list("abcdefgh")
     alphabet = {c: speech_lm.END + 1 + i for i, c in enumerate(texts)}
-    model = speech_lm.train_model(versions, texts, alphabet, 150, 0)
+    model = speech_lm.train_model(versions, texts, alphabet, randn(512, 64), 150, 0)
     cer, perplexity = speech_lm.test(model, versions[0], texts, alphabet)
     assert cer == 0 and 1 <= perplexity < 3
     cer, other = speech_lm.test(model, [[200, 3, 77]] * 8, texts, alphabet)

@@ -1,10 +1,17 @@
-"""Texts too long for the decoder are cut into pieces that fit, and what was read is joined."""
+"""Texts too long for the decoder are cut into pieces that fit; long ones that fit are learned."""
 import re
+from collections import defaultdict
 from typing import Callable, Sequence
 
+import torch
+
+import data
 from data import Sentence, char_durations, count_frames, words
 from plumbing.errors import BadInput
+from text.spelling import UNSPACED
 from whisper_decoder import FrozenWhisper
+
+EVERY = 4  # batches: one of them is of long texts
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
 CUTS = (r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
@@ -52,3 +59,41 @@ def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
         joined += (" " if " " in whole[end:start] else "") + hypothesis
         end = start + len(piece)
     return joined
+
+
+class LongBatches(data.Batches):
+    """`data.Batches`, of which every fourth has sentences in a row, about as many words in all.
+
+    Long sentences are rare, and a flow that never learned them repeats itself after ten seconds.
+    Where Whisper hears no more than five sentences at once, as pocket does, there are no such ones.
+    """
+
+    def set_durations(self, durations: Callable) -> None:
+        super().set_durations(durations)
+        self.rule, self.of_language = durations, defaultdict(list)
+        for i, sentence in enumerate(self.sentences):
+            self.of_language[sentence.language].append(i)
+
+    def __getitem__(self, step: int) -> data.Batch:
+        if step % EVERY or self.whisper.max_frames < 5 * self.frames.mean():
+            return super().__getitem__(step)
+        rng = data.generator(self.seed, step)
+        picks = data.draw_alike(self.shares, self.frames, self.n, rng)[: max(1, self.n // EVERY)]
+        sentences = [self.lengthen(self.sentences[i], rng) for i in picks]
+        paces = self.speed_range ** (2 * torch.rand(len(picks), generator=rng) - 1)
+        durations = [self.rule(s, self.speed) / pace for s, pace in zip(sentences, paces.tolist())]
+        return data.make_batch(sentences, self.whisper, durations)
+
+    def lengthen(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
+        """Others of its language behind it, up to a random length that the decoder can hear."""
+        language, text = sentence
+        longest = max(0.2, torch.rand((), generator=rng).item()) * self.whisper.max_frames
+        others = self.of_language[language]
+        while True:
+            i = int(torch.multinomial(self.shares[others], 1, generator=rng))
+            between = "" if language in UNSPACED else " "
+            longer = Sentence(language, text + between + self.sentences[others[i]].text)
+            frames = count_frames(self.rule(longer, self.speed))
+            if frames > longest or not fits(longer, self.whisper, self.speed, self.rule):
+                return Sentence(language, text)
+            text = longer.text

@@ -34,6 +34,7 @@ ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
 NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt .npz .png "
               ".jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls .epub .rtf".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
+HEADER = set("language lang locale text sentence transcript transcription path".split())
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\3\4": "zip", b"\xfd7zXZ": "xz"}
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
@@ -95,7 +96,10 @@ def local_file(name: str) -> Path:
     """A path, or a URL, which is downloaded."""
     if not name or "://" in name and not re.match(URL, name):
         raise BadInput(f"{name!r} is no file; give a path, or an address of http or https")
-    return download(name) if re.match(URL, name) else Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(name))
+    if re.match(r"\w+=", name) and not path.exists():  # a source of train.py
+        raise BadInput(f"there is no file {name!r}; --language says the language of a text")
+    return download(name) if re.match(URL, name) else path
 
 
 def kind(path: Path) -> str:
@@ -113,7 +117,11 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
         raise BadInput("there is no tab between language and text")
     columns = [column[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', column) else column
                for column in columns]  # as spreadsheets write a cell with quotes
+    if len(HEADER & {code.lower(), *map(str.lower, columns)}) > 1:
+        raise BadInput("it is the header of a table")
     if language:
+        if not any(map(str.isalnum, columns[-1])):
+            raise BadInput(f"the last of {1 + len(columns)} columns, the text, has no word in it")
         return make_sentence(columns[-1], language, whisper)
     if len(columns) > 1:
         raise BadInput(f"{1 + len(columns)} columns, not language<TAB>text; with a language given, "
@@ -318,6 +326,7 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
     notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
     notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
     if len(shares) < 2:
-        raise BadInput("; ".join([f"{len(shares)} different sentences are too few; give --data "
-                                  "more", *notes[-1:]]))
+        only = "".join(f" ({s.text[:40]!r})" for s in shares)
+        raise BadInput("; ".join([f"{len(shares)} different sentences{only} are too few; give "
+                                  "--data more", *notes[-1:]]))
     return dict(shares), notes
