@@ -65,14 +65,14 @@ def hash_share(sentence: Sentence) -> float:
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Training and held-out sentences, by a hash of each: adding lines moves no other line.
 
-    Sentences that differ from a held-out one in signs and capitals only are dropped. BadInput if
-    none is left to train on.
+    What differs from a held-out one in signs and capitals only is dropped. Raises BadInput.
     """
     shares = [hash_share(s) for s in sentences]
-    # At least one of a language; in tiny sets that one may move.
-    lowest = {s.language: share for share, s in sorted(zip(shares, sentences), reverse=True)}
+    limit = max(HELD_OUT, min(shares, default=0))  # at least one, and one of a language of several;
+    order = sorted(zip(shares, sentences))  # in tiny sets that one may move
+    last, first = ({s.language: share for share, s in pairs} for pairs in (order, order[::-1]))
     held_out = [s for s, share in zip(sentences, shares)
-                if share <= max(HELD_OUT, lowest[s.language])]
+                if share <= limit or share == first[s.language] < last[s.language]]
     keys = set(map(key, held_out))  # their own too
     training = [s for s in sentences if key(s) not in keys]
     if not training:
