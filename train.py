@@ -233,7 +233,7 @@ def load_checkpoint(path: Path) -> dict:
     """What `Run.save` saved; BadInput if it is missing or something else."""
     path = path / "ckpt.pt" if path.is_dir() else path
     if not path.is_file():
-        raise BadInput(f"no checkpoint {path}; `python train.py` makes one")
+        raise BadInput(f"no checkpoint {path}; `python train.py --out_dir {path.parent}` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["config"] = asdict(Config(**checkpoint["config"]))

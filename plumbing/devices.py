@@ -112,7 +112,7 @@ def average_gradients(model: torch.nn.Module, stop: bool) -> bool:
     if not dist.is_initialized():
         return stop
     stops = torch.tensor(float(stop), device=next(model.parameters()).device)
-    for x in [*(p.grad for p in model.parameters()), stops]:
+    for x in [*(p.grad for p in model.parameters() if p.grad is not None), stops]:
         dist.all_reduce(x.div_(dist.get_world_size()))
     return bool(stops > 0)
 

@@ -105,9 +105,10 @@ class Log:
                   "steps that come now", file=sys.stderr)
             self.file = open(self.now, "a", buffering=1)
         if self.now != self.path:
-            for file in (self.path, checkpoint) if checkpoint.exists() else ():
-                if file.exists():
+            for file in self.path, checkpoint.with_name("result.txt"), checkpoint:
+                if checkpoint.exists() and file.exists():
                     os.replace(file, file.with_suffix(".old"))
+                    print(f"note: {file} of an earlier run is now its .old", file=sys.stderr)
             self.file.close()  # Windows renames no open file
             os.replace(self.now, self.path)
             self.now, self.file = self.path, open(self.path, "a", buffering=1)

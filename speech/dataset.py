@@ -66,6 +66,8 @@ def add_flags(add: Callable) -> None:
 def check(args) -> None:
     """BadInput for flags that do not go together."""
     out, folder = args.out, is_set(args.out)
+    if out and not folder:
+        make_folder(out.parent)
     if out and not folder and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise BadInput(f"--out {out} must be FILE.npz, no folder, in a folder that may be written")
     if folder and out.suffix and not out.is_dir():

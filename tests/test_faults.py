@@ -160,7 +160,9 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
     ("sample x --steps 1000000", "--steps must be between 1 and 1000"),
     ("sample x --out {0}", "is a folder of shards; it needs --text_file"),
-    ("sample x --out {0}/no/a.npz", "must be FILE.npz, no folder, in a folder that may be"),
+    ("sample x --out {0}/long.txt/a.npz", "long.txt cannot be a folder (File exists)"),
+    ("sample x --ckpt {0}/mel2/ckpt.pt", "/mel2` makes one"),
+    ("train --whisper {0}/moved.pt", "moved.pt is not there; put it back"),
     ("sample x --text_file y.txt", "texts and --text_file were given"),
     ("sample  y", "text 1, '': there is no word in it"),
     ("sample {0}/long.txt", "it is a file, which belongs after --text_file"),
@@ -262,7 +264,8 @@ def test_flags_are_known_and_repeated(capsys):
 
 def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     path, checkpoint = tmp_path / "log.csv", tmp_path / "ckpt.pt"
-    path.write_text("earlier"), checkpoint.write_text("earlier")
+    for file in path, checkpoint, tmp_path / "result.txt":
+        file.write_text("earlier")
     (tmp_path / "ckpt.pt.1.tmp").write_text("of a run that was killed")
     with locked(tmp_path):
         pass
@@ -284,7 +287,7 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
             part.write_text("half")
     contents = {x.name: x.read_text() for x in tmp_path.iterdir()}
     assert contents == {"log.csv": "step,loss\n0,0.5\n", "ckpt.pt": "now", "log.old": "earlier",
-                        "ckpt.old": "earlier"}
+                        "ckpt.old": "earlier", "result.old": "earlier"}
     with locked(tmp_path), pytest.raises(BadInput, match="another run writes to"):
         with locked(tmp_path):
             pass
@@ -444,6 +447,22 @@ def test_one_sentence_has_no_other_to_compare_with(pocket):
     result = train.evaluate(train.Run(train.Config(depth=1, eval_sentences=1), pocket),
                             [data.Sentence("en", "The dog sleeps.")])
     assert math.isnan(result["cer_shuffled_text"]) and result["val_cer_4step"] > 0
+
+
+def test_a_line_that_says_another_language_is_left_out(pocket, tmp_path):
+    (tmp_path / "t.tsv").write_text("en\tThe dog.\nfr\tLe chien.\nA dog.\tUn chien.\n")
+    counts, (note,) = read_file(tmp_path / "t.tsv", "fr", pocket)
+    assert [s.text for s in counts] == ["Le chien.", "Un chien."] and "'en', not 'fr'" in note
+
+
+def test_gradients_that_are_none_are_no_mean(monkeypatch):
+    model, seen = torch.nn.Linear(2, 2), []
+    model.weight.grad = torch.ones(2, 2)
+    monkeypatch.setattr(devices.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(devices.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(devices.dist, "all_reduce", lambda x: seen.append(x.mul_(2)))
+    assert not devices.average_gradients(model, False) and devices.average_gradients(model, True)
+    assert len(seen) == 4 and model.weight.grad.eq(1).all()
 
 
 def test_ljspeechs_layout_is_english(pocket, tmp_path):

@@ -119,6 +119,8 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
                for column in columns]  # as spreadsheets write a cell with quotes
     if len(HEADER & {code.lower(), *map(str.lower, columns)}) > 1:
         raise BadInput("it is the header of a table")
+    if language and len(columns) == 1 and code != language and code in ISO_639_3:
+        raise BadInput(f"it says {code!r}, not {language!r}")
     if language:
         if not any(map(str.isalnum, columns[-1])):
             raise BadInput(f"the last of {1 + len(columns)} columns, the text, has no word in it")
@@ -156,7 +158,7 @@ def lines_of(path: Path, language: str | None) -> Iterator[str]:
         raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
                        + way_to_utf8(path)) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"cannot read {path} ({first_line(error)}); give another file") from error
+        raise BadInput(f"cannot read {path} ({first_line(error)}); put it back, or give another") from error
 
 
 def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
