@@ -40,7 +40,7 @@ def has_bf16(device: torch.device) -> bool:
     Intel's that have it without AMX.
     """
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    is_amd = cpu.get("avx512_bf16") and "AMD" in cpu["cpu_name"]
+    is_amd = cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", "")
     return device.type == "cuda" or device.type == "cpu" and bool(cpu.get("amx_bf16") or is_amd)
 
 

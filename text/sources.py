@@ -158,7 +158,8 @@ def lines_of(path: Path, language: str | None) -> Iterator[str]:
         raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
                        + way_to_utf8(path)) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"cannot read {path} ({first_line(error)}); put it back, or give another") from error
+        raise BadInput(f"cannot read {path} ({first_line(error)}); put it back, or give another"
+                       ) from error
 
 
 def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
@@ -239,8 +240,8 @@ def read_folder(folder: Path, language: str | None, whisper: FrozenWhisper,
     """All .txt and .tsv of a folder, packed or not; with no language given fr.txt is French."""
     counts, files = Counter(), [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
     others = [path.name for path in files if kind(path) not in (".txt", ".tsv") or path.is_dir()]
-    notes = others and [f"of {folder} only .txt and .tsv are read, not {', '.join(others[:5])}"
-                        + " ..." * (len(others) > 5)]
+    rest = ", ".join(others[:5]) + " ..." * (len(others) > 5)
+    notes = [f"of {folder} only .txt and .tsv are read, not {rest}"] if others else []
     for file in (path for path in files if path.name not in others):
         code = language or (file.name.partition(".")[0] if kind(file) == ".txt" else None)
         try:
