@@ -175,6 +175,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(SHAPES):
         raise BadInput(f"{' '.join(unknown)}: choose some of {', '.join(SHAPES)}")
+    if min(args.steps, args.warmup + 1, *args.batch_size) < 1:
+        raise BadInput("--steps and --batch_size are at least 1, --warmup at least 0")
     if args.what == "memory":
         return compute_memory()
     if args.one:

@@ -142,6 +142,8 @@ def main(argv=None) -> None:
     parser.add_argument("--sentences", type=int, default=100)
     parser.add_argument("--recordings", type=Path, help="a folder with manifest.tsv")
     args = parser.parse_args(argv)
+    if args.sentences < 1:
+        raise BadInput(f"--sentences {args.sentences} are too few; at least 1")
     if not ctranslate2:
         raise BadInput("CTranslate2 is not installed; `pip install ctranslate2`")
     checkpoint = train.load_checkpoint(args.checkpoint)

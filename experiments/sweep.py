@@ -39,6 +39,11 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
         solver = Solver(**({} if kind in ("speed", "judge") else {kind: value}))
         speed = value if kind == "speed" else 1.0
         sentences = [s for s in held_out if fits(s, whisper, speed, durations)]
+        if len(sentences) < len(held_out):
+            print(f"note: at {kind} {value} only {len(sentences)} of {len(held_out)} fit",
+                  file=sys.stderr)
+        if not sentences:
+            raise BadInput(f"at {kind} {value} no sentence fits into what {whisper.name} can hear")
         lengths = [durations(s, speed) for s in sentences]
         features = features_of(model, whisper, reader, sentences, lengths, solver)
         rates.append(greedy_cer(reader, sentences, features))

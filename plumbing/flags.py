@@ -15,6 +15,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False)
         self.hint = hint
 
+    def parse_args(self, *args) -> argparse.Namespace:
+        found = super().parse_args(*args)
+        for name, value in vars(found).items():
+            if value == "":  # a variable of the shell that is not set
+                raise BadInput(f"--{name} is empty; give something, or leave it out")
+        return found
+
     def error(self, message: str) -> None:
         message = message.replace("ignored explicit argument", "it takes no value, not")
         if "expected at least one argument" in message:

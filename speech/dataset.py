@@ -36,7 +36,7 @@ from plumbing.errors import BadInput
 from plumbing.files import atomic_write, locked, make_folder
 from speech.sound import griffin_lim, write_samples
 from text.error_rates import error_rates
-from text.sources import kind, lines_of, local_file, note_english, read_line
+from text.sources import kind, lines_of, local_file, note_english, note_other, other_language, read_line
 from whisper_decoder import FrozenWhisper
 
 TEXTS_A_SHARD = 200
@@ -283,7 +283,7 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     """All shards of this part that are not there yet -> what there is then, in words."""
     folder, (part, n_parts) = args.out, parse_part(args.part)
     kinds = sorted(set(args.write or ["features"]))
-    digest, n_texts, n, as_english = hashlib.sha256(), 0, TEXTS_A_SHARD, []
+    digest, n_texts, n, as_english, others = hashlib.sha256(), 0, TEXTS_A_SHARD, [], []
     for name in args.text_file:
         if (path := local_file(name)).exists() and not path.is_file():
             raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
@@ -291,10 +291,11 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     for line, suffix, code in read_lines(args.text_file, args.language):
         digest.update(f"{line.rstrip()}\t{suffix}\t{code}\n".encode())
         n_texts += 1
+        others += [other_language(line, code)] if suffix == ".tsv" else []
         as_english += [line] if code == "en" != args.language and note_english([line]) else []
     if not n_texts:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
-    for note in note_english(as_english):
+    for note in note_english(as_english) + note_other(others, args.language):
         print(f"note: {note}", file=sys.stderr)
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
     settings = dict(language=args.language, text=digest.hexdigest()[:16],

@@ -25,7 +25,7 @@ from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write, fingerprint
 from speech.align import Rhythm, align_characters, fit_rhythm, spelling
 from speech.sound import resample
-from text.sources import make_sentence
+from text.sources import make_sentence, way_to_utf8
 from whisper_decoder import FrozenWhisper
 
 try:
@@ -66,8 +66,8 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     try:
         lines = manifest.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{manifest} is not UTF-8 ({first_line(error)}); convert it, e.g. `iconv -f "
-                       f"latin1 -t utf-8 {manifest}`") from error
+        raise BadInput(f"{manifest} is not UTF-8 ({first_line(error)}); {way_to_utf8(manifest)}"
+                       ) from error
     entries, notes = {}, []
     for i, line in enumerate(lines, 1):
         fields = line.split("\t", 2) if is_table else line.split("|")

@@ -114,6 +114,8 @@ def test_texts_of_another_script_are_noted(make, tmp_path, capsys):
         make(f"a{len(flags)}", "--text_file", str(tmp_path / "t.txt"), *flags)
         note = "1 texts such as '老师在教室里。' are read as English"
         assert (note in capsys.readouterr().err) == (not flags)
+    make("table", "--language", "en")
+    assert "3 lines begin with the name of another lang" in capsys.readouterr().err  # fr, zh, de
 
 
 @pytest.mark.parametrize("flags, words", [

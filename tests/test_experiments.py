@@ -298,6 +298,11 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
                   ["speed", "1", "--sentences", "0"]):
         with pytest.raises(BadInput, match=wrong[0] if len(wrong) == 2 else "too few"):
             sweep.main(wrong + ["--checkpoints", checkpoints[latent]])
+    with pytest.raises(BadInput, match="at speed 0.1 no sentence fits"):
+        sweep.main(["speed", "0.1", "--sentences", "5", "--checkpoints", checkpoints[latent]])
+    for wrong in ("--steps", "--batch_size"):
+        with pytest.raises(BadInput, match="are at least 1"):
+            benchmark.main(["train", "tiny", wrong, "0"])
     with pytest.raises(BadInput, match="flow.jpg is no .png"):
         look.main([checkpoints[latent], "--out", str(tmp_path / "flow.jpg")])
     benchmark.main(["memory"])

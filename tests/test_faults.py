@@ -51,7 +51,7 @@ def test_a_text_is_what_whisper_can_write(pocket, text, written):
 
 @pytest.mark.parametrize("text, words", [
     ("\u200d", "no word"), ("\u0301", "no word"), ("(?!)", "no word"),
-    ("caf\udce9", "no text; `iconv"), ("T\0h\0e\0", "no text; `iconv"),
+    ("caf\udce9", "no UTF-8; give UTF-8"), ("T\0h\0e\0", "no text; `iconv"),
     ("he\tשלום.", "belong in a .tsv"), ("x" * 20001, "20,001 characters are too many")])
 def test_what_is_no_text_is_refused(pocket, text, words):
     with pytest.raises(BadInput, match=words):
@@ -166,7 +166,10 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --text_file y.txt", "texts and --text_file were given"),
     ("sample  y", "text 1, '': there is no word in it"),
     ("sample {0}/long.txt", "it is a file, which belongs after --text_file"),
-    ("train --out_dir=", "--out_dir is empty"),
+    ("train --out_dir=", "--out_dir is empty"), ("train --speech=", "--speech is empty; give"),
+    ("sample x --language=", "--language is empty; give something, or leave it out"),
+    ("sample --text_file -", "standard input is read where there is no --text_file"),
+    ("sample caf\udce9", "no UTF-8; give UTF-8"),
     ("train --data 30%*builtin", "--data '30%*builtin' cannot be used"),
     ("train --data en={0}/packed.txt", "not UTF-8; it is packed by gzip: unpack it, or name it"),
     ("sample x --part 2/2", "--max_cer and --part belong to --out FOLDER"),
@@ -391,7 +394,7 @@ def test_cells_of_a_spreadsheet_lose_their_quotes(pocket, tmp_path):
 @pytest.mark.parametrize("content, way", [
     (bz2.compress(b"The dog.\n"), "packed by bzip2"), (b"PK\3\4\xff", "packed by zip"),
     ("é.\n".encode("utf-16"), "iconv -f utf-16 "), ("é.\n".encode("utf-32"), "iconv -f utf-32 "),
-    ("Der Bär.\n".encode("utf-16be"), "iconv -f utf-16be "), (b"caf\xe9\n", "iconv -f latin1 "),
+    ("Der Bär.\n".encode("utf-16be"), "iconv -f utf-16be "), (b"caf\xe9\n", "iconv -f latin1 "), (b"It\x92s.\n", "iconv -f cp1252 "),
     ("Der Bär.\n".encode("utf-16le"), "iconv -f utf-16le ")])
 def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, content, way):
     (tmp_path / "t.tsv").write_bytes(content)
@@ -424,10 +427,10 @@ def test_a_rank_without_torchrun_hides_no_error(pocket, monkeypatch):
 
 def test_headers_of_tables_and_empty_columns_are_no_sentences(pocket, tmp_path):
     (tmp_path / "t.tsv").write_text("client_id\tpath\tSentence\tlocale\n1\ta.mp3\tThe dog.\ten\n"
-                                    "language\ttext\nen\t\npath\tThe text.\nx\ttext\n")
+                                    "language\ttext\nen\t\npath\tThe text.\nword\ttext\nOne column.\n")
     counts, notes = read_file(tmp_path / "t.tsv", "en", pocket)
-    assert [s.text for s in counts] == ["en", "The text.", "text"]
-    assert "line 1 is left out, and 1 more: it is the header of a table" in notes[0]
+    assert [s.text for s in counts] == ["en", "The text.", "One column."]
+    assert "line 1 is left out, and 2 more: it is the header of a table" in notes[0]
     assert "the last of 2 columns, the text, has no word in it" in notes[1]
     (tmp_path / "t.txt").write_text("Yes.\n" * 9)
     with pytest.raises(BadInput, match=r"1 different sentences \('Yes.'\) are too few"):
@@ -449,10 +452,13 @@ def test_one_sentence_has_no_other_to_compare_with(pocket):
     assert math.isnan(result["cer_shuffled_text"]) and result["val_cer_4step"] > 0
 
 
-def test_a_line_that_says_another_language_is_left_out(pocket, tmp_path):
-    (tmp_path / "t.tsv").write_text("en\tThe dog.\nfr\tLe chien.\nA dog.\tUn chien.\n")
-    counts, (note,) = read_file(tmp_path / "t.tsv", "fr", pocket)
-    assert [s.text for s in counts] == ["Le chien.", "Un chien."] and "'en', not 'fr'" in note
+def test_lines_that_say_another_language_are_noted(pocket, tmp_path):
+    (tmp_path / "t.tsv").write_text("EN\tThe dog.\nfr-FR\tLe chien.\nA dog.\tUn chien.\n"
+                                    "Spanish\tEl perro.\n")
+    for language in ("fr", "French"):
+        counts, (note,) = read_file(tmp_path / "t.tsv", language, pocket)
+        assert len(counts) == 4 and note.startswith("2 lines begin with the name of another langua")
+    assert not read_file(tmp_path / "t.tsv", None, pocket)[1][1:]
 
 
 def test_gradients_that_are_none_are_no_mean(monkeypatch):
@@ -470,6 +476,9 @@ def test_ljspeechs_layout_is_english(pocket, tmp_path):
     (_, sentence), = recordings.read_manifest(tmp_path, pocket)[0]
     assert sentence.language == "en"
     assert "is read as English" in recordings.read_manifest(tmp_path, pocket)[1][-1]
+    (tmp_path / "manifest.tsv").write_text("a.wav\ten\tThe dog.\n", "utf-16")
+    with pytest.raises(BadInput, match="iconv -f utf-16 "):
+        recordings.read_manifest(tmp_path, pocket)
 
 
 def test_a_recording_has_one_text(pocket, tmp_path):

@@ -20,6 +20,7 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 from tqdm import tqdm
+from whisper.tokenizer import TO_LANGUAGE_CODE
 
 from data import JOINERS, LANGUAGE_ROWS, POCKET, Sentence, n_frames, words
 from plumbing.errors import BadInput, first_line
@@ -48,7 +49,9 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     code = whisper.check_language(language)
     if len(text) > MAX_CHARACTERS:
         raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
-    if re.search("[\0\ud800-\udfff]", text):
+    if re.search("[\ud800-\udfff]", text):
+        raise BadInput("there is a byte in it that is no UTF-8; give UTF-8")
+    if "\0" in text:
         raise BadInput("there is a byte in it that is no text; `iconv -f utf-16le` (or utf-16be) "
                        "converts UTF-16")
     if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGE_ROWS):
@@ -96,6 +99,8 @@ def local_file(name: str) -> Path:
     """A path, or a URL, which is downloaded."""
     if not name or "://" in name and not re.match(URL, name):
         raise BadInput(f"{name!r} is no file; give a path, or an address of http or https")
+    if name == "-":
+        raise BadInput("standard input is read where there is no --text_file; leave it out")
     path = Path(os.path.expanduser(name))
     if re.match(r"\w+=", name) and not path.exists():  # a source of train.py
         raise BadInput(f"there is no file {name!r}; --language says the language of a text")
@@ -113,14 +118,15 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     if not is_table:
         return make_sentence(line, language, whisper)
     code, *columns = line.rstrip("\n").split("\t")
+    if language and not columns:
+        return make_sentence(line, language, whisper)
     if not columns:
         raise BadInput("there is no tab between language and text")
     columns = [column[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', column) else column
                for column in columns]  # as spreadsheets write a cell with quotes
-    if len(HEADER & {code.lower(), *map(str.lower, columns)}) > 1:
+    cells = [cell.strip().lower() for cell in (code, *columns)]
+    if len(HEADER & {*cells}) > 1 or cells[-1] in HEADER - {"path", "lang"} and cells[0].isalpha():
         raise BadInput("it is the header of a table")
-    if language and len(columns) == 1 and code != language and code in ISO_639_3:
-        raise BadInput(f"it says {code!r}, not {language!r}")
     if language:
         if not any(map(str.isalnum, columns[-1])):
             raise BadInput(f"the last of {1 + len(columns)} columns, the text, has no word in it")
@@ -141,8 +147,23 @@ def way_to_utf8(path: Path) -> str:
     zeros = [head[i::2].count(0) for i in (0, 1)]  # of letters in UTF-16: the upper byte
     other = ("utf-32" if head[:4] == b"\xff\xfe\0\0" else
              "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else
-             "latin1" if not any(zeros) else "utf-16be" if zeros[0] > zeros[1] else "utf-16le")
+             ("cp1252" if re.search(rb"[\x80-\x9f]", head) else "latin1") if not any(zeros) else "utf-16be" if zeros[0] > zeros[1] else "utf-16le")
     return f"convert the file, e.g. `iconv -f {other} -t utf-8 {path}`"
+
+
+def other_language(line: str, language: str | None) -> str:
+    """The language that the first of two columns says, where it is not that which is given."""
+    first, *columns = line.split("\t")
+    names = (name.strip().lower() for name in (first, language or ""))
+    code, given = (TO_LANGUAGE_CODE.get(name, re.split("[-_]", name)[0]) for name in names)
+    return code if given != code in ISO_639_3 and given and len(columns) == 1 else ""
+
+
+def note_other(codes: Sequence[str], language: str | None) -> list[str]:
+    """A note on lines of a table that say another language than that which is given."""
+    others = [code for code in codes if code]
+    return others and [f"{len(others)} lines begin with the name of another language, such as "
+                       f"{others[0]!r}, and are read as {language!r}"]
 
 
 def lines_of(path: Path, language: str | None) -> Iterator[str]:
@@ -170,16 +191,18 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     in its last column. Raises BadInput if nothing in it can be used.
     """
     counts, left_out, lines = Counter(), defaultdict(list), lines_of(path, language)
+    others, is_table = [], kind(path) == ".tsv"
     for n, line in enumerate(islice(lines, max_lines), 1):
         try:
             if line.strip():
-                counts[read_line(line, kind(path) == ".tsv", language, whisper)] += 1
+                counts[read_line(line, is_table, language, whisper)] += 1
+                others += [other_language(line, language)] if is_table else []
         except BadInput as error:
             left_out[str(error)].append(n)
     if next(lines, None):
         left_out[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
     notes = [f"{path}, line {n[0]} is left out{f', and {len(n) - 1} more' * (len(n) > 1)}: {why}"
-             for why, n in left_out.items()]
+             for why, n in left_out.items()] + note_other(others, language)
     if not counts:
         raise BadInput(f"{path} has no usable sentence; {(notes or ['it is empty'])[0]}")
     return counts, notes
