@@ -147,7 +147,8 @@ def way_to_utf8(path: Path) -> str:
     zeros = [head[i::2].count(0) for i in (0, 1)]  # of letters in UTF-16: the upper byte
     other = ("utf-32" if head[:4] == b"\xff\xfe\0\0" else
              "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else
-             ("cp1252" if re.search(rb"[\x80-\x9f]", head) else "latin1") if not any(zeros) else "utf-16be" if zeros[0] > zeros[1] else "utf-16le")
+             "utf-16be" if zeros[0] > zeros[1] else "utf-16le" if zeros[1] else
+             "cp1252" if re.search(rb"[\x80-\x9f]", head) else "latin1")
     return f"convert the file, e.g. `iconv -f {other} -t utf-8 {path}`"
 
 
