@@ -9,7 +9,6 @@ B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channel
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, H heads, R different
 rows of the token embedding.
 """
-import re
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Sequence
@@ -23,13 +22,13 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
-from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
+from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
 from plumbing.devices import KERNELS
 from plumbing.errors import BadInput
 from plumbing.files import fingerprint
 from plumbing.weights import load_whisper
-from text.spelling import strip_unspoken
+from text.spelling import language_code, strip_unspoken
 
 NEAR = 12  # frames: how far attention may be from the middle of its token, a standard deviation
 CHUNK = 512  # targets whose logits are in memory at once; all would be a step's largest tensor
@@ -96,8 +95,7 @@ class FrozenWhisper:
 
     def check_language(self, language: str) -> str:
         """A code or English name -> the code; BadInput if this checkpoint does not know it."""
-        name = language.strip().lower()
-        code = TO_LANGUAGE_CODE.get(name, re.split("[-_]", name)[0])  # en-US, zh_CN
+        code = language_code(language)
         if code not in self.languages:
             raise BadInput(f"{self.name} does not know the language {language!r}; it knows "
                            + ", ".join(self.languages))

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 
 def save(figure: pyplot.Figure, path: Path, dpi: int = 100) -> None:
+    """BadInput if the name is that of another kind of file."""
     if path.suffix.lower() != ".png":
         raise BadInput(f"{path} is no .png, which is what is written")
     with atomic_write(path) as part:

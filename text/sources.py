@@ -20,12 +20,12 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 from tqdm import tqdm
-from whisper.tokenizer import TO_LANGUAGE_CODE
 
 from data import JOINERS, LANGUAGE_ROWS, POCKET, Sentence, n_frames, words
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write
 from text.long import split_long
+from text.spelling import language_code
 from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text
@@ -155,8 +155,7 @@ def way_to_utf8(path: Path) -> str:
 def other_language(line: str, language: str | None) -> str:
     """The language that the first of two columns says, where it is not that which is given."""
     first, *columns = line.split("\t")
-    names = (name.strip().lower() for name in (first, language or ""))
-    code, given = (TO_LANGUAGE_CODE.get(name, re.split("[-_]", name)[0]) for name in names)
+    code, given = map(language_code, (first, language or ""))
     return code if given != code in ISO_639_3 and given and len(columns) == 1 else ""
 
 
