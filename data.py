@@ -216,8 +216,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
 
 
 def draw_alike(weights: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
-    """n items, by their weights (N,), of like length in frames (N,): less padding."""
-    # Four batches are drawn and sorted by length, and one of them is taken.
+    """n items by their weights (N,), one of four batches sorted by frames (N,): less padding."""
     picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
     picks = picks[frames[picks].argsort(stable=True)]
     first = n * int(torch.randint(4, (), generator=rng))
@@ -239,12 +238,16 @@ class Batches(torch.utils.data.Dataset):
         self.durations = [durations(s, self.speed) for s in self.sentences]
         self.frames = torch.tensor([d.sum() for d in self.durations])
 
+    def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
+        """The sentences of a step, each with its durations (S,) at the natural pace."""
+        picks = draw_alike(self.shares, self.frames, self.n, rng)
+        return [(self.sentences[i], self.durations[i]) for i in picks]
+
     def __getitem__(self, step: int) -> Batch:
         rng = generator(self.seed, step)
-        picks = draw_alike(self.shares, self.frames, self.n, rng)
-        paces = self.speed_range ** (2 * torch.rand(self.n, generator=rng) - 1)
-        durations = [self.durations[i] / pace for i, pace in zip(picks, paces.tolist())]
-        return make_batch([self.sentences[i] for i in picks], self.whisper, durations)
+        sentences, durations = zip(*self.draw(step, rng))
+        paces = self.speed_range ** (2 * torch.rand(len(sentences), generator=rng) - 1)
+        return make_batch(sentences, self.whisper, [*map(np.divide, durations, paces.tolist())])
 
 
 def generator(seed: int, number: int, device: str | torch.device = "cpu") -> torch.Generator:

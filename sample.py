@@ -102,7 +102,6 @@ def check(args, latent: str, n_texts: int) -> None:
         raise BadInput(f"--{error}") from error  # it begins with the name of the flag
     if not abs(args.guidance) <= 100:
         raise BadInput(f"--guidance {args.guidance} cannot be used; -100 to 100, 1 is off")
-    dataset.check(args)
     if not 0 <= args.rooms <= 1:
         raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1")
     if (args.wav or args.rooms or {*args.write} - {"features"}) and latent != "mel":
@@ -113,10 +112,11 @@ def check(args, latent: str, n_texts: int) -> None:
     if args.wav and not is_wav_file(args.wav) and (
             args.wav.exists() or args.wav.suffix) and not args.wav.is_dir():
         raise BadInput(f"--wav {args.wav} is neither FILE.wav nor a folder")
+    dataset.check(args)  # last, as it makes the folder of --out FILE.npz
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0], "a text that begins with - comes after --; ")
+    parser = Parser(__doc__.splitlines()[0], "texts stand together, after -- if one begins with -; ")
     add = parser.add_argument
     add("text", nargs="*", help="texts; none: from --text_file or standard input")
     add("--language", help="of the texts (default: en, or as a .tsv says)")

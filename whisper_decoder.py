@@ -1,9 +1,8 @@
 """The frozen Whisper: tokens, latents and features, cross-entropy, greedy decoding.
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
-and variance 1, as N(0, I) has; the decoder reads it.
-speech/ear.py's critic has its own `channels`, `bound`, `speed_range`, `latents`, `features` and
-`text_loss`.
+and variance 1, as N(0, I) has; the decoder reads it. speech/ear.py's critic has its own `channels`,
+`bound`, `speed_range`, `latents`, `features` and `text_loss`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, H heads, R different

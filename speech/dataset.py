@@ -68,10 +68,6 @@ def add_flags(add: Callable) -> None:
 def check(args) -> None:
     """BadInput for flags that do not go together."""
     out, folder = args.out, is_set(args.out)
-    if out and not folder:
-        make_folder(out.parent)
-    if out and not folder and (out.is_dir() or not os.access(out.parent, os.W_OK)):
-        raise BadInput(f"--out {out} must be FILE.npz, no folder, in a folder that may be written")
     if folder and out.suffix and not out.is_dir():
         raise BadInput(f"--out {out} is neither FILE.npz nor a folder; a new one has no dot")
     if folder and (out.is_file() or not args.text_file or args.wav):
@@ -85,6 +81,10 @@ def check(args) -> None:
         if value is not None and not low <= value <= high:
             raise BadInput(f"--{name} {value} cannot be used; {low} to {high}"
                            + ", 0.05 is 5 %" * (name == "max_cer"))
+    if out and not folder:
+        make_folder(out.parent)
+    if out and not folder and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise BadInput(f"--out {out} must be FILE.npz, no folder, in a folder that may be written")
 
 
 def write_npz(path: Path, trips: Sequence, text_of: np.ndarray) -> None:

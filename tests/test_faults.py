@@ -155,7 +155,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --data 1e308*builtin", "--data '1e308*builtin' cannot be used"),
     ("train --resume --seed 7 --out_dir {0}/features", "was trained with --seed 0, not 7; give"),
     ("train --stepz 5", "unrecognized arguments: --stepz 5; --help lists"),
-    ("sample -hello", "a text that begins with - comes after --"),
+    ("sample -hello", "texts stand together, after -- if one begins with -"),
+    ("sample one --language en two", "unrecognized arguments: two; texts stand together"),
     ("sample x --guidance nan", "--guidance nan cannot be used"),
     ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
     ("sample x --steps 1000000", "--steps must be between 1 and 1000"),
@@ -394,8 +395,10 @@ def test_cells_of_a_spreadsheet_lose_their_quotes(pocket, tmp_path):
 @pytest.mark.parametrize("content, way", [
     (bz2.compress(b"The dog.\n"), "packed by bzip2"), (b"PK\3\4\xff", "packed by zip"),
     ("é.\n".encode("utf-16"), "iconv -f utf-16 "), ("é.\n".encode("utf-32"), "iconv -f utf-32 "),
-    ("Der Bär.\n".encode("utf-16be"), "iconv -f utf-16be "), (b"caf\xe9\n", "iconv -f latin1 "), (b"It\x92s.\n", "iconv -f cp1252 "),
-    ("Der Bär.\n".encode("utf-16le"), "iconv -f utf-16le ")])
+    ("Der Bär.\n".encode("utf-16be"), "iconv -f utf-16be "),
+    ("Der Bär.\n".encode("utf-16le"), "iconv -f utf-16le "),
+    (b"caf\xe9\n", "iconv -f latin1 "), (b"It\x92s.\n", "iconv -f cp1252 "),
+    ("é".encode()[:1], "ends inside a letter, as if cut short.*iconv -f latin1 ")])
 def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, content, way):
     (tmp_path / "t.tsv").write_bytes(content)
     with pytest.raises(BadInput, match=way):

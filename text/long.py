@@ -3,6 +3,7 @@ import re
 from collections import defaultdict
 from typing import Callable, Sequence
 
+import numpy as np
 import torch
 
 import data
@@ -74,15 +75,12 @@ class LongBatches(data.Batches):
         for i, sentence in enumerate(self.sentences):
             self.of_language[sentence.language].append(i)
 
-    def __getitem__(self, step: int) -> data.Batch:
+    def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
         if step % EVERY or self.whisper.max_frames < 5 * self.frames.mean():
-            return super().__getitem__(step)
-        rng = data.generator(self.seed, step)
+            return super().draw(step, rng)
         picks = data.draw_alike(self.shares, self.frames, self.n, rng)[: max(1, self.n // EVERY)]
         sentences = [self.lengthen(self.sentences[i], rng) for i in picks]
-        paces = self.speed_range ** (2 * torch.rand(len(picks), generator=rng) - 1)
-        durations = [self.rule(s, self.speed) / pace for s, pace in zip(sentences, paces.tolist())]
-        return data.make_batch(sentences, self.whisper, durations)
+        return [(s, self.rule(s, self.speed)) for s in sentences]
 
     def lengthen(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
         """Others of its language behind it, up to a random length that the decoder can hear."""

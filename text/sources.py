@@ -176,6 +176,9 @@ def lines_of(path: Path, language: str | None) -> Iterator[str]:
         with OPEN.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig") as lines:
             yield from lines
     except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise BadInput(f"{path} ends inside a letter, as if cut short; fetch it again, or, if "
+                           f"it is no UTF-8, {way_to_utf8(path)}") from error
         raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
                        + way_to_utf8(path)) from error
     except (OSError, EOFError, zlib.error) as error:
@@ -211,7 +214,7 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
 def note_english(texts: Sequence[str]) -> list[str]:
     """A note on texts without a Latin letter whose language nobody said."""
     other = [text for text in texts
-             if re.search("[^\\W\\d_]", text) and not re.search("[a-zA-Z]", text)]
+             if any(map(str.isalpha, text)) and not re.search("[a-zA-Z]", text)]
     return other and [f"{len(other)} texts such as {other[0].strip()[:40]!r} are read as English; "
                       "--language says another"]
 
