@@ -106,6 +106,8 @@ def test_spectrograms_and_sounds(make, tmp_path):
         assert len(wav) == 320 * n and np.abs(wav - flac).max() < 1e-3 < wav.std()
     (tmp_path / "a" / row["wav"]).unlink()
     assert make("a", "--write", "mel", "wav", "flac", "features", latent="mel") == files
+    with pytest.raises(BadInput, match="it needs --text_file, no --wav"):
+        make("a", "--wav", str(tmp_path), latent="mel")
 
 
 def test_texts_of_another_script_are_noted(make, tmp_path, capsys):
@@ -125,7 +127,7 @@ def test_texts_of_another_script_are_noted(make, tmp_path, capsys):
     (["--max_cer", "5"], "--max_cer 5.0 cannot be used; 0 to 1, 0.05 is 5 %"),
     (["--max_cer", "nan"], "--max_cer nan cannot"), (["--language", "fr"], "with no --language, not"),
     (["--write", "mel"], "have no sound"),
-    (["--wav", "x"], "no --wav"), (["--steps", "2"], "with --steps 4, not with --steps 2"),
+    (["--wav", "x"], "have no sound"), (["--steps", "2"], "with --steps 4, not with --steps 2"),
     (["--write", "mp3"], "invalid choice: 'mp3'")])
 def test_flags_of_a_set_that_cannot_be_used(make, flags, words):
     make("a", "--part", "3/9")

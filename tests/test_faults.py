@@ -174,7 +174,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --data 30%*builtin", "--data '30%*builtin' cannot be used"),
     ("train --data en={0}/packed.txt", "not UTF-8; it is packed by gzip: unpack it, or name it"),
     ("sample x --part 2/2", "--max_cer and --part belong to --out FOLDER"),
-    ("sample x --part 7/2 --out {0}/a.npz", "belong to --out FOLDER"),
+    ("sample x --part 7/2 --out {0}/new/a.npz", "belong to --out FOLDER"),
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
     ("sample x --wav=", "--wav: it is empty; give something"),
     ("sample x --out=", "--out: it is empty; give something"),
