@@ -2,13 +2,15 @@
 
     python experiments/tokens.py espeak --out out/tokens                     # its quantiser
     python experiments/speech_lm.py espeak out/mel/ckpt.pt out/ckpt.pt       # a row for each
+    python experiments/speech_lm.py espeak out/tiny/ckpt.pt --whisper tiny.en --recordings human ...
 
 A decoder-only transformer reads the sound tokens of an utterance, then writes its text, letter by
 letter. It learns from one kind of speech, and is tested on real speech, of sentences and in voices
-that nothing was trained on: character error rate, greedy; and perplexity of the real tokens, which
-says how likely a model of synthetic ones finds them. All rows have one quantiser, of real speech,
-as Ichigo has. So small a model finds out where to look only with the help of CTC over the sound, as
-in hybrid recognisers (Watanabe et al. 2017, 10.1109/JSTSP.2017.2763455); it writes without it.
+that nothing was trained on, or of people (--recordings): character error rate, greedy; and
+perplexity of the real tokens, which says how likely a model of synthetic ones finds them. All rows
+have one quantiser, of real speech, as Ichigo has. So small a model finds out where to look only
+with the help of CTC over the sound, as in hybrid recognisers (Watanabe et al. 2017,
+10.1109/JSTSP.2017.2763455); it writes without it.
 
 B batch, L positions of a sequence, D width, H heads, V tokens of sound, marks and letters.
 """
@@ -31,6 +33,7 @@ from experiments.student import Speech, edit_distance, letters, resample  # noqa
 from experiments.tokens import (  # noqa: E402
     N_CODES, Quantiser, load_quantiser, real_test, speak, tokenise,
 )
+from experiments.utterances import people  # noqa: E402
 from model import mlp, rotate, rotations  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from text.sources import load_data  # noqa: E402
@@ -183,6 +186,9 @@ def main(argv=None) -> None:
     add("sources", nargs="+", help="espeak, or checkpoints of train.py: a row each")
     add("--quantiser", type=Path, default=ROOT / "out" / "tokens" / "quantiser.pt",
         help="of experiments/tokens.py")
+    add("--whisper", default="pocket", help="whose features they are")
+    add("--data", nargs="+", default=["builtin"], help="of train.py")
+    add("--recordings", type=Path, help="folder of recordings to test on (default: pocket's test)")
     add("--languages", nargs="+", help="of sentences and test (default: all); one learns faster")
     add("--sentences", type=int, default=2000, help="that a model learns from")
     add("--versions", type=int, default=2, help="of each, in other voices")
@@ -192,14 +198,15 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if min(args.sentences, args.versions, args.steps) < 1:
         raise BadInput("--sentences, --versions and --steps are at least 1")
-    whisper = FrozenWhisper("pocket")
+    whisper = FrozenWhisper(args.whisper)
     quantiser = load_quantiser(args.quantiser, whisper)
     codes = [whisper.check_language(code) for code in args.languages or whisper.languages]
-    training = data.split([s for s in load_data(["builtin"], whisper)[0] if s.language in codes])[0]
+    training = data.split([s for s in load_data(args.data, whisper)[0] if s.language in codes])[0]
     sentences = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     texts = [letters(s) for s in sentences]
     alphabet = {c: END + 1 + i for i, c in enumerate(sorted(set("".join(map(letters, training)))))}
-    real = Speech(*zip(*((s, x) for s, x in zip(*real_test(whisper)) if s.language in codes)))
+    real = (people(args.recordings, {*codes}, {*texts}, whisper) if args.recordings else
+            Speech(*zip(*((s, x) for s, x in zip(*real_test(whisper)) if s.language in codes))))
     heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on real speech | on what it learned from | perplexity "
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)

@@ -8,6 +8,7 @@ from data import Sentence
 from experiments import speech_lm, speed, tokens
 from experiments.student import Speech
 from plumbing.errors import BadInput
+from speech.recordings import soundfile
 from test_roundtrip import close, pocket, randn, runs  # noqa: F401
 
 
@@ -105,6 +106,14 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
         tokens.main([ear, "--quantiser", str(runs[0] / "mel" / "ckpt.pt")])
     speech_lm.main([ear, features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2"])
     assert capsys.readouterr().out.count("% | ") == 4
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", randn(24000).numpy() / 10, 16000)
+    (tmp_path / "manifest.tsv").write_text("a.wav\ten\tA cat.\nb.wav\ten\tThe dog sleeps.\n")
+    tested = []
+    monkeypatch.setattr(speech_lm, "test", lambda *args: tested.append(args[2]) or (0, 1))
+    speech_lm.main([features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2",
+                    "--languages", "en", "--data", "en=builtin", "--recordings", str(tmp_path)])
+    assert tested[0] == ["a cat"]  # the other was learned from
     speed.main([features, ear, "--device", "cpu"])
     out = capsys.readouterr().out
     assert out.count("one token after the other | ") == 4 and "wav, 4 steps | 2 |" in out
