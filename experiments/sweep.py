@@ -4,10 +4,13 @@
     python experiments/sweep.py guidance 0 0.5 1 2 4 8 --checkpoints out/seed0/ckpt.pt
     python experiments/sweep.py steps 1 2 4 16
     python experiments/sweep.py judge pocket pocket/judge.pt    # who reads it
+    python experiments/sweep.py seconds 0-3 3-6 6-10 10-30      # how long the sentences are
 
 Several checkpoints, such as those of several seeds, give mean and standard deviation.
 """
 import argparse
+import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -25,25 +28,40 @@ from speech.align import durations_by  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import load_data  # noqa: E402
 
-KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str)
+
+def interval(text: str) -> tuple[int, int]:
+    """"3-6" -> 3, 6 seconds."""
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError(f"{text!r} is no interval of seconds, such as 3-6")
+    return int(match[1]), int(match[2])
+
+
+KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str,
+             seconds=interval)
 
 
 def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
     """CER of n held-out sentences at each value, 4 Euler steps but for what is swept."""
     device, durations = choose_device("auto"), durations_by(checkpoint["rhythm"])
     whisper, model = sample.load_critic(checkpoint, device), sample.load_model(checkpoint, device)
-    shares, _ = load_data(checkpoint["config"]["data"], whisper)
-    held_out, rates = data.per_language(data.split(list(shares))[1], n), []
+    config, rates = checkpoint["config"], []
+    shares, _ = load_data(config["data"], whisper, config["speed"], max_lines=config["max_lines"])
+    held_out = data.split(list(shares))[1]
     for value in values:
         reader = sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
-        solver = Solver(**({} if kind in ("speed", "judge") else {kind: value}))
+        solver = Solver(**({kind: value} if kind in Solver._fields else {}))
         speed = value if kind == "speed" else 1.0
-        sentences = [s for s in held_out if fits(s, whisper, speed, durations)]
-        if len(sentences) < len(held_out):
-            print(f"note: at {kind} {value} only {len(sentences)} of {len(held_out)} fit",
+        low, high = value if kind == "seconds" else (0, math.inf)
+        chosen = data.per_language([s for s in held_out if low <= data.n_frames(s, speed)
+                                    / data.FRAMES_PER_SECOND < high], n)
+        sentences = [s for s in chosen if fits(s, whisper, speed, durations)]
+        if len(sentences) < len(chosen):
+            print(f"note: at {kind} {value} only {len(sentences)} of {len(chosen)} fit",
                   file=sys.stderr)
         if not sentences:
-            raise BadInput(f"at {kind} {value} no sentence fits into what {whisper.name} can hear")
+            raise BadInput(f"at {kind} {value} there is no held-out sentence that {whisper.name} "
+                           "can hear; give others")
         lengths = [durations(s, speed) for s in sentences]
         features = features_of(model, whisper, reader, sentences, lengths, solver)
         rates.append(greedy_cer(reader, sentences, features))

@@ -295,11 +295,17 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     _, first, second = lines[2].split(" | ")
     assert lines[2].count(" ± 0.00%") == 2 and first != second.removesuffix(" |")
     for wrong in (["steps", "0"], ["sway", "9"], ["method", "rk4"], ["guidance", "nan"],
-                  ["speed", "1", "--sentences", "0"]):
+                  ["seconds", "6-3"], ["seconds", "3"], ["speed", "1", "--sentences", "0"]):
         with pytest.raises(BadInput, match=wrong[0] if len(wrong) == 2 else "too few"):
             sweep.main(wrong + ["--checkpoints", checkpoints[latent]])
-    with pytest.raises(BadInput, match="at speed 0.1 no sentence fits"):
+    with pytest.raises(BadInput, match="at speed 0.1 there is no held-out sentence that pocket"):
         sweep.main(["speed", "0.1", "--sentences", "5", "--checkpoints", checkpoints[latent]])
+    chosen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "greedy_cer", lambda _, sentences, __: chosen.append(sentences) or 0.0)
+        sweep.main(["seconds", "0-1", "1-2", "--checkpoints", checkpoints[latent]])
+    assert [{data.n_frames(s) // 50 for s in part} for part in chosen] == [{0}, {1}]
+    assert capsys.readouterr().out.startswith("| seconds | 0-1 | 1-2 |\n")
     for wrong in ("--steps", "--batch_size"):
         with pytest.raises(BadInput, match="are at least 1"):
             benchmark.main(["train", "tiny", wrong, "0"])
