@@ -116,19 +116,19 @@ def check(args, latent: str, n_texts: int) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0], "texts stand together, after -- if one begins with -; ")
+    parser = Parser(__doc__.splitlines()[0], "texts go together, after -- if one begins with -; ")
     add = parser.add_argument
     add("text", nargs="*", help="texts; none: from --text_file or standard input")
     add("--language", help="of the texts (default: en, or as a .tsv says)")
     add("--text_file", action="append", default=[], help="FILE or URL of .txt or .tsv; equal lines "
         "are read once, except for --out FOLDER")
     add("--ckpt", type=path, default=Path("out/ckpt.pt"), help="of train.py")
-    add("--steps", type=int, help="steps of the ODE solver (default: 4)")
-    add("--method", choices=list(flow.ORDER), help="solver (default: euler)")
-    add("--guidance", type=float, help="1 is off (default: 1)")
-    add("--sway", type=float, help="-1: small steps first (default: 0)")
+    add("--steps", type=int, help="steps of the ODE solver (default: %(default)s)")
+    add("--method", choices=list(flow.ORDER), help="solver (default: %(default)s)")
+    add("--guidance", type=float, help="1 is off (default: %(default)s)")
+    add("--sway", type=float, help="-1: small steps first (default: %(default)s)")
     add("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
-    add("--seed", type=int, help="of the noise (default: 0)")
+    add("--seed", type=int, help="of the noise (default: %(default)s)")
     add("--rooms", type=float, default=0.0, help="up to 1: other voices (spectrograms only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     dataset.add_flags(add)

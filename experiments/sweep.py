@@ -51,7 +51,7 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
     for value in values:
         reader = sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))
-        speed = value if kind == "speed" else 1.0
+        speed = value if kind == "speed" else config["speed"]
         low, high = value if kind == "seconds" else (0, math.inf)
         chosen = data.per_language([s for s in held_out if low <= data.n_frames(s, speed)
                                     / data.FRAMES_PER_SECOND < high], n)
