@@ -71,14 +71,15 @@ class LongBatches(data.Batches):
 
     def set_durations(self, durations: Callable) -> None:
         super().set_durations(durations)
-        self.rule, self.of_language = durations, defaultdict(list)
+        self.rule, numbers = durations, defaultdict(list)
         for i, sentence in enumerate(self.sentences):
-            self.of_language[sentence.language].append(i)
+            numbers[sentence.language].append(i)
+        self.of_language = {code: torch.tensor(of_code) for code, of_code in numbers.items()}
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
         if step % EVERY or self.whisper.max_frames < 5 * self.frames.mean():
             return super().draw(step, rng)
-        picks = data.draw_alike(self.shares, self.frames, self.n, rng)[: max(1, self.n // EVERY)]
+        picks = data.draw_alike(self.shares, self.frames, max(1, self.n // EVERY), rng)
         sentences = [self.lengthen(self.sentences[i], rng) for i in picks]
         return [(s, self.rule(s, self.speed)) for s in sentences]
 
@@ -86,12 +87,12 @@ class LongBatches(data.Batches):
         """Others of its language behind it, up to a random length that the decoder can hear."""
         language, text = sentence
         longest = max(0.2, torch.rand((), generator=rng).item()) * self.whisper.max_frames
-        others = self.of_language[language]
-        while True:
-            i = int(torch.multinomial(self.shares[others], 1, generator=rng))
-            between = "" if language in UNSPACED else " "
-            longer = Sentence(language, text + between + self.sentences[others[i]].text)
+        others, between = self.of_language[language], "" if language in UNSPACED else " "
+        picks = torch.multinomial(self.shares[others], 100, replacement=True, generator=rng)
+        for i in others[picks].tolist():
+            longer = Sentence(language, text + between + self.sentences[i].text)
             frames = count_frames(self.rule(longer, self.speed))
             if frames > longest or not fits(longer, self.whisper, self.speed, self.rule):
-                return Sentence(language, text)
+                break
             text = longer.text
+        return Sentence(language, text)

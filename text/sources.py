@@ -326,8 +326,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
               temperature: float = 1.0, max_lines: int = 10**6) -> tuple[dict, list[str]]:
     """Sources, see `read_pools` -> {Sentence: its share of the draws}, notes.
 
-    A source's weight, as in 0.5*builtin, is its share. In each, languages count with the number of
-    their sentences to the power of 1 / temperature. Texts that are too long are split.
+    A source's weight, as in 0.5*builtin, is its share. In each, a language's is the number of its
+    sentences to the power of 1 / temperature. Texts that are too long are split.
     """
     pools, notes = read_pools(sources, whisper, max_lines)
     if "builtin" in sources and whisper.name != "pocket":
@@ -347,11 +347,14 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
                 counts[piece.language] += n
         # Short sentences are rare in most texts and no easier, so they are drawn more often: with
         # the inverse square of the length, which makes long and short ones about equally frequent.
-        often = {piece: n * counts[piece.language] ** (1 / temperature - 1)
-                 / n_frames(piece, speed) ** 2 for piece, n in pieces.items()}
-        total = sum(often.values())
-        for piece, n in often.items():
-            shares[piece] += weight * n / total
+        often, of_language = Counter(), Counter()
+        for piece, n in pieces.items():
+            often[piece] = n / n_frames(piece, speed) ** 2
+            of_language[piece.language] += often[piece]
+        total = sum(n ** (1 / temperature) for n in counts.values())
+        for piece, x in often.items():  # a language's share, and the sentence's share of that
+            language_share = counts[piece.language] ** (1 / temperature) / total
+            shares[piece] += weight * language_share * x / of_language[piece.language]
     notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
     notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
     if len(shares) < 2:
