@@ -68,8 +68,8 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     What differs from a held-out one in signs and capitals only is dropped. Raises BadInput.
     """
     shares = [hash_share(s) for s in sentences]
-    limit = max(HELD_OUT, min(shares, default=0))  # at least one, and one of a language of several;
-    order = sorted(zip(shares, sentences))  # in tiny sets that one may move
+    # At least one, and one of a language of several; in tiny sets that one may move.
+    limit, order = max(HELD_OUT, min(shares, default=0)), sorted(zip(shares, sentences))
     last, first = ({s.language: share for share, s in pairs} for pairs in (order, order[::-1]))
     held_out = [s for s, share in zip(sentences, shares)
                 if share <= limit or share == first[s.language] < last[s.language]]

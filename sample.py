@@ -1,4 +1,4 @@
-"""Text in; features or sound, and what the frozen Whisper reads in them, out.
+"""Text -> features or sound, and what the frozen Whisper reads in them.
 
     python sample.py "The dog sleeps." --language en
     python sample.py --text_file sentences.tsv --steps 4 --seed 1 --out features.npz
@@ -160,7 +160,7 @@ def main(argv=None) -> None:
     print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
     parts = [cut(text, durations, whisper, args) for text in texts]
     trips = make(*zip(*chain(*parts)), args.solver)
-    pieces = [trip._replace(features=trip.features.cpu()) for trip in trips]
+    pieces = [trip._replace(features=trip.features.cpu() if args.out else None) for trip in trips]
     if args.out:
         text_of = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
         dataset.write_npz(args.out, pieces, text_of)

@@ -231,7 +231,7 @@ class Run:
 
 def load_checkpoint(path: Path) -> dict:
     """What `Run.save` saved; BadInput if it is missing or something else."""
-    path = path / "ckpt.pt" if path.is_dir() else path
+    path = path if path.is_file() or path.suffix == ".pt" else path / "ckpt.pt"
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}; `python train.py --out_dir {path.parent}` makes one")
     try:

@@ -78,8 +78,8 @@ class FrozenWhisper:
                     for block in self.model.decoder.blocks]
 
     def silence_behind(self, frames: Tensor, n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For `attend`, in each layer: keys and values of silence from the shortest of the items'
-        ends (B,) on, and what they see of n frames of speech and of it (B, 1, 1, n + silence)."""
+        """For `attend`, in each layer: keys and values of the silence behind the shortest item, and
+        the mask (B, 1, 1, n + silence) of n frames of speech and that silence. frames: (B,)."""
         shortest = int(frames.min())
         is_speech = torch.arange(self.max_frames, device=frames.device) < frames[:, None]
         is_seen = torch.cat([is_speech[:, :n], ~is_speech[:, shortest:]], 1)[:, None, None]
@@ -226,7 +226,7 @@ class FrozenWhisper:
                         tokens: Tensor) -> tuple[list[str], None]:
         """Those that are given, or Whisper's guess, written into tokens (B, n_prompt) too.
 
-        In place of DecodingTask's, which knows one language a batch, and so needs 42 calls for 42.
+        DecodingTask's own knows one language a batch: 42 languages would need 42 calls.
         """
         guesses = self.model.detect_language(features)[1] if None in languages else languages
         codes = [code or max(guess, key=guess.get) for code, guess in zip(languages, guesses)]

@@ -7,7 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-from matplotlib import pyplot
 from whisper.tokenizer import LANGUAGES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,7 +21,8 @@ def rates_of(result: str, steps: int) -> dict[str, float]:
 
 
 def picture(rates: dict[str, float], title: str, path: Path) -> None:
-    figure, axis = pyplot.subplots(figsize=(max(4, 0.32 * len(rates)), 3), layout="constrained")
+    size = max(4, 0.32 * len(rates)), 3
+    figure, axis = figures.pyplot.subplots(figsize=size, layout="constrained")
     bars = axis.bar([LANGUAGES[code].title() for code in rates], rates.values(), color="#4477aa")
     axis.bar_label(bars, [f"{rate:.1f}" for rate in rates.values()], fontsize=7)
     axis.set_ylabel("CER, %", fontsize=8)

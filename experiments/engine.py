@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -107,20 +106,29 @@ def transcribe(model, whisper: FrozenWhisper, trips: list[train.RoundTrip]) -> l
     return texts
 
 
-def people(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int) -> Iterator:
+def people(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int) -> list:
     """Round trips without a flow: n clips of 1 to 12 seconds, without digits, by a hash."""
-    entries = read_manifest(folder, whisper)[0]
+    entries, notes = read_manifest(folder, whisper)
     path_of = {s: path for path, s in entries if s and s.language in languages
                and not any(map(str.isdigit, s.text))}
-    trips = Counter()
+    trips, counts = [], Counter()
     for sentence in data.per_language(sorted(path_of, key=data.hash_share), 2 * n):
-        samples = read_audio(path_of[sentence])
-        if 1 <= len(samples) / SAMPLE_RATE <= 12 and trips[sentence.language] < n / len(languages):
-            trips[sentence.language] += 1
+        try:
+            samples = read_audio(path_of[sentence])
             mel = log_mel(samples, whisper)
+        except BadInput as error:
+            notes.append(f"{path_of[sentence]}: {error}")
+            continue
+        if 1 <= len(samples) / SAMPLE_RATE <= 12 and counts[sentence.language] < n / len(languages):
+            counts[sentence.language] += 1
             x1, features = whisper.latents(mel)[0], whisper.features_of_mel(mel)
             read = whisper.transcribe(features, [sentence.language])[0]
-            yield train.RoundTrip(sentence, x1, features[0], read)
+            trips.append(train.RoundTrip(sentence, x1, features[0], read))
+    if not trips:
+        raise BadInput("; ".join([f"{folder} has no clip of 1 to 12 seconds in "
+                                  f"{', '.join(sorted(languages))}", *notes[:1]]))
+    print(*(f"note: {note}\n" for note in notes[:10]), sep="", end="", file=sys.stderr)
+    return trips
 
 
 def compare(what: str, trips: list, theirs: list[str]) -> None:
@@ -159,10 +167,7 @@ def main(argv=None) -> None:
         compare("the flow", trips, transcribe(model, whisper, trips))
         if args.recordings:
             languages = {s.language for s in sentences}
-            clips = list(people(args.recordings, whisper, languages, args.sentences))
-            if not clips:
-                raise BadInput(f"{args.recordings} has no clip of 1 to 12 seconds in "
-                               f"{', '.join(sorted(languages))}")
+            clips = people(args.recordings, whisper, languages, args.sentences)
             compare("people", clips, transcribe(model, whisper, clips))
 
 

@@ -1,11 +1,10 @@
 """Figures are whole .png files."""
 from pathlib import Path
 
+from plumbing.errors import BadInput  # first: see there
+from plumbing.files import atomic_write
 import matplotlib
 from matplotlib import pyplot
-
-from plumbing.errors import BadInput
-from plumbing.files import atomic_write
 
 matplotlib.use("Agg")
 

@@ -11,7 +11,6 @@ import textwrap
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,8 +26,8 @@ from pocket.clips import spoken_clips  # noqa: E402
 
 def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
     """Title, latent (T, C) and what was read of each -> heat maps side by side, time upwards."""
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(2 * len(panels), 3), sharey=True,
-                                   layout="constrained")
+    figure, axes = figures.pyplot.subplots(
+        1, len(panels), figsize=(2 * len(panels), 3), sharey=True, layout="constrained")
     for axis, (title, x, read) in zip(axes, panels):
         axis.imshow(x.T.numpy(), origin="lower", aspect="auto", vmin=-3, vmax=3, cmap="magma",
                     extent=(0, len(x) / data.FRAMES_PER_SECOND, 0, x.shape[1]))

@@ -30,7 +30,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from matplotlib import pyplot
 from whisper.audio import load_audio
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -344,7 +343,7 @@ def markdown(rows: dict) -> str:
 
 def picture(rows: dict, path: Path) -> None:
     """Bars: the character error rates of critic, judge and students."""
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.8 * len(rows)), layout="constrained")
+    figure, axes = figures.pyplot.subplots(figsize=(8, 1 + 0.8 * len(rows)), layout="constrained")
     for i, name in enumerate(("critic", "judge", "human", "student")):
         values = [[100 * r.get(name, np.nan) for r in results] for results in rows.values()]
         axes.barh(np.arange(len(rows)) + 0.2 * i - 0.3, np.mean(values, 1), 0.19,

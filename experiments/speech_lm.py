@@ -40,7 +40,7 @@ from text.sources import load_data  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 TEXT, END = N_CODES, N_CODES + 1  # marks behind the sound tokens; letters follow
-MAX_LETTERS = 120
+MAX_LETTERS = 120  # or as many as there are sounds
 RATE = 3e-3  # of learning, at its peak
 
 
@@ -147,7 +147,7 @@ def write_text(model: SpeechLM, sound: list[int], letter_of: dict) -> str:
     """What the model writes for an utterance, greedy."""
     caches = [[] for _ in model.blocks]
     tokens, written = torch.tensor([[*sound, TEXT]]), []
-    for first in range(len(sound) + 1, len(sound) + 1 + MAX_LETTERS):
+    for first in range(len(sound) + 1, len(sound) + 1 + max(MAX_LETTERS, len(sound))):
         logits = model(tokens, first - tokens.shape[1], caches)[0, -1]
         tokens = logits[END:].argmax().view(1, 1) + END  # no sound, no second TEXT
         if tokens.item() == END:
@@ -205,8 +205,8 @@ def main(argv=None) -> None:
     sentences = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     texts = [letters(s) for s in sentences]
     alphabet = {c: END + 1 + i for i, c in enumerate(sorted(set("".join(map(letters, training)))))}
-    real = (people(args.recordings, {*codes}, {*texts}, whisper) if args.recordings else
-            Speech(*zip(*((s, x) for s, x in zip(*real_test(whisper)) if s.language in codes))))
+    real = (people(args.recordings, {*codes}, {*map(letters, training)}, whisper)
+            if args.recordings else real_test(whisper, codes))
     heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on real speech | on what it learned from | perplexity "
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)

@@ -92,10 +92,10 @@ def main(argv=None) -> None:
             raise ValueError("-100 to 100, 1 is off")
         if args.kind == "method" and not {*values} <= {*flow.ORDER}:
             raise ValueError(f"choose of {', '.join(flow.ORDER)}")
-        if args.sentences < 1:
-            raise BadInput(f"--sentences {args.sentences} are too few; at least 1")
     except ValueError as error:
         raise BadInput(f"{args.kind} cannot be swept over {args.values}: {error}") from error
+    if args.sentences < 1:
+        raise BadInput(f"--sentences {args.sentences} are too few; at least 1")
     checkpoints, cells = [train.load_checkpoint(path) for path in args.checkpoints], []
     for rates in zip(*(sweep(c, args.kind, values, args.sentences) for c in checkpoints)):
         spread = f" ± {statistics.stdev(rates):.2%}" if len(rates) > 1 else ""

@@ -19,7 +19,7 @@ import math
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Iterable, NamedTuple, Sequence
 
 import torch
 import torch.nn as nn
@@ -266,9 +266,13 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
     return generate(flow, sentences, Solver(seed=seed), Voice(amount * isinstance(critic, Ear)))
 
 
-def real_test(whisper: FrozenWhisper) -> Speech:
+def real_test(whisper: FrozenWhisper, languages: Sequence[str]) -> Speech:
     """The spoken test sentences of pocket, in voices that nothing heard."""
-    sentences, mels = map(list, zip(*spoken_clips(whisper)))
+    clips = [clip for clip in spoken_clips(whisper) if clip[0].language in languages]
+    if not clips:
+        raise BadInput(f"{whisper.name} can hear no clip of pocket's test in {', '.join(languages)}"
+                       "; give --recordings")
+    sentences, mels = map(list, zip(*clips))
     return Speech(sentences, encode(mels, whisper))
 
 
@@ -302,7 +306,7 @@ def main(argv=None) -> None:
             torch.save(quantiser.state_dict(), part)
     tests = {f"{args.source}, held out": speak(args.source, held_out, whisper, work, 2)}
     if args.whisper == "pocket":
-        tests["real speech"] = real_test(whisper)
+        tests["real speech"] = real_test(whisper, whisper.languages)
     print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most")
     for name, speech in tests.items():
         figures = judge(quantiser, speech, whisper)

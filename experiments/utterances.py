@@ -118,6 +118,8 @@ def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> 
         raise BadInput(f"{folder} has no usable clip: 1 to 12 seconds, with a text in "
                        f"{', '.join(sorted(languages))} that is not learned from"
                        + "".join(f"; {note}" for note in notes[:1]))
+    print(*(f"note: {note}" for note in notes[:10]), f"{len(mels)} clips of {folder} are the test",
+          sep="\n", file=sys.stderr)
     return Speech(sentences, encode(mels, whisper))
 
 

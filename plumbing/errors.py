@@ -11,9 +11,11 @@ from typing import Callable
 
 
 def told(kind: type, error: BaseException, traceback) -> None:
-    """In place of Python's own excepthook."""
-    if kind is KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; nothing had begun", file=sys.stderr)
+    """In place of Python's own excepthook: what goes wrong while modules are imported."""
+    if issubclass(kind, (KeyboardInterrupt, ModuleNotFoundError, BadInput)):
+        why = ("stopped; nothing had begun" if kind is KeyboardInterrupt else str(error) if
+               kind is BadInput else f"{error}; `pip install -r requirements-test.txt`")
+        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -74,8 +76,8 @@ def guard(main: Callable) -> None:
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
-        why = ("out of memory; try a smaller --batch_size (also with --resume, if there is a "
-               "checkpoint), or begin anew with a smaller --depth")
+        why = ("out of memory; try fewer sentences or steps at once; in training a smaller "
+               "--batch_size (also with --resume, if there is a checkpoint), or anew --depth")
     except KeyboardInterrupt:
         why = "stopped; what is written is whole"
     # Of the processes of torchrun, which sets both; a scheduler may set RANK alone.

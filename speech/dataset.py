@@ -18,8 +18,9 @@ import os
 import re
 import sys
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import nullcontext
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
@@ -76,6 +77,8 @@ def check(args) -> None:
     if not folder and (args.write or args.best_of != 1 or args.max_cer is not None
                        or args.part != "1/1"):
         raise BadInput("--write, --best_of, --max_cer and --part belong to --out FOLDER")
+    if "flac" in args.write and not find_spec("soundfile"):
+        raise BadInput("--write flac needs soundfile; `pip install soundfile`")
     for name, low, high in (("best_of", 1, 100), ("max_cer", 0, 1), ("speed", 0.1, 10)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -249,13 +252,15 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> str:
     """manifest.jsonl and left_out.jsonl of all shards -> what is in them, in words."""
-    seconds, kept, left_out = 0.0, Counter(), defaultdict(list)
+    seconds, kept, left_out, first = 0.0, Counter(), Counter(), {}
     with (atomic_write(folder / "manifest.jsonl") as good, open(good, "wb") as manifest,
           atomic_write(folder / "left_out.jsonl") as bad, open(bad, "wb") as rest):
         for line in chain.from_iterable(open(folder / f"{name}.jsonl", "rb") for name in names):
             row = json.loads(line)
             if "why" in row:
-                left_out[row["language"], row["why"]].append(row["id"])
+                key = row["language"], row["why"]
+                left_out[key] += 1
+                first.setdefault(key, row["id"])
                 rest.write(line)
             else:
                 kept[row["language"]] += 1
@@ -263,8 +268,8 @@ def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> str:
                 manifest.write(line)
     lines = [f"{code}: {n} written" + ", which the checkpoint never learned" * (code not in trained)
              for code, n in sorted(kept.items())]
-    rest = [f"{len(ids)} left out, the first {ids[0]}, {code!r}: {why}" for (code, why), ids in
-            sorted(left_out.items(), key=lambda item: -len(item[1]))]
+    rest = [f"{n} left out, the first {first[code, why]}, {code!r}: {why}"
+            for (code, why), n in left_out.most_common()]
     lines += rest[:10]
     if rest[10:]:
         lines.append(f"and others for {len(rest) - 10} more reasons, see left_out.jsonl")
@@ -325,5 +330,8 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     if missing:
         return (f"part {args.part} is done; {missing} of {len(names)} shards are missing in "
                 f"{folder}, and the part that ends last writes manifest.jsonl")
-    with locked(folder):
-        return merge(folder, names, checkpoint["origin"]["languages"])
+    try:
+        with locked(folder):
+            return merge(folder, names, checkpoint["origin"]["languages"])
+    except BadInput:
+        return f"part {args.part} is done; another part is just writing manifest.jsonl"

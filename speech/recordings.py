@@ -93,6 +93,10 @@ def read_audio(path: Path) -> np.ndarray:
     if not os.path.isfile(path):
         raise BadInput("no audio that can be read (no such file)")
     try:
+        with open(path, "rb") as file:
+            head, size = file.read(8), os.path.getsize(path)
+        if head[:4] == b"RIFF" and size < 8 + int.from_bytes(head[4:], "little") < 2**31:
+            raise BadInput(f"it was cut short after {size:,} bytes; copy it again")
         if (seconds := soundfile.info(path).duration) > MAX_SECONDS:
             raise BadInput(f"it lasts {seconds:.0f} s; cut it")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)

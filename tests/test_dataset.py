@@ -136,6 +136,19 @@ def test_flags_of_a_set_that_cannot_be_used(make, flags, words):
     assert words in str(error.value)
 
 
+def test_sounds_that_need_a_package(make, monkeypatch):
+    monkeypatch.setattr(dataset, "find_spec", lambda _: None)
+    with pytest.raises(BadInput, match="--write flac needs soundfile; `pip install soundfile`"):
+        make("a", "--write", "flac", latent="mel")
+
+
+def test_two_parts_that_end_together(make, tmp_path, capsys):
+    make("a", "--part", "1/2")
+    with locked(tmp_path / "a"):  # the other one merges
+        assert "manifest.jsonl" not in make("a", "--part", "2/2")
+    assert "part 2/2 is done; another part is just writing" in capsys.readouterr().out
+
+
 def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa: F811
     before = make("a")
     assert make("a") == before  # nothing is left to do

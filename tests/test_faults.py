@@ -176,6 +176,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --part 2/2", "--max_cer and --part belong to --out FOLDER"),
     ("sample x --part 7/2 --out {0}/new/a.npz", "belong to --out FOLDER"),
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
+    ("sample x --ckpt {0}/outt", "/outt/ckpt.pt; `python train.py --out_dir "),
     ("sample x --wav=", "--wav: it is empty; give something"),
     ("sample x --out=", "--out: it is empty; give something"),
     ("sample --text_file=", "'' is no file; give a path"),
@@ -315,11 +316,28 @@ def test_recordings_without_a_sound(tmp_path, samples, words):
         read_audio(tmp_path / "a.wav")
 
 
+def test_a_recording_that_was_cut_short(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.full(1000, 0.5), 16000)
+    assert len(read_audio(tmp_path / "a.wav")) == 1000
+    whole = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(whole[:-500])
+    with pytest.raises(BadInput, match="it was cut short after 1,544 bytes; copy it again"):
+        read_audio(tmp_path / "a.wav")
+
+
 def test_command_line_prints_one_line_for_an_error():
     command = [sys.executable, "train.py", "--whisper", "nosuch"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.startswith("train.py: no Whisper 'nosuch'")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_package_that_is_missing_is_named():
+    code = ("import runpy, sys\nsys.modules['matplotlib'] = None\nsys.argv = ['bars.py']\n"
+            "runpy.run_path('experiments/bars.py')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and re.fullmatch("bars.py: import of matplotlib halted.*; `pip "
+                                                 "install -r requirements-test.txt`\n", done.stderr)
 
 
 def test_whatever_goes_wrong_is_one_sentence(monkeypatch):
@@ -335,7 +353,7 @@ def test_whatever_goes_wrong_is_one_sentence(monkeypatch):
     for error, words in ((KeyboardInterrupt(), "stopped; what is written is whole"),
                          (BadInput("no text"), "no text"), (OSError("No space left"), "No space"),
                          (OSError(36, "Name too long", "a" * 300), "Name too long: a{100}$"),
-                         (torch.OutOfMemoryError(), "try a smaller --batch_size"),
+                         (torch.OutOfMemoryError(), "in training a smaller --batch_size"),
                          (OSError(28, "No space left"), "No space left; make room"),
                          (RuntimeError("can't allocate memory"), "out of memory")):
         with pytest.raises(SystemExit, match=words):

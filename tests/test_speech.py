@@ -207,6 +207,7 @@ def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
     steps, _, rhythm, notes = join(folder, pocket, speed=2.0)
     batches = [steps[i] for i in range(16)]
     assert [b.x1 is None for b in batches] == [False] * 13 + [True, False, True]
+    assert [b.sentences for b in batches[13::2]] == [steps.text[i].sentences for i in (6, 7)]
     recorded = {r.sentence: r.x1 for r in steps.recordings}
     for batch in (b for b in batches if b.x1 is not None):
         for s, n, x1 in zip(batch.sentences, batch.cond["frames"].tolist(), batch.x1):

@@ -100,6 +100,9 @@ def test_weights_and_temperature_of_a_mixture(tmp_path, pocket):
     for temperature, ratio in ((1.0, 16), (2.0, 4)):
         found = total(de, es, temperature=temperature)
         assert math.isclose(found["de"] / found["es"], ratio, rel_tol=0.1)
+    for temperature, ratio in ((1.0, 16 / 2), (1e9, 1)):  # however long their sentences are
+        found = total(de, fr, temperature=temperature)
+        assert math.isclose(found["de"] / found["fr"], ratio, rel_tol=0.01)
     weighted = total(f"2*{de}", f"0.5*{fr}", es)  # long or short, a source has its share
     assert {code: round(n, 6) for code, n in weighted.items()} == {"de": 2, "fr": 0.5, "es": 1}
     long, short = load_data([fr], pocket)[0].values()

@@ -14,8 +14,14 @@ from test_roundtrip import close, pocket, randn, runs  # noqa: F401
 
 @pytest.fixture(scope="module")
 def real(pocket):  # noqa: F811
-    speech = tokens.real_test(pocket)
+    speech = tokens.real_test(pocket, pocket.languages)
     return Speech(speech.sentences[::10], speech.x1[::10])
+
+
+def test_languages_that_no_clip_has(pocket):  # noqa: F811
+    assert {s.language for s in tokens.real_test(pocket, ["de", "it"]).sentences} == {"de"}
+    with pytest.raises(BadInput, match="pocket can hear no clip of pocket's test in it; give --rec"):
+        tokens.real_test(pocket, ["it"])
 
 
 def test_forms_of_other_projects(tmp_path):
@@ -96,7 +102,7 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
     few = [Sentence("en", "The dog sleeps."), Sentence("de", "Die Sonne scheint.")]
     monkeypatch.setattr(tokens.data, "per_language", lambda *_: few)
     speech = tokens.speak(features, few, pocket, tmp_path)
-    monkeypatch.setattr(tokens, "real_test", lambda _: speech)
+    monkeypatch.setattr(tokens, "real_test", lambda *_: speech)
     monkeypatch.setattr(speech_lm, "real_test", tokens.real_test)
     tokens.main([ear, "--steps", "2", "--out", str(tmp_path), "--write", features, "--form",
                  "speechless"])
