@@ -113,7 +113,7 @@ def describe(trip, seed: int, whisper: FrozenWhisper, kinds: Sequence[str]) -> P
     """A round trip without what nobody asked for: features of a window are megabytes."""
     n, read, arrays = len(trip.x1), trip.read, {}
     row = dict(language=trip.sentence.language, text=trip.sentence.text,
-               seconds=n / FRAMES_PER_SECOND, frames=n, seed=seed, read=read.text,
+               seconds=n / FRAMES_PER_SECOND, frames=n, seed=seed, hypothesis=read.text,
                cer=round(error_rates([trip.sentence], [read.text]).cer, 4),
                **{name: round(getattr(read, name), 4) for name in SCORES})
     if "features" in kinds:
