@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from plumbing.errors import BadInput, first_line
 
@@ -91,6 +92,7 @@ class Log:
         """It goes on after its first n_rows: those before a checkpoint."""
         rows = path.read_text().splitlines()[1 : n_rows + 1] if n_rows and path.exists() else []
         self.path, self.now = path, path if n_rows else path.with_suffix(".new")
+        self.header = header
         with atomic_write(self.now) as part:
             part.write_text("\n".join([header, *rows, ""]))
         self.file = open(self.now, "a", buffering=1)
@@ -101,14 +103,15 @@ class Log:
     def keep(self, checkpoint: Path) -> None:
         """Call it when a checkpoint is ready: those of an earlier run become .old, once."""
         if not self.now.exists():
-            print(f"note: {self.now} is gone; it goes on in a new {checkpoint.parent}, with the "
-                  "steps that come now", file=sys.stderr)
+            tqdm.write(f"note: {self.now} is gone; it goes on in a new {checkpoint.parent}, with "
+                       "the steps that come now", file=sys.stderr)
             self.file = open(self.now, "a", buffering=1)
+            print(self.header, file=self.file)
         if self.now != self.path:
             for file in self.path, checkpoint.with_name("result.txt"), checkpoint:
                 if checkpoint.exists() and file.exists():
                     os.replace(file, file.with_suffix(".old"))
-                    print(f"note: {file} of an earlier run is now its .old", file=sys.stderr)
+                    tqdm.write(f"note: {file} of an earlier run is now its .old", file=sys.stderr)
             self.file.close()  # Windows renames no open file
             os.replace(self.now, self.path)
             self.now, self.file = self.path, open(self.path, "a", buffering=1)

@@ -72,7 +72,7 @@ def test_a_perfect_reading_of_every_language_has_no_errors():
 
 
 def test_files_of_any_case_and_line_end_are_read(pocket, tmp_path):
-    (tmp_path / "A.TSV").write_bytes(b"en\tThe dog.\rzh_CN\tX.\ren-US\tThe cat.\r")
+    (tmp_path / "A.TSV").write_bytes(b"en\tThe dog.\rzh_CN.UTF-8\tX.\ren-US\tThe cat.\r")
     counts, notes = read_file(tmp_path / "A.TSV", None, pocket)
     assert [tuple(s) for s in counts] == [("en", "The dog."), ("zh", "X."), ("en", "The cat.")]
     assert not notes
@@ -175,6 +175,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --data en={0}/packed.txt", "not UTF-8; it is packed by gzip: unpack it, or name it"),
     ("sample x --part 2/2", "--max_cer and --part belong to --out FOLDER"),
     ("sample x --part 7/2 --out {0}/new/a.npz", "belong to --out FOLDER"),
+    ("sample x --language en_on.wav", "does not know the language 'en_on.wav'"),
+    ("sample x --language it_IT.UTF-8", "does not know the language 'it_IT.UTF-8'"),
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
     ("sample x --ckpt {0}/outt", "/outt/ckpt.pt; `python train.py --out_dir "),
     ("sample x --wav=", "--wav: it is empty; give something"),
@@ -401,7 +403,7 @@ def test_a_folder_that_is_moved_during_a_run_is_told(tmp_path, capsys):
             log.keep(folder / "ckpt.pt")
         assert ("is gone; it goes on in a new" in capsys.readouterr().err) == move
     log.write(3, 0.5)
-    assert (folder / "log.csv").read_text() == "3,0.5\n"
+    assert (folder / "log.csv").read_text() == "step,loss\n3,0.5\n"
 
 
 def test_cells_of_a_spreadsheet_lose_their_quotes(pocket, tmp_path):

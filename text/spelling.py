@@ -18,4 +18,5 @@ def strip_unspoken(text: str) -> str:
 def language_code(name: str) -> str:
     """English, en-US or EN -> en; what is no language stays, in lower case."""
     name = name.strip().lower()
-    return TO_LANGUAGE_CODE.get(name, re.split("[-_]", name)[0])
+    tag = re.fullmatch(r"([a-z]{2,3})([-_][a-z0-9]{2,8})*(\.utf-?8)?", name)
+    return TO_LANGUAGE_CODE.get(name, tag[1] if tag else name)
