@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from whisper.audio import SAMPLE_RATE
 from whisper.decoding import DecodingOptions, DecodingTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from experiments.utterances import human_clip  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
-from speech.recordings import log_mel, read_audio, read_manifest  # noqa: E402
+from speech.recordings import read_manifest  # noqa: E402
 from text.error_rates import cer_by_language, edit_distance, error_rates  # noqa: E402
 from text.sources import load_data  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
@@ -113,13 +113,9 @@ def people(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int) ->
                and not any(map(str.isdigit, s.text))}
     trips, counts = [], Counter()
     for sentence in data.per_language(sorted(path_of, key=data.hash_share), 2 * n):
-        try:
-            samples = read_audio(path_of[sentence])
-            mel = log_mel(samples, whisper)
-        except BadInput as error:
-            notes.append(f"{path_of[sentence]}: {error}")
+        if counts[sentence.language] >= n / len(languages):
             continue
-        if 1 <= len(samples) / SAMPLE_RATE <= 12 and counts[sentence.language] < n / len(languages):
+        if (mel := human_clip(path_of[sentence], whisper, notes)) is not None:
             counts[sentence.language] += 1
             x1, features = whisper.latents(mel)[0], whisper.features_of_mel(mel)
             read = whisper.transcribe(features, [sentence.language])[0]

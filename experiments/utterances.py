@@ -99,6 +99,15 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
             yield from (log_mel(samples, whisper)[0] for samples in pool.map(say, part))
 
 
+def human_clip(path: Path, whisper: FrozenWhisper, notes: list[str]) -> Tensor | None:
+    """The log-mel (1, M, 2P) of a clip of 1 to 12 seconds, or None; a note if it cannot be used."""
+    try:
+        samples = recordings.read_audio(path)
+        return log_mel(samples, whisper) if 1 <= len(samples) / SAMPLE_RATE <= 12 else None
+    except BadInput as error:
+        notes.append(f"{path}: {error}")
+
+
 def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
     """Human clips of 1 to 12 seconds, chosen by a hash; no digits: who knows how they are read?"""
     entries, notes = recordings.read_manifest(folder, whisper)
@@ -107,13 +116,9 @@ def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> 
         is_usable = s.language in languages and not any(map(str.isdigit, s.text))
         if not is_usable or letters(s) in known or len(mels) == N_PEOPLE:
             continue
-        try:
-            samples = recordings.read_audio(path)
-            if 1 <= len(samples) / SAMPLE_RATE <= 12:
-                mels.append(log_mel(samples, whisper)[0])
-                sentences.append(s)
-        except BadInput as error:
-            notes.append(f"{path}: {error}")
+        if (mel := human_clip(path, whisper, notes)) is not None:
+            mels.append(mel[0])
+            sentences.append(s)
     if not mels:
         raise BadInput(f"{folder} has no usable clip: 1 to 12 seconds, with a text in "
                        f"{', '.join(sorted(languages))} that is not learned from"

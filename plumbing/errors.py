@@ -12,12 +12,15 @@ from typing import Callable
 
 def told(kind: type, error: BaseException, traceback) -> None:
     """In place of Python's own excepthook: what goes wrong while modules are imported."""
-    if issubclass(kind, (KeyboardInterrupt, ModuleNotFoundError, BadInput)):
-        why = ("stopped; nothing had begun" if kind is KeyboardInterrupt else str(error) if
-               kind is BadInput else f"{error}; `pip install -r requirements-test.txt`")
-        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    if issubclass(kind, KeyboardInterrupt):
+        why = "stopped; nothing had begun"
+    elif issubclass(kind, BadInput):
+        why = str(error)
+    elif issubclass(kind, ModuleNotFoundError):
+        why = f"{error}; `pip install -r requirements-test.txt`"
     else:
-        sys.__excepthook__(kind, error, traceback)
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
 
 
 sys.excepthook = told

@@ -49,8 +49,6 @@ def check_flags(config) -> None:
         value = getattr(config, f.name)
         if low is not None and not low <= value < below:
             raise BadInput(f"--{f.name} {value} cannot be used; at least {low} and below {below:g}")
-        if value == "" != f.default:
-            raise BadInput(f"--{f.name} is empty; give something, or leave it out")
         if choices and value not in choices:
             raise BadInput(f"--{f.name} {value!r} is none of {', '.join(choices)}")
 

@@ -86,8 +86,9 @@ def check(args) -> None:
                            + ", 0.05 is 5 %" * (name == "max_cer"))
     if out and not folder:
         make_folder(out.parent)
-    if out and not folder and (out.is_dir() or not os.access(out.parent, os.W_OK)):
-        raise BadInput(f"--out {out} must be FILE.npz, no folder, in a folder that may be written")
+        if out.is_dir() or not os.access(out.parent, os.W_OK):
+            raise BadInput(f"--out {out} must be FILE.npz, no folder, in a folder that may be "
+                           "written")
 
 
 def write_npz(path: Path, trips: Sequence, text_of: np.ndarray) -> None:
@@ -290,7 +291,8 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     """All shards of this part that are not there yet -> what there is then, in words."""
     folder, (part, n_parts) = args.out, parse_part(args.part)
     kinds = sorted(set(args.write or ["features"]))
-    digest, n_texts, n, as_english, others = hashlib.sha256(), 0, TEXTS_A_SHARD, [], []
+    digest, n_texts, n, as_english = hashlib.sha256(), 0, TEXTS_A_SHARD, []
+    others = Counter()  # not a list: there may be millions
     for name in args.text_file:
         if (path := local_file(name)).exists() and not path.is_file():
             raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
@@ -298,7 +300,7 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     for line, suffix, code in read_lines(args.text_file, args.language):
         digest.update(f"{line.rstrip()}\t{suffix}\t{code}\n".encode())
         n_texts += 1
-        others += [other_language(line, code)] if suffix == ".tsv" else []
+        others[other_language(line, code) if suffix == ".tsv" else ""] += 1
         as_english += [line] if code == "en" != args.language and note_english([line]) else []
     if not n_texts:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")

@@ -159,10 +159,11 @@ def other_language(line: str, language: str | None) -> str:
     return code if given != code in ISO_639_3 and given and len(columns) == 1 else ""
 
 
-def note_other(codes: Sequence[str], language: str | None) -> list[str]:
+def note_other(counts: Counter[str], language: str | None) -> list[str]:
     """A note on lines of a table that say another language than that which is given."""
-    others = [code for code in codes if code]
-    return others and [f"{len(others)} lines begin with the name of another language, such as "
+    others = [code for code in counts if code]  # "": none
+    n = sum(counts[code] for code in others)
+    return others and [f"{n} lines begin with the name of another language, such as "
                        f"{others[0]!r}, and are read as {language!r}"]
 
 
@@ -194,12 +195,12 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     in its last column. Raises BadInput if nothing in it can be used.
     """
     counts, left_out, lines = Counter(), defaultdict(list), lines_of(path, language)
-    others, is_table = [], kind(path) == ".tsv"
+    others, is_table = Counter(), kind(path) == ".tsv"
     for n, line in enumerate(islice(lines, max_lines), 1):
         try:
             if line.strip():
                 counts[read_line(line, is_table, language, whisper)] += 1
-                others += [other_language(line, language)] if is_table else []
+                others[other_language(line, language) if is_table else ""] += 1
         except BadInput as error:
             left_out[str(error)].append(n)
     if next(lines, None):
@@ -351,9 +352,10 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         for piece, n in pieces.items():
             often[piece] = n / n_frames(piece, speed) ** 2
             of_language[piece.language] += often[piece]
-        total = sum(n ** (1 / temperature) for n in counts.values())
+        powers = {code: n ** (1 / temperature) for code, n in counts.items()}
+        total = sum(powers.values())
         for piece, x in often.items():  # a language's share, and the sentence's share of that
-            language_share = counts[piece.language] ** (1 / temperature) / total
+            language_share = powers[piece.language] / total
             shares[piece] += weight * language_share * x / of_language[piece.language]
     notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
     notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
