@@ -252,18 +252,22 @@ def write_rows(rows: list[dict], folder: Path, name: str) -> Path:
 
 def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed: int = 0,
           amount: float = 0.0) -> Speech:
-    """espeak-ng, or a checkpoint of the same Whisper, says the sentences."""
+    """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
     if source == "espeak":
         make_pocket.need_espeak()
         mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work)
         return Speech(sentences, encode(mels, whisper))
     checkpoint = train.load_checkpoint(Path(source))
     critic = sample.load_critic(checkpoint, whisper.device)
-    if critic.model.dims != whisper.dims:
-        raise BadInput(f"{source} was trained with {critic.name}, not {whisper.name}")
+    is_heard = isinstance(critic, Ear)  # and by any Whisper with as many bands
+    same, other = ((critic.dims.n_mels, whisper.dims.n_mels) if is_heard else
+                   (critic.fingerprint, whisper.fingerprint))
+    if same != other:
+        raise BadInput(f"{source} was trained with {critic.name}, whose "
+                       f"{'bands' if is_heard else 'features'} are not those of {whisper.name}")
     flow = Flow(sample.load_model(checkpoint, whisper.device), durations_by(checkpoint["rhythm"]),
                 checkpoint["config"]["speed"], dict(critic=critic))
-    return generate(flow, sentences, Solver(seed=seed), Voice(amount * isinstance(critic, Ear)))
+    return generate(flow, sentences, Solver(seed=seed), Voice(amount * is_heard), whisper)
 
 
 def real_test(whisper: FrozenWhisper, languages: Sequence[str]) -> Speech:

@@ -155,12 +155,13 @@ def latents(flow: Flow, sentences: list, solver: Solver,
 
 
 @torch.no_grad()
-def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice) -> Speech:
-    """The flow says the sentences; spectrograms as the encoder hears them."""
-    whisper, encoded = flow.readers["critic"], []
+def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
+             hears: FrozenWhisper | None = None) -> Speech:
+    """The flow says the sentences; spectrograms as the critic's encoder, or another, hears them."""
+    critic, encoded = flow.readers["critic"], []
     for x1, frames in latents(flow, sentences, solver, voice):
-        if isinstance(whisper, Ear):
-            window = min(x1.shape[1] + SILENT_FRAMES, whisper.max_frames)
-            x1 = whisper.encode_mel(whisper.spectrogram(x1, frames, window))
+        if isinstance(critic, Ear):
+            window = min(x1.shape[1] + SILENT_FRAMES, critic.max_frames)
+            x1 = (hears or critic).encode_mel(critic.spectrogram(x1, frames, window))
         encoded += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
     return Speech(sentences, encoded)

@@ -291,7 +291,7 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     """All shards of this part that are not there yet -> what there is then, in words."""
     folder, (part, n_parts) = args.out, parse_part(args.part)
     kinds = sorted(set(args.write or ["features"]))
-    digest, n_texts, n, as_english = hashlib.sha256(), 0, TEXTS_A_SHARD, []
+    digest, n_texts, n = hashlib.sha256(), 0, TEXTS_A_SHARD
     others = Counter()  # not a list: there may be millions
     for name in args.text_file:
         if (path := local_file(name)).exists() and not path.is_file():
@@ -301,9 +301,10 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
         digest.update(f"{line.rstrip()}\t{suffix}\t{code}\n".encode())
         n_texts += 1
         others[other_language(line, code) if suffix == ".tsv" else ""] += 1
-        as_english += [line] if code == "en" != args.language and note_english([line]) else []
     if not n_texts:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
+    as_english = (line for line, _, code in read_lines(args.text_file, args.language)
+                  if code == "en" != args.language)
     for note in note_english(as_english) + note_other(others, args.language):
         print(f"note: {note}", file=sys.stderr)
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))

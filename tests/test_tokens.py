@@ -10,6 +10,7 @@ from experiments.student import Speech
 from plumbing.errors import BadInput
 from speech.recordings import soundfile
 from test_roundtrip import close, pocket, randn, runs  # noqa: F401
+from whisper_decoder import FrozenWhisper
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,11 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
     few = [Sentence("en", "The dog sleeps."), Sentence("de", "Die Sonne scheint.")]
     monkeypatch.setattr(tokens.data, "per_language", lambda *_: few)
     speech = tokens.speak(features, few, pocket, tmp_path)
+    judge = FrozenWhisper("pocket/judge.pt")
+    heard = [tokens.speak(ear, few, whisper, tmp_path).x1[0] for whisper in (pocket, judge)]
+    assert heard[0].shape == heard[1].shape and (heard[0] - heard[1]).abs().mean() > 0.1
+    with pytest.raises(BadInput, match="whose features are not those of pocket/judge.pt"):
+        tokens.speak(features, few, judge, tmp_path)
     monkeypatch.setattr(tokens, "real_test", lambda *_: speech)
     monkeypatch.setattr(speech_lm, "real_test", tokens.real_test)
     tokens.main([ear, "--steps", "2", "--out", str(tmp_path), "--write", features, "--form",

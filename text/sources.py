@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -212,12 +212,13 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     return counts, notes
 
 
-def note_english(texts: Sequence[str]) -> list[str]:
+def note_english(texts: Iterable[str]) -> list[str]:
     """A note on texts without a Latin letter whose language nobody said."""
-    other = [text for text in texts
-             if any(map(str.isalpha, text)) and not re.search("[a-zA-Z]", text)]
-    return other and [f"{len(other)} texts such as {other[0].strip()[:40]!r} are read as English; "
-                      "--language says another"]
+    n, first = 0, ""  # no list: there may be millions
+    for text in texts:
+        if any(map(str.isalpha, text)) and not re.search("[a-zA-Z]", text):
+            n, first = n + 1, first or text.strip()[:40]
+    return [f"{n} texts such as {first!r} are read as English; --language says another"] * (n > 0)
 
 
 def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
