@@ -117,9 +117,11 @@ def people(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int) ->
             continue
         if (mel := human_clip(path_of[sentence], whisper, notes)) is not None:
             counts[sentence.language] += 1
-            x1, features = whisper.latents(mel)[0], whisper.features_of_mel(mel)
+            x1 = whisper.latents(mel)
+            # What the other engine is given too: an ear's x1 is coarser than the log-mel.
+            features = whisper.features(x1, torch.tensor([x1.shape[1]]))
             read = whisper.transcribe(features, [sentence.language])[0]
-            trips.append(train.RoundTrip(sentence, x1, features[0], read))
+            trips.append(train.RoundTrip(sentence, x1[0], features[0], read))
     if not trips:
         raise BadInput("; ".join([f"{folder} has no clip of 1 to 12 seconds in "
                                   f"{', '.join(sorted(languages))}", *notes[:1]]))
@@ -153,7 +155,8 @@ def main(argv=None) -> None:
     checkpoint = train.load_checkpoint(args.checkpoint)
     config, device = checkpoint["config"], torch.device("cpu")
     whisper = sample.load_critic(checkpoint, device)
-    shares, _ = load_data(args.data or config["data"], whisper, config["speed"])
+    shares, _ = load_data(args.data or config["data"], whisper, config["speed"],
+                          max_lines=config["max_lines"])
     sentences = data.per_language(data.split(list(shares))[1], args.sentences)
     durations = [durations_by(checkpoint["rhythm"])(s, config["speed"]) for s in sentences]
     trips = list(train.round_trips(sample.load_model(checkpoint, device), whisper, sentences,

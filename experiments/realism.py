@@ -154,7 +154,9 @@ class Study:
         strength = {name: VOICE[name] * (name in args.voice) for name in VOICE}
         self.voice = Voice(args.rooms, strength, "pace" in args.voice)
         sources = args.data or config["data"]
-        training, held_out = data.split(list(load_data(sources, self.whisper)[0]))
+        shares, _ = load_data(sources, self.whisper, config["speed"],
+                              max_lines=config["max_lines"])
+        training, held_out = data.split(list(shares))
         if len(training) < 50:
             raise BadInput(f"--data {' '.join(sources)} has {len(training)} sentences to learn "
                            "from; give at least 50")

@@ -79,14 +79,17 @@ def main(argv=None) -> None:
             **checkpoint["model_config"])
         model = sample.load_model(checkpoint, device)
         rival = SpeechLM(2 * N_CODES, shape.width, shape.depth).to(device).eval()
-        shares, _ = load_data(args.data or checkpoint["config"]["data"], critic)
+        config = checkpoint["config"]
+        speed = config["speed"]
+        shares, _ = load_data(args.data or config["data"], critic, speed,
+                              max_lines=config["max_lines"])
         sentences = data.per_language(data.split(list(shares))[1], args.sentences)
         rule = durations_by(checkpoint["rhythm"])
         for size in (1, len(sentences)):
             groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
-            frames = sum(data.count_frames(rule(s, 1.0)) for s in sentences)
+            frames = sum(data.count_frames(rule(s, speed)) for s in sentences)
             seconds = frames / data.FRAMES_PER_SECOND
-            batches = [data.make_batch(g, critic, [rule(s, 1.0) for s in g]) for g in groups]
+            batches = [data.make_batch(g, critic, [rule(s, speed) for s in g]) for g in groups]
 
             def in_turn() -> None:
                 for batch in batches:

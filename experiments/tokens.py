@@ -38,12 +38,13 @@ from experiments.student import Speech  # noqa: E402
 from experiments.utterances import Flow, Voice, encode, espeak, generate  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
-from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.errors import BadInput, first_line, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from text.error_rates import error_rates  # noqa: E402
+from text.long import fits  # noqa: E402
 from text.sources import load_data  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -78,10 +79,12 @@ class Quantiser(nn.Module):
         self.register_buffer("codes", F.normalize(torch.randn(N_CODES, CODE_DIM), dim=1))
         self.register_buffer("uses", torch.ones(N_CODES))
 
-    def encode(self, features: Tensor) -> Tensor:
-        """(B, T, E) -> directions (B, N, D)."""
-        x = F.pad(features.mT, (0, features.shape[1] % 2), mode="replicate")
-        x = F.avg_pool1d(x, 2).mT
+    def encode(self, features: Tensor, frames: Tensor) -> Tensor:
+        """(B, T, E), lengths (B,) -> directions (B, N, D)."""
+        # The last frame of an odd length is a pair alone, whatever is padded behind it.
+        every = torch.arange(features.shape[1] + features.shape[1] % 2, device=features.device)
+        inside = every.minimum(frames[:, None] - 1)[:, :, None].expand(-1, -1, features.shape[2])
+        x = F.avg_pool1d(features.gather(1, inside).mT, 2).mT
         return F.normalize(self.down(x + self.mlp(F.layer_norm(x, x.shape[-1:]))), dim=2)
 
     def decode(self, codes: Tensor, frames: Tensor) -> Tensor:
@@ -91,12 +94,12 @@ class Quantiser(nn.Module):
         x = self.layer(x + self.positions[: x.shape[1]], src_key_padding_mask=behind)
         return self.norm(x)[:, : int(frames.max())]
 
-    def tokens(self, features: Tensor) -> Tensor:
-        """(B, T, E) -> (B, N): 25 a second."""
-        return (self.encode(features) @ self.codes.T).argmax(2)
+    def tokens(self, features: Tensor, frames: Tensor) -> Tensor:
+        """(B, T, E), (B,) -> (B, N): 25 a second."""
+        return (self.encode(features, frames) @ self.codes.T).argmax(2)
 
     def forward(self, features: Tensor, frames: Tensor) -> Quantised:
-        x = self.encode(features)
+        x = self.encode(features, frames)
         tokens = (x @ self.codes.T).argmax(2)
         nearest = self.codes[tokens]
         mask = torch.arange(x.shape[1], device=x.device) < (frames[:, None] + 1) // 2
@@ -166,20 +169,23 @@ def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: in
 
 
 def load_quantiser(path: Path, whisper: FrozenWhisper) -> Quantiser:
-    """What `main` saved; BadInput if it is missing or of another Whisper."""
+    """What `main` saved; BadInput if it is missing, something else, or of another Whisper."""
     quantiser = Quantiser(whisper).eval()
     try:
-        quantiser.load_state_dict(torch.load(path, weights_only=True))
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"{path} is no quantiser of {whisper.name}; experiments/tokens.py makes one "
-                       "where --quantiser is left out") from error
+        saved = torch.load(path, weights_only=True)
+        if saved["whisper"] != whisper.fingerprint:
+            raise ValueError("it is of another")
+        quantiser.load_state_dict(saved["quantiser"])
+    except Exception as error:
+        raise BadInput(f"{path} is no quantiser of {whisper.name} ({first_line(error)}); "
+                       "experiments/tokens.py makes one where --quantiser is left out") from error
     return quantiser
 
 
 @torch.no_grad()
 def tokenise(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> list[list[int]]:
     """Utterances -> their tokens, 25 a second."""
-    return [quantiser.tokens(features_of([x], whisper)[0])[0].tolist() for x in speech.x1]
+    return [quantiser.tokens(*features_of([x], whisper))[0].tolist() for x in speech.x1]
 
 
 @torch.no_grad()
@@ -255,6 +261,9 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
     """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
     if source == "espeak":
         make_pocket.need_espeak()
+        if voiceless := {s.language for s in sentences} - {*make_pocket.VOICES}:
+            raise BadInput(f"make_pocket.py has no voice of espeak-ng for {', '.join(sorted(voiceless))}; "
+                           f"give --data in {', '.join(make_pocket.VOICES)}")
         mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work)
         return Speech(sentences, encode(mels, whisper))
     checkpoint = train.load_checkpoint(Path(source))
@@ -265,8 +274,12 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
     if same != other:
         raise BadInput(f"{source} was trained with {critic.name}, whose "
                        f"{'bands' if is_heard else 'features'} are not those of {whisper.name}")
-    flow = Flow(sample.load_model(checkpoint, whisper.device), durations_by(checkpoint["rhythm"]),
-                checkpoint["config"]["speed"], dict(critic=critic))
+    durations, speed = durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"]
+    if long := [s.text for s in sentences if not fits(s, critic, speed, durations)]:
+        raise BadInput(f"{long[0][:60]!r} is too long for {critic.name}, with which {source} was "
+                       "trained; give shorter --data")
+    flow = Flow(sample.load_model(checkpoint, whisper.device), durations, speed,
+                dict(critic=critic))
     return generate(flow, sentences, Solver(seed=seed), Voice(amount * is_heard), whisper)
 
 
@@ -296,6 +309,10 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if min(args.sentences, args.steps) < 1:
         raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; at least 1")
+    name_of = {s: Path(s).parent.name if Path(s).is_file() else Path(s).name for s in args.write}
+    if len({*name_of.values()}) < len(args.write):
+        raise BadInput(f"--write {' '.join(args.write)} would be written to one file; give other "
+                       "folders, or call twice")
     whisper = FrozenWhisper(args.whisper)
     training, held_out = data.split(list(load_data(args.data, whisper)[0]))
     held_out = data.per_language(held_out, 100)
@@ -307,7 +324,7 @@ def main(argv=None) -> None:
         speech = speak(args.source, training, whisper, work)
         quantiser = train_quantiser(speech, whisper, args.steps, args.seed)
         with atomic_write(args.out / "quantiser.pt") as part:
-            torch.save(quantiser.state_dict(), part)
+            torch.save(dict(quantiser=quantiser.state_dict(), whisper=whisper.fingerprint), part)
     tests = {f"{args.source}, held out": speak(args.source, held_out, whisper, work, 2)}
     if args.whisper == "pocket":
         tests["real speech"] = real_test(whisper, whisper.languages)
@@ -319,8 +336,8 @@ def main(argv=None) -> None:
     for source in args.write:
         tokens = tokenise(quantiser, speak(source, training, whisper, work), whisper)
         rows = [row(args.form, i, s.text, t) for i, (s, t) in enumerate(zip(training, tokens))]
-        name = Path(source).parent.name if Path(source).is_file() else Path(source).name
-        print(f"wrote {write_rows(rows, args.out, f'{args.form}_{name}')}: {len(rows)} rows")
+        file = write_rows(rows, args.out, f"{args.form}_{name_of[source]}")
+        print(f"wrote {file}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

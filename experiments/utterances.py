@@ -161,7 +161,8 @@ def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
     critic, encoded = flow.readers["critic"], []
     for x1, frames in latents(flow, sentences, solver, voice):
         if isinstance(critic, Ear):
-            window = min(x1.shape[1] + SILENT_FRAMES, critic.max_frames)
-            x1 = (hears or critic).encode_mel(critic.spectrogram(x1, frames, window))
+            ear = hears or critic
+            window = min(x1.shape[1] + SILENT_FRAMES, ear.max_frames)
+            x1 = ear.encode_mel(critic.spectrogram(x1, frames, window))
         encoded += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
     return Speech(sentences, encoded)
