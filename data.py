@@ -71,7 +71,7 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     # At least one, and one of a language of several; in tiny sets that one may move.
     limit, order = max(HELD_OUT, min(shares, default=0)), sorted(zip(shares, sentences))
     last, first = ({s.language: share for share, s in pairs} for pairs in (order, order[::-1]))
-    held_out = [s for s, share in zip(sentences, shares)
+    held_out = [s for share, s in order  # so that the first few are a fair sample
                 if share <= limit or share == first[s.language] < last[s.language]]
     keys = set(map(key, held_out))  # their own too
     training = [s for s in sentences if key(s) not in keys]
@@ -83,7 +83,7 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
 
 def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
     """Equally many sentences of every language, n in all (rounded up) or as many as there are."""
-    languages = dict.fromkeys(s.language for s in sentences)
+    languages = sorted({s.language for s in sentences})
     groups = ([s for s in sentences if s.language == code] for code in languages)
     return [s for group in groups for s in group[: math.ceil(n / len(languages))]]
 
@@ -179,8 +179,9 @@ class Batch(NamedTuple):
         return position < self.cond["frames"][:, None]
 
     def shard(self, rank: int, n_ranks: int) -> "Batch":
-        """Every n_ranks-th item, at least one."""
-        part = slice(rank % len(self.sentences), None, n_ranks)
+        """Every n_ranks-th item, of every rank equally many: at least one."""
+        n = len(self.sentences)
+        part = slice(rank % n, n - n % n_ranks or n, n_ranks)
         cond = {name: x[part] for name, x in self.cond.items()}
         x1 = None if self.x1 is None else self.x1[part]
         return Batch(self.sentences[part], cond, self.targets[part], self.token_frames[part], x1)

@@ -56,9 +56,7 @@ def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> Froze
 
 def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
     """A text -> parts that fit the decoder, each with its durations (S,), as the flags say."""
-    speed = args.speed
-    if args.rooms:
-        speed = min(max(speed * pace(text, args.seed, args.rooms), 0.1), 10)
+    speed = min(max(args.speed * pace(text, args.seed, args.rooms), 0.1), 10)
     parts = split_long(text, whisper, speed, durations)
     return [(part, durations(part, speed)) for part in parts]
 
@@ -162,8 +160,7 @@ def main(argv=None) -> None:
     trips = make(*zip(*chain(*parts)), args.solver)
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None) for trip in trips]
     if args.out:
-        text_of = np.repeat(np.arange(len(texts)), [len(part) for part in parts])
-        dataset.write_npz(args.out, pieces, text_of)
+        dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
     hypotheses, remaining = [], iter(pieces)
     for i, text in enumerate(texts):
         group = list(islice(remaining, len(parts[i])))

@@ -170,8 +170,9 @@ def evaluate(run: "Run", held_out: list) -> dict:
 
 
 def show_samples(run: "Run", held_out: list) -> None:
-    """One held-out sentence of each of up to five languages, with 4 steps."""
-    sentences = data.per_language(held_out, 1)[:5]
+    """One held-out sentence of each of up to five languages, others each time, with 4 steps."""
+    turn = run.step % len(held_out)
+    sentences = list({s.language: s for s in held_out[turn:] + held_out[:turn]}.values())[:5]
     pairs = zip(sentences, run.transcribe_samples(sentences))
     lines = [f"  {s.language}  {s.text}  ->  {text}" for s, text in pairs]
     tqdm.write("\n".join([f"step {run.step}", *lines]), file=sys.stdout)

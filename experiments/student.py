@@ -26,7 +26,7 @@ from text.error_rates import edit_distance, error_rates  # noqa: E402
 from text.spelling import UNSPACED  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
-VALIDATION = 0.1  # share of a student's utterances that say when it has learned enough
+VALIDATION = 0.1  # share of a student's sentences that say when it has learned enough
 CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better
 RATE = 6e-3  # of learning
 
@@ -112,9 +112,12 @@ def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Stud
     texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
     student = Student(speech.x1[0].shape[1], len(alphabet))
     average, rng = copy.deepcopy(student).eval(), random.Random(seed)
-    order = torch.randperm(len(texts)).tolist()
+    different = list(dict.fromkeys(speech.sentences))  # of which there may be several utterances
+    order = torch.randperm(len(different)).tolist()
     n_validation = max(1, min(200, round(VALIDATION * len(order))))
-    validation, training = order[:n_validation], order[n_validation:]
+    aside = {different[i] for i in order[:n_validation]}
+    validation = [i for i, s in enumerate(speech.sentences) if s in aside]
+    training = [i for i, s in enumerate(speech.sentences) if s not in aside]
     optimizer = torch.optim.AdamW(student.parameters(), RATE, (0.9, 0.98), weight_decay=0.01)
     best, lowest, good, since = None, math.inf, math.inf, 0
     for step in (bar := tqdm(range(1, steps + 1), desc="student", leave=False)):

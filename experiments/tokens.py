@@ -262,8 +262,9 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
     if source == "espeak":
         make_pocket.need_espeak()
         if voiceless := {s.language for s in sentences} - {*make_pocket.VOICES}:
-            raise BadInput(f"make_pocket.py has no voice of espeak-ng for {', '.join(sorted(voiceless))}; "
-                           f"give --data in {', '.join(make_pocket.VOICES)}")
+            raise BadInput("make_pocket.py has no voice of espeak-ng for "
+                           f"{', '.join(sorted(voiceless))}; give --data in "
+                           + ", ".join(make_pocket.VOICES))
         mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work)
         return Speech(sentences, encode(mels, whisper))
     checkpoint = train.load_checkpoint(Path(source))

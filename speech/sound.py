@@ -33,7 +33,8 @@ def another_voice(x1: Tensor, batch: Batch, ear: Ear, seed: int, amount: float,
         return x1
     moved, frames = torch.zeros_like(x1), batch.cond["frames"]
     for i, (n, sentence) in enumerate(zip(frames.tolist(), batch.sentences)):
-        room = Room(amount, sentence_generator(sentence, seed, ear.device), strength)
+        rng = sentence_generator(sentence, seed + 2 * 10**6, ear.device)  # not that of its noise
+        room = Room(amount, rng, strength)
         mel = ear.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)
         moved[i, :n] = ear.latents(random_room(mel, room))[0]
     return moved

@@ -1,4 +1,8 @@
-"""How much of a text comes back: Levenshtein distance after Whisper's own normaliser."""
+"""How much of a text comes back: Levenshtein distance after Whisper's own normaliser.
+
+But for marks: Whisper's blanks them, and without its vowel signs Hindi's "की" is "का".
+"""
+import unicodedata
 from collections import defaultdict
 from functools import cache
 from typing import NamedTuple, Sequence
@@ -9,11 +13,20 @@ from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from text.spelling import UNSPACED, strip_unspoken
 
 
+def keep_marks(text: str) -> str:
+    """A blank for each symbol and sign of punctuation, as Whisper has it, but not for marks."""
+    return "".join(" " if unicodedata.category(c)[0] in "SP" else c
+                   for c in unicodedata.normalize("NFKC", text))
+
+
 @cache
 def normalizer(language: str):
-    """Whisper's own: lower case, no punctuation; in English also one spelling, digits."""
-    return (EnglishTextNormalizer() if language == "en" else
-            BasicTextNormalizer(split_letters=language in UNSPACED))
+    """Whisper's own, see above: lower case, no punctuation; in English one spelling, digits."""
+    if language == "en":
+        return EnglishTextNormalizer()
+    basic = BasicTextNormalizer(split_letters=language in UNSPACED)
+    basic.clean = keep_marks
+    return basic
 
 
 def edit_distance(reference: Sequence, hypothesis: Sequence) -> int:
