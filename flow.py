@@ -22,7 +22,6 @@ flow, as in reflow, and skew nothing.
 x0, x1, x_t, u_t: (B, T, C) for B items, T frames, C channels; t: (B,); mask: (B, T), True in frames
 of an item, False behind it.
 """
-import math
 from typing import Callable, NamedTuple
 
 import torch
@@ -39,7 +38,6 @@ class Solver(NamedTuple):
     steps: int = 4
     method: str = "euler"
     guidance: float = 1.0
-    sway: float = 0.0
     seed: int = 0
 
     @property
@@ -68,19 +66,11 @@ def cfm_loss(model: Model, x0: Tensor, x1: Tensor, t: Tensor, cond: dict, mask: 
     return (error.square().mean(2) * mask).sum(1) / mask.sum(1)
 
 
-def schedule(steps: int, sway: float = 0.0) -> Tensor:
-    """Times from 0 to 1, (steps + 1,): uniform; sway < 0: small steps first, > 0: small ones last.
-
-    t' = t + sway (cos(pi t / 2) - 1 + t), F5-TTS, arXiv 2410.06885, eq. 7. Raises ValueError.
-    """
+def schedule(steps: int) -> Tensor:
+    """Times from 0 to 1, (steps + 1,). Raises ValueError."""
     if not 1 <= steps <= 1000:
         raise ValueError(f"steps must be between 1 and 1000, not {steps}")
-    if not -1 <= sway <= 2 / (math.pi - 2):
-        raise ValueError(f"sway must be between -1 and 1.75 (else time runs backwards), not {sway}")
-    t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    t = t + sway * (torch.cos(math.pi / 2 * t) - 1 + t)
-    t[-1] = 1
-    return t.float()
+    return torch.linspace(0, 1, steps + 1)
 
 
 def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
@@ -111,15 +101,14 @@ def solver_step(velocity: Velocity, x: Tensor, t: Tensor, h: Tensor, method: str
     return x + h / 2 * (v + velocity(x + h * v, t + h))
 
 
-def sample(velocity: Velocity, x0: Tensor, steps: int = 4, method: str = "euler",
-           sway: float = 0.0) -> Tensor:
+def sample(velocity: Velocity, x0: Tensor, steps: int = 4, method: str = "euler") -> Tensor:
     """Solve dx/dt = velocity(x, t) from x0 -> all states, noise first, (steps + 1, B, T, C).
 
     Gradients pass through. Raises ValueError for an unknown method or an impossible schedule.
     """
     if method not in ORDER:
         raise ValueError(f"unknown solver {method!r}; choose one of {', '.join(ORDER)}")
-    times, states = schedule(steps, sway).to(x0.device), [x0]
+    times, states = schedule(steps).to(x0.device), [x0]
     for i in range(steps):
         t, h = times[i].expand(len(x0)), times[i + 1] - times[i]
         # Heun looks at t = 1, where an endpoint has no velocity; midpoint has the same order.

@@ -118,7 +118,9 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.depth) for _ in range(config.depth))
         self.condition_out = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, patch * config.channels)
+        self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         nn.init.zeros_(self.order_in.weight)
+        nn.init.zeros_(self.token_out.weight)
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
         """Each character, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
@@ -138,6 +140,12 @@ class DiT(nn.Module):
         language = torch.where(cond["drop"][:, None], self.no_language.to(language.dtype), language)
         return (self.time_in(sinusoids(t, self.config.width)) + language)[:, None]
 
+    def say_tokens(self, cond: dict) -> Tensor:
+        """What the token of each frame adds to the endpoint, past all blocks, (B, T, C)."""
+        which = cond["alignment"].long()[:, :, None].expand(-1, -1, self.config.channels)
+        said = self.token_out(cond["tokens"]).gather(1, which)
+        return said * ~cond["drop"][:, None, None]
+
     def forward(self, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
         """(B, T, C), (B,) -> x1_hat (B, T, C), bounded in every frame, 0 behind each item's end."""
         n_frames, patch = x_t.shape[1], self.config.patch
@@ -156,4 +164,4 @@ class DiT(nn.Module):
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
-        return bounded(x, self.config.bound) * mask[:, :n_frames, None]
+        return bounded(x + self.say_tokens(cond), self.config.bound) * mask[:, :n_frames, None]

@@ -81,8 +81,7 @@ def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
 def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args) -> None:
     """Print what is read at every step of the ODE, from x0 to x1, before --rooms changes it."""
     batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
-    times = flow.schedule(args.steps, args.sway).tolist()
-    for t, x in zip(times, generate(model, whisper, batch, args.solver)):
+    for t, x in zip(flow.schedule(args.steps), generate(model, whisper, batch, args.solver)):
         features = whisper.features(x, batch.cond["frames"])
         read = whisper.transcribe(features, [sentence.language])[0]
         print(f"  t = {t:.2f}     {read.text[:70]}")
@@ -94,10 +93,8 @@ def is_wav_file(path: Path) -> bool:
 
 def check(args, latent: str, n_texts: int) -> None:
     """BadInput if what was asked for cannot be made."""
-    try:
-        flow.schedule(args.steps, args.sway)
-    except ValueError as error:
-        raise BadInput(f"--{error}") from error  # it begins with the name of the flag
+    if not 1 <= args.steps <= 1000:
+        raise BadInput(f"--steps {args.steps} cannot be used; 1 to 1000")
     if not abs(args.guidance) <= 100:
         raise BadInput(f"--guidance {args.guidance} cannot be used; -100 to 100, 1 is off")
     if not 0 <= args.rooms <= 1:
@@ -124,7 +121,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--steps", type=int, help="steps of the ODE solver (default: %(default)s)")
     add("--method", choices=list(flow.ORDER), help="solver (default: %(default)s)")
     add("--guidance", type=float, help="1 is off (default: %(default)s)")
-    add("--sway", type=float, help="-1: small steps first (default: %(default)s)")
     add("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
     add("--seed", type=int, help="of the noise (default: %(default)s)")
     add("--rooms", type=float, default=0.0, help="up to 1: other voices (spectrograms only)")

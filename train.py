@@ -135,7 +135,7 @@ def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch, solver: Solv
     """All states of the flow, noise first, (steps + 1, B, T, C)."""
     velocity = flow.model_velocity(model, batch.cond, solver.guidance)
     x0 = data.noise(batch, whisper.channels, solver.seed)
-    return flow.sample(velocity, x0, solver.steps, solver.method, solver.sway)
+    return flow.sample(velocity, x0, solver.steps, solver.method)
 
 
 def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sentence],

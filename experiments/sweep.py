@@ -37,8 +37,7 @@ def interval(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-KINDS = dict(speed=float, guidance=float, sway=float, steps=int, method=str, judge=str,
-             seconds=interval)
+KINDS = dict(speed=float, guidance=float, steps=int, method=str, judge=str, seconds=interval)
 
 
 def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
@@ -86,8 +85,8 @@ def main(argv=None) -> None:
     try:
         values = [KINDS[args.kind](value) for value in args.values]
         for value in values:  # those that the sampler does not know
-            if args.kind in ("steps", "sway"):
-                flow.schedule(**{"steps": 1, args.kind: value})
+            if args.kind == "steps":
+                flow.schedule(value)
         if args.kind == "guidance" and not all(abs(value) <= 100 for value in values):
             raise ValueError("-100 to 100, 1 is off")
         if args.kind == "method" and not {*values} <= {*flow.ORDER}:
