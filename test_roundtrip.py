@@ -227,6 +227,18 @@ def test_each_condition_counts_unless_it_is_dropped(pocket, name):
     close(model(x, t, changed | drop), model(x, t, cond | drop))
 
 
+@torch.no_grad()
+def test_a_token_goes_straight_into_the_endpoint_of_its_frames(pocket):
+    model, batch = network(pocket), batch_of(pocket)
+    for p in model.latent_out.parameters():  # nothing comes from the blocks
+        p.zero_()
+    x1_hat = model(data.noise(batch, pocket.channels, 0), torch.zeros(4), batch.cond)
+    for x, tokens, where, n in zip(x1_hat, batch.cond["tokens"], batch.cond["alignment"],
+                                   batch.cond["frames"]):
+        said = F.linear(tokens[where[:n].long()], model.token_out.weight)
+        close(x[:n], F.layer_norm(said, said.shape[-1:]))
+
+
 def test_objective_is_its_formula_and_trains_the_whole_flow_and_no_whisper(critic):
     model, batch = network(critic), batch_of(critic)
     x0, t, drop = data.noise(batch, critic.channels, 0), torch.rand(4), torch.arange(4) > 1

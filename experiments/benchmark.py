@@ -30,6 +30,7 @@ from model import DiT, DiTConfig  # noqa: E402
 from plumbing.devices import choose_device, has_bf16, mixed_precision  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import room_of_step  # noqa: E402
+from text.long import LongBatches  # noqa: E402
 from text.sources import load_data  # noqa: E402
 
 # n_mels, width, heads, encoder layers, decoder layers, n_vocab of the official checkpoints
@@ -40,6 +41,7 @@ SHAPES = {
     "turbo": (128, 1280, 20, 32, 4, 51866),
 }
 GB = 1e9
+ALL = "all"  # of --words: the batches of train.py
 PARTS = ("batch", "flow", "critic", "backward", "optimizer")  # of a step, in ms
 
 
@@ -107,9 +109,9 @@ def timed(function: Callable, times: Counter, part: str, device: torch.device) -
 
 
 def choose(sentences: list, span: str, n_languages: int) -> list:
-    """Sentences of so many words, as in "1-4", of the first languages by code; 0: of all."""
+    """Sentences of so many words, as in "1-4", or all, of the first languages by code; 0: of all."""
     codes = sorted({s.language for s in sentences})
-    shortest, _, longest = span.partition("-")
+    shortest, _, longest = span.replace(ALL, "1-1000").partition("-")
     if not (shortest.isdecimal() and longest.isdecimal()):
         raise BadInput(f"--words {span} is no range; give for example 5-10")
     chosen = [s for s in sentences if s.language in codes[: n_languages or None]
@@ -132,18 +134,28 @@ def measure_training(name: str, bf16: bool, args) -> None:
     frozen = n_parameters(whisper.model)
     n, span, n_languages = args.batch_size[0], args.words[0], args.languages[0]
     sentences = choose(list(load_data(args.data, whisper)[0]), span, n_languages)
-    batches = data.Batches(dict.fromkeys(sentences, 1.0), whisper, n, 0, 1.0, whisper.speed_range)
+    kind = LongBatches if span == ALL else data.Batches  # every fourth of long texts, or none
+    batches = kind(dict.fromkeys(sentences, 1.0), whisper, n, 0, 1.0, whisper.speed_range)
     times, seconds = Counter(), batches.frames.mean() / data.FRAMES_PER_SECOND
-    make_batch = timed(lambda step: batches[step].to(whisper), times, "batch", device)
+
+    def draw(step: int) -> tuple:
+        batch, rng = batches[step].to(whisper), data.generator(0, step, device)
+        return batch, rng, train.draw_noise(batch, whisper.channels, config.drop_text, rng)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+        run.optimizer.step()
+        train.update_ema(run.ema, run.model, 1000, config.ema)
+
+    draw = timed(draw, times, "batch", device)
     run.model.forward = timed(run.model.forward, times, "flow", device)
     whisper.text_loss = timed(whisper.text_loss, times, "critic", device)
     backward = timed(torch.Tensor.backward, times, "backward", device)
-    update = timed(run.optimizer.step, times, "optimizer", device)
+    update = timed(update, times, "optimizer", device)
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
             times.clear()
-        batch, rng = make_batch(step), data.generator(0, step, device)
-        noise = train.draw_noise(batch, whisper.channels, config.drop_text, rng)
+        batch, rng, noise = draw(step)
         room = room_of_step(config.steps, config.steps, rng)
         with mixed_precision(device, whisper.dims.n_text_state) if bf16 else nullcontext():
             loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight,
@@ -166,7 +178,8 @@ def main(argv=None) -> None:
     parser.add_argument("--depth", type=int, default=0, help="of the DiT; 0: as wide as Whisper")
     parser.add_argument("--data", nargs="+", default=["builtin"])
     parser.add_argument("--batch_size", nargs="+", type=int, default=[24])
-    parser.add_argument("--words", nargs="+", default=["1-1000"], help="of a sentence")
+    parser.add_argument("--words", nargs="+", default=[ALL], help="of a sentence, in "
+                        "batches of single ones; all: batches as train.py has them")
     parser.add_argument("--languages", nargs="+", type=int, default=[0], help="how many; 0: all")
     parser.add_argument("--steps", type=int, default=20, help="that are measured")
     parser.add_argument("--warmup", type=int, default=5, help="steps before")

@@ -23,6 +23,7 @@ from experiments import (
 from plumbing.errors import BadInput
 from plumbing.files import Log
 from pocket.clips import mel_from_bytes, spoken_clips
+from speech import sound
 from speech.ear import ROOM, VOICE, Ear
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
@@ -189,7 +190,20 @@ def test_student_reads_the_best_path_whatever_its_batch():
     torch.testing.assert_close(student.student_loss(network, x1, texts), sum(nats) / 2)
 
 
-def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear):
+def test_no_sentence_is_both_learned_and_set_aside(monkeypatch):
+    sentences, learned, aside = [Sentence("en", "ab" * n) for n in range(1, 21)] * 2, set(), set()
+    x1 = [torch.randn(2 * len(s.text), 3, generator=rng(n)) for n, s in enumerate(sentences)]
+    text_of, vary, loss = {id(x): s.text for x, s in zip(x1, sentences)}, student.vary, \
+        student.student_loss
+    monkeypatch.setattr(student, "vary", lambda x, rng: (learned.add(text_of[id(x)]), vary(x, rng))[1])
+    monkeypatch.setattr(student, "student_loss", lambda network, x1, texts: (
+        aside.update(text_of.get(id(x)) for x in x1), loss(network, x1, texts))[1])
+    student.train_student(student.Speech(sentences, x1), {"a": 1, "b": 2}, 0, 20)
+    aside.discard(None)  # varied ones
+    assert len(aside) == 2 and len(learned) == 18 and not aside & learned
+
+
+def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear, monkeypatch):
     checkpoint = train.load_checkpoint(utterances.Path(checkpoints["mel"]))
     model = sample.load_model(checkpoint, ear.device)
     spoken = utterances.Flow(model, data.char_durations, 1.0, dict(critic=ear))
@@ -204,6 +218,12 @@ def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear):
     assert 0.8 <= min(paces) < 0.85 and 1.2 < max(paces) <= 1.25
     tracts = [torch.rand((), generator=data.sentence_generator(TEXTS[0], n)) for n in range(50)]
     assert abs(np.corrcoef(paces, tracts)[0, 1]) < 0.4  # see ear.random_room: its first number
+    seeds, room = [], sound.random_room
+    monkeypatch.setattr(sound, "random_room", lambda mel, r: (
+        seeds.append(r.rng.initial_seed()), room(mel, r))[1])
+    next(utterances.latents(spoken, TEXTS, flow.Solver(1), utterances.Voice(1.0)))
+    noise = [data.sentence_generator(s, 0).initial_seed() for s in TEXTS]
+    assert len({*seeds}) == len(TEXTS) and not {*seeds} & {*noise}
 
 
 def test_people_are_heard_where_the_text_is_new_and_has_no_digits(tmp_path, ear, capsys):
@@ -323,6 +343,12 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
                               warmup=1, batch_size=[4], words=["3-4"], languages=[2])
     benchmark.measure_training("tiny", False, args)
     assert re.match(r"\| tiny \| 2 \| .* \| 4 \| 3-4 \| \d\.\d \| 2 \|", capsys.readouterr().out)
+    kinds, args.words = [], ["all"]  # the batches of train.py
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "LongBatches", lambda *args: (
+            kinds.append("long"), benchmark.data.Batches(*args))[1])
+        benchmark.measure_training("tiny", False, args)
+    assert kinds == ["long"] and "| all |" in capsys.readouterr().out
     sentences = [("de", "a b"), ("en", "a b c"), ("de", "a b c"), ("de", "a b c d")]
     sentences = [data.Sentence(*s) for s in sentences]
     assert benchmark.choose(sentences, "3-3", 1) == sentences[2:3]
@@ -382,6 +408,8 @@ def test_people_are_an_upper_bound(ear, tmp_path, capsys):
         engine.people(tmp_path, ear, {"de"}, 5)
     assert {trip.sentence.text for trip in trips} == {"The dog sleeps.", "The cat sleeps."}
     assert trips[0].features.shape == (ear.max_frames, 128)
+    heard = ear.spectrogram(trips[0].x1[None], torch.tensor([ear.max_frames]), ear.max_frames)
+    torch.testing.assert_close(trips[0].features, ear.features_of_mel(heard)[0])  # as transcribe's
     engine.compare("people", trips, [trip.read.text for trip in trips])
     out = capsys.readouterr().out
     assert "people, CTranslate2: CER" in out and "letter by letter the same: 100.0%" in out

@@ -3,6 +3,7 @@ import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,19 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
         close(one[name], two[name])
     norms = [[float(row[9]) for row in log_of(tmp_path / run)] for run in ("one", "two")]
     np.testing.assert_allclose(*norms, rtol=1e-3)
+
+
+def test_samples_are_of_five_languages_and_others_each_time(capsys):
+    held_out = [data.Sentence(code, f"{code} {i}") for i in range(9) for code in "abcdefg"]
+    shown = []
+    for step in (30, 60, 90):
+        train.show_samples(SimpleNamespace(step=step, transcribe_samples=lambda found: [
+            s.text.upper() for s in found]), held_out)
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert first == f"step {step}" and len({line.split()[0] for line in lines}) == 5
+        assert all(line == f"  {line[2]}  {line[5:8]}  ->  {line[5:8].upper()}" for line in lines)
+        shown += lines
+    assert len({*shown}) > 10
 
 
 def test_report_names_the_worst_of_many_languages(tmp_path, capsys):

@@ -114,6 +114,9 @@ def test_builtin_sentences_and_the_held_out_ones():
     assert len(set(sentences)) == len(sentences) == 5 * 6000
     training, held_out = data.split(sentences)
     assert sorted(training + held_out) == sorted(sentences) and 2700 < len(held_out) < 3300
+    few = data.per_language(data.split(sorted(sentences, key=lambda s: len(s.text)))[1], 100)
+    lengths = [np.mean([len(s.text) for s in part]) for part in (few, held_out)]
+    assert len(few) == 100 and 0.9 < lengths[0] / lengths[1] < 1.1  # a fair sample
     more = data.split([Sentence("en", f"New line {n}.") for n in range(99)] + sentences[::-1])
     assert set(training) <= set(more[0]) and set(held_out) <= set(more[1])
     assert [len(part) for part in data.split(SENTENCES)] == [3, 1]
@@ -146,6 +149,7 @@ def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(po
     assert 800 < frames.max() <= 1500 and frames.min() < 400 < frames.float().mean()
     assert max(len(pocket.encode(s.text, s.language)) for b in found for s in b.sentences) <= 112
     assert sum(len(found[0].shard(rank, 4).sentences) for rank in range(4)) == 4  # none is empty
+    assert [len(plain[0].shard(rank, 3).sentences) for rank in range(3)] == [2, 2, 2]  # of eight
 
 
 @pytest.mark.parametrize("language, text", [
@@ -238,3 +242,7 @@ def test_error_rates():
     found = error_rates(sentences, ["the color is blue", "老师喝茶"])
     assert found == (4 / (16 + 4), 1 / (4 + 4), 0)
     assert error_rates(sentences, [sentences[0].text, "老师"]) == (2 / 20, 2 / 8, 1 / 2)
+    # Whisper's normaliser blanks marks, and with them the vowels of India and the tones of Thai.
+    for code, text, read, cer in (("hi", "यह की है।", "यह का है", 1 / 8), ("th", "ที่นี่", "ทูนู", 4 / 6),
+                                  ("fr", "Cafe\u0301, là!", "café là", 0)):
+        assert error_rates([Sentence(code, text)], [read]).cer == cer
