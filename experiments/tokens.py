@@ -7,13 +7,15 @@
 The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP(LN(x)), 64
 dimensions, the nearest of 512 codes by angle; back through a linear map, each twice, positions, one
 transformer layer and a LayerNorm, into the frozen decoder. The loss is its cross-entropy, the
-Kullback-Leibler divergence from what it says of the unquantised features, and commitment. Codes are
-moving averages, and those that nothing uses are put where something is (van den Oord et al. 2017,
+Kullback-Leibler divergence from what it says of the unquantised features, and commitment; ours,
+for minutes in place of days: it begins as the principal components of speech, and the error of the
+features counts too. Codes are moving averages, and those that nothing uses are put where something is (van den Oord et al. 2017,
 arXiv 1711.00937; by angle: Yu et al. 2021, arXiv 2110.04627).
 
 B batch, T frames (20 ms), N pairs of frames, E width of Whisper, K codes, D their dimensions.
 """
 import argparse
+import copy
 import json
 import math
 import sys
@@ -50,7 +52,8 @@ from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_CODES, CODE_DIM, PER_SECOND = 512, 64, 25
 DECAY, DEAD = 0.95, 0.1  # of the codes' averages; fewer uses a step than DEAD: it moves elsewhere
-KL, COMMITMENT = 1.0, 0.25  # weights of the losses
+KL, ERROR, COMMITMENT = 1.0, 1.0, 0.25  # weights of the losses
+RATE = 2e-3  # of learning, up to a width of 128
 TRANSCRIBE = "<|reserved_special_token_69|>"  # how Ichigo and Speechless begin this task
 SEED = 1000  # of espeak-ng's voices
 
@@ -75,9 +78,28 @@ class Quantiser(nn.Module):
         self.positions = nn.Parameter(torch.zeros(whisper.max_frames + 1, width))
         self.layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu",
                                                 batch_first=True, norm_first=True)
-        self.norm = nn.LayerNorm(width)
+        self.norm = copy.deepcopy(whisper.model.encoder.ln_post).requires_grad_()
         self.register_buffer("codes", F.normalize(torch.randn(N_CODES, CODE_DIM), dim=1))
         self.register_buffer("uses", torch.ones(N_CODES))
+        self.register_buffer("mean", torch.zeros(width))  # of the features, channel by channel
+        self.register_buffer("std", torch.ones(width))
+
+    @torch.no_grad()
+    def begin(self, features: Tensor) -> None:
+        """Directions begin as the largest principal components of features of speech (T, E).
+
+        At random ones the codes of an official Whisper come together before they are of any use.
+        """
+        self.std, self.mean = torch.std_mean(features, 0)
+        x = (features - self.mean) / self.std
+        basis = torch.pca_lowrank(x, CODE_DIM)[2]  # (E, D)
+        codes = x[torch.randint(len(x), (N_CODES,))] @ basis
+        self.codes.copy_(F.normalize(codes, dim=1))
+        self.down.weight.copy_(basis.T)
+        self.up.weight.copy_(codes.norm(dim=1).mean() * self.std[:, None] * basis)
+        self.up.bias.copy_(self.mean)
+        for p in (self.down.bias, *self.mlp[2].parameters()):
+            p.zero_()
 
     def encode(self, features: Tensor, frames: Tensor) -> Tensor:
         """(B, T, E), lengths (B,) -> directions (B, N, D)."""
@@ -85,6 +107,7 @@ class Quantiser(nn.Module):
         every = torch.arange(features.shape[1] + features.shape[1] % 2, device=features.device)
         inside = every.minimum(frames[:, None] - 1)[:, :, None].expand(-1, -1, features.shape[2])
         x = F.avg_pool1d(features.gather(1, inside).mT, 2).mT
+        x = (x - self.mean) / self.std  # else a few large channels are all that there is
         return F.normalize(self.down(x + self.mlp(F.layer_norm(x, x.shape[-1:]))), dim=2)
 
     def decode(self, codes: Tensor, frames: Tensor) -> Tensor:
@@ -142,27 +165,34 @@ def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], targets: Tensor,
     log_p, log_q = ((y[mask] @ whisper.rows.T + whisper.row_count.log()).log_softmax(1)
                     for y in (real, x))
     kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    return dict(nll=whisper.nll(x, targets).mean(), kl=kl, commitment=made.commitment)
+    # Else the decoder would guess the text, and hear nothing, in an official Whisper.
+    error = ((made.features - features) / whisper.model.encoder.ln_post.weight).square().mean(2)
+    heard = torch.arange(error.shape[1]) < frames[:, None]
+    return dict(nll=whisper.nll(x, targets).mean(), kl=kl, error=error[heard].mean(),
+                commitment=made.commitment)
 
 
 def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: int) -> Quantiser:
     """A quantiser of these utterances."""
     torch.manual_seed(seed)
     quantiser = Quantiser(whisper).train()
-    optimizer = torch.optim.AdamW(quantiser.parameters(), 2e-3, (0.9, 0.98))
+    rate = RATE * min(1, 128 / whisper.dims.n_audio_state)  # as in train.learning_rate
+    optimizer = torch.optim.AdamW(quantiser.parameters(), rate, (0.9, 0.98))
     frames = torch.tensor([float(len(x)) for x in speech.x1])
+    quantiser.begin(features_of([torch.cat(speech.x1)], whisper)[0][0])
     for step in (bar := tqdm(range(steps), "quantiser")):
         rng = data.generator(seed, step)
         picks = data.draw_alike(torch.ones(len(frames)), frames, 16, rng)
         languages, texts = zip(*(speech.sentences[i] for i in picks))
         losses = quantiser_loss(quantiser, [speech.x1[i] for i in picks],
                                 whisper.target_tokens(texts, languages), whisper)
-        loss = losses["nll"] + KL * losses["kl"] + COMMITMENT * losses["commitment"]
+        loss = (losses["nll"] + KL * losses["kl"] + ERROR * losses["error"]
+                + COMMITMENT * losses["commitment"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(quantiser.parameters(), 1.0)
         progress = step / steps
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, step / 50, 1.05 - progress)
+        optimizer.param_groups[0]["lr"] = rate * min(1, step / 50, 1.05 - progress)
         optimizer.step()
         bar.set_postfix({name: f"{x.item():.2f}" for name, x in losses.items()})
     return quantiser.eval()
