@@ -8,8 +8,8 @@ The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP
 dimensions, the nearest of 512 codes by angle; back through a linear map, each twice, positions, one
 transformer layer and a LayerNorm, into the frozen decoder. The loss is its cross-entropy, the
 Kullback-Leibler divergence from what it says of the unquantised features, and commitment; ours,
-for minutes in place of days: it begins as the principal components of speech, and the error of the
-features counts too. Codes are moving averages, and those that nothing uses are put where something is (van den Oord et al. 2017,
+for minutes in place of days: it begins as the principal components of speech, the error of x1
+counts too, and for most steps that alone. Codes are moving averages, and those that nothing uses are put where something is (van den Oord et al. 2017,
 arXiv 1711.00937; by angle: Yu et al. 2021, arXiv 2110.04627).
 
 B batch, T frames (20 ms), N pairs of frames, E width of Whisper, K codes, D their dimensions.
@@ -52,8 +52,10 @@ from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_CODES, CODE_DIM, PER_SECOND = 512, 64, 25
 DECAY, DEAD = 0.95, 0.1  # of the codes' averages; fewer uses a step than DEAD: it moves elsewhere
-KL, ERROR, COMMITMENT = 1.0, 1.0, 0.25  # weights of the losses
-RATE = 2e-3  # of learning, up to a width of 128
+WEIGHTS = dict(nll=1.0, kl=1.0, error=1.0, commitment=0.25)
+COPY = 0.75  # share of the steps before the decoder has a say: codes that say nothing yet would
+             # teach it to guess, and each of these steps is cheap
+RATE = 1e-3  # of learning
 TRANSCRIBE = "<|reserved_special_token_69|>"  # how Ichigo and Speechless begin this task
 SEED = 1000  # of espeak-ng's voices
 
@@ -153,11 +155,16 @@ def features_of(x1: list[Tensor], whisper: FrozenWhisper) -> tuple[Tensor, Tenso
     return whisper.model.encoder.ln_post(pad_sequence(x1, True)), frames
 
 
-def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], targets: Tensor,
-                   whisper: FrozenWhisper) -> dict[str, Tensor]:
-    """Cross-entropy and divergence in nats per token, and commitment."""
+def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], whisper: FrozenWhisper,
+                   targets: Tensor | None = None) -> dict[str, Tensor]:
+    """Error of x1 and commitment; with targets cross-entropy and divergence too, nats per token."""
     features, frames = features_of(x1, whisper)
     made = quantiser(features, frames)
+    error = ((made.features - features) / whisper.model.encoder.ln_post.weight).square().mean(2)
+    heard = torch.arange(error.shape[1]) < frames[:, None]
+    losses = dict(error=error[heard].mean(), commitment=made.commitment)
+    if targets is None:
+        return losses
     x = whisper.teacher_force(made.features, targets, frames)[0]
     with torch.no_grad():
         real = whisper.teacher_force(features, targets, frames)[0]
@@ -165,34 +172,27 @@ def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], targets: Tensor,
     log_p, log_q = ((y[mask] @ whisper.rows.T + whisper.row_count.log()).log_softmax(1)
                     for y in (real, x))
     kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    # Else the decoder would guess the text, and hear nothing, in an official Whisper.
-    error = ((made.features - features) / whisper.model.encoder.ln_post.weight).square().mean(2)
-    heard = torch.arange(error.shape[1]) < frames[:, None]
-    return dict(nll=whisper.nll(x, targets).mean(), kl=kl, error=error[heard].mean(),
-                commitment=made.commitment)
+    return losses | dict(nll=whisper.nll(x, targets).mean(), kl=kl)
 
 
 def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: int) -> Quantiser:
     """A quantiser of these utterances."""
     torch.manual_seed(seed)
     quantiser = Quantiser(whisper).train()
-    rate = RATE * min(1, 128 / whisper.dims.n_audio_state)  # as in train.learning_rate
-    optimizer = torch.optim.AdamW(quantiser.parameters(), rate, (0.9, 0.98))
+    optimizer = torch.optim.AdamW(quantiser.parameters(), RATE, (0.9, 0.98))
     frames = torch.tensor([float(len(x)) for x in speech.x1])
     quantiser.begin(features_of([torch.cat(speech.x1)], whisper)[0][0])
     for step in (bar := tqdm(range(steps), "quantiser")):
         rng = data.generator(seed, step)
         picks = data.draw_alike(torch.ones(len(frames)), frames, 16, rng)
         languages, texts = zip(*(speech.sentences[i] for i in picks))
-        losses = quantiser_loss(quantiser, [speech.x1[i] for i in picks],
-                                whisper.target_tokens(texts, languages), whisper)
-        loss = (losses["nll"] + KL * losses["kl"] + ERROR * losses["error"]
-                + COMMITMENT * losses["commitment"])
+        targets = whisper.target_tokens(texts, languages) if step >= COPY * steps else None
+        losses = quantiser_loss(quantiser, [speech.x1[i] for i in picks], whisper, targets)
+        loss = sum(WEIGHTS[name] * x for name, x in losses.items())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(quantiser.parameters(), 1.0)
-        progress = step / steps
-        optimizer.param_groups[0]["lr"] = rate * min(1, step / 50, 1.05 - progress)
+        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 50, 1.05 - step / steps)
         optimizer.step()
         bar.set_postfix({name: f"{x.item():.2f}" for name, x in losses.items()})
     return quantiser.eval()

@@ -50,7 +50,7 @@ def test_forms_of_other_projects(tmp_path):
 def test_a_quantiser_learns_and_padding_changes_nothing(pocket, real):  # noqa: F811
     before, after = tokens.Quantiser(pocket).eval(), tokens.train_quantiser(real, pocket, 40, 0)
     texts = pocket.target_tokens(*zip(*((s.text, s.language) for s in real.sentences[:8])))
-    loss = [sum(tokens.quantiser_loss(q, real.x1[:8], texts, pocket).values()).item()
+    loss = [sum(tokens.quantiser_loss(q, real.x1[:8], pocket, texts).values()).item()
             for q in (before, after)]
     assert loss[1] < 0.8 * loss[0]
     figures = tokens.judge(after, real, pocket)
