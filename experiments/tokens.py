@@ -7,10 +7,11 @@
 The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP(LN(x)), 64
 dimensions, the nearest of 512 codes by angle; back through a linear map, each twice, positions, one
 transformer layer and a LayerNorm, into the frozen decoder. The loss is its cross-entropy, the
-Kullback-Leibler divergence from what it says of the unquantised features, and commitment; ours,
-for minutes in place of days: it begins as the principal components of speech, the error of x1
-counts too, and for most steps that alone. Codes are moving averages, and those that nothing uses are put where something is (van den Oord et al. 2017,
-arXiv 1711.00937; by angle: Yu et al. 2021, arXiv 2110.04627).
+Kullback-Leibler divergence from what it says of the unquantised features, and commitment; ours, for
+minutes in place of days: it begins as the principal components of speech, the error of x1 counts
+too, and for most steps that alone. Codes are moving averages, and those that nothing uses are put
+where something is (van den Oord et al. 2017, arXiv 1711.00937; by angle: Yu et al. 2021, arXiv
+2110.04627).
 
 B batch, T frames (20 ms), N pairs of frames, E width of Whisper, K codes, D their dimensions.
 """
