@@ -1,7 +1,8 @@
 """The DiT: a transformer from noise, text and time to the endpoint of the flow.
 
 Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which character
-sounds in it, as in ZipVoice (arXiv 2506.13053), and how far that has come.
+sounds in it, as in ZipVoice (arXiv 2506.13053), and how far that has come; Whisper's embedding of
+its token also goes straight into the endpoint.
 
 B batch, S characters, T latent frames (50 per second), C latent channels, D model width, H heads,
 N = ceil(T / patch) patches, E width of the frozen token embeddings.
@@ -141,7 +142,10 @@ class DiT(nn.Module):
         return (self.time_in(sinusoids(t, self.config.width)) + language)[:, None]
 
     def say_tokens(self, cond: dict) -> Tensor:
-        """What the token of each frame adds to the endpoint, past all blocks, (B, T, C)."""
+        """What the token of each frame adds to the endpoint, past all blocks, (B, T, C).
+
+        It passes no network that is narrower than Whisper: base learns in half of the steps.
+        """
         which = cond["alignment"].long()[:, :, None].expand(-1, -1, self.config.channels)
         said = self.token_out(cond["tokens"]).gather(1, which)
         return said * ~cond["drop"][:, None, None]
