@@ -93,8 +93,10 @@ def is_wav_file(path: Path) -> bool:
 
 def check(args, latent: str, n_texts: int) -> None:
     """BadInput if what was asked for cannot be made."""
-    if not 1 <= args.steps <= 1000:
-        raise BadInput(f"--steps {args.steps} cannot be used; 1 to 1000")
+    try:
+        flow.schedule(args.steps)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from error  # it begins with the name of the flag
     if not abs(args.guidance) <= 100:
         raise BadInput(f"--guidance {args.guidance} cannot be used; -100 to 100, 1 is off")
     if not 0 <= args.rooms <= 1:

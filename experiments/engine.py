@@ -28,7 +28,7 @@ from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.recordings import read_manifest  # noqa: E402
 from text.error_rates import cer_by_language, edit_distance, error_rates  # noqa: E402
-from text.sources import load_data  # noqa: E402
+from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 try:
@@ -155,9 +155,7 @@ def main(argv=None) -> None:
     checkpoint = train.load_checkpoint(args.checkpoint)
     config, device = checkpoint["config"], torch.device("cpu")
     whisper = sample.load_critic(checkpoint, device)
-    shares, _ = load_data(args.data or config["data"], whisper, config["speed"],
-                          max_lines=config["max_lines"])
-    sentences = data.per_language(data.split(list(shares))[1], args.sentences)
+    sentences = data.per_language(split_of(config, whisper, args.data)[1], args.sentences)
     durations = [durations_by(checkpoint["rhythm"])(s, config["speed"]) for s in sentences]
     trips = list(train.round_trips(sample.load_model(checkpoint, device), whisper, sentences,
                                    durations))

@@ -55,7 +55,7 @@ from speech import sound  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
-from text.sources import load_data  # noqa: E402
+from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
@@ -154,9 +154,7 @@ class Study:
         strength = {name: VOICE[name] * (name in args.voice) for name in VOICE}
         self.voice = Voice(args.rooms, strength, "pace" in args.voice)
         sources = args.data or config["data"]
-        shares, _ = load_data(sources, self.whisper, config["speed"],
-                              max_lines=config["max_lines"])
-        training, held_out = data.split(list(shares))
+        training, held_out = split_of(config, self.whisper, sources)
         if len(training) < 50:
             raise BadInput(f"--data {' '.join(sources)} has {len(training)} sentences to learn "
                            "from; give at least 50")

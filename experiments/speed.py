@@ -27,7 +27,7 @@ from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.sound import griffin_lim  # noqa: E402
-from text.sources import load_data  # noqa: E402
+from text.sources import split_of  # noqa: E402
 
 
 @torch.no_grad()
@@ -79,12 +79,9 @@ def main(argv=None) -> None:
             **checkpoint["model_config"])
         model = sample.load_model(checkpoint, device)
         rival = SpeechLM(2 * N_CODES, shape.width, shape.depth).to(device).eval()
-        config = checkpoint["config"]
-        speed = config["speed"]
-        shares, _ = load_data(args.data or config["data"], critic, speed,
-                              max_lines=config["max_lines"])
-        sentences = data.per_language(data.split(list(shares))[1], args.sentences)
-        rule = durations_by(checkpoint["rhythm"])
+        held_out = split_of(checkpoint["config"], critic, args.data)[1]
+        sentences = data.per_language(held_out, args.sentences)
+        rule, speed = durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"]
         for size in (1, len(sentences)):
             groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
             frames = sum(data.count_frames(rule(s, speed)) for s in sentences)

@@ -26,7 +26,7 @@ from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from text.long import fits  # noqa: E402
-from text.sources import load_data  # noqa: E402
+from text.sources import split_of  # noqa: E402
 
 
 def interval(text: str) -> tuple[int, int]:
@@ -45,8 +45,7 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
     device, durations = choose_device("auto"), durations_by(checkpoint["rhythm"])
     whisper, model = sample.load_critic(checkpoint, device), sample.load_model(checkpoint, device)
     config, rates = checkpoint["config"], []
-    shares, _ = load_data(config["data"], whisper, config["speed"], max_lines=config["max_lines"])
-    held_out = data.split(list(shares))[1]
+    held_out = split_of(config, whisper)[1]
     for value in values:
         reader = sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))

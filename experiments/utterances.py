@@ -159,10 +159,10 @@ def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
              hears: FrozenWhisper | None = None) -> Speech:
     """The flow says the sentences; spectrograms as the critic's encoder, or another, hears them."""
     critic, encoded = flow.readers["critic"], []
+    hears = hears or critic
     for x1, frames in latents(flow, sentences, solver, voice):
         if isinstance(critic, Ear):
-            ear = hears or critic
-            window = min(x1.shape[1] + SILENT_FRAMES, ear.max_frames)
-            x1 = ear.encode_mel(critic.spectrogram(x1, frames, window))
+            window = min(x1.shape[1] + SILENT_FRAMES, hears.max_frames)
+            x1 = hears.encode_mel(critic.spectrogram(x1, frames, window))
         encoded += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
     return Speech(sentences, encoded)

@@ -21,7 +21,7 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from data import JOINERS, LANGUAGE_ROWS, POCKET, Sentence, n_frames, words
+from data import JOINERS, LANGUAGE_ROWS, POCKET, Sentence, n_frames, split, words
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write
 from text.long import split_long
@@ -365,3 +365,12 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         raise BadInput("; ".join([f"{len(shares)} different sentences{only} are too few; give "
                                   "--data more", *notes[-1:]]))
     return dict(shares), notes
+
+
+def split_of(config: dict, whisper: FrozenWhisper,
+             sources: Sequence[str] | None = None) -> tuple[list[Sentence], list[Sentence]]:
+    """Training and held-out text of a checkpoint, by its config, or of other sources; texts are cut
+    as they were in its training, or what it learned would be held out."""
+    shares, _ = load_data(sources or config["data"], whisper, config["speed"],
+                          max_lines=config["max_lines"])
+    return split(list(shares))
