@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import BYTES, CAPITAL
 from plumbing.errors import BadInput
-from text.spelling import UNSPACED, strip_unspoken
+from text.spelling import UNSPACED, letters, strip_unspoken, words
 from whisper_decoder import FrozenWhisper
 
 POCKET = Path(__file__).parent / "pocket"
@@ -30,7 +30,6 @@ DIGIT, BLANK = 4.0, 0.5  # how long digits, and blanks and signs, are said; a le
 LANGUAGE_ROWS = [line.split("\t") for line in
                  (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
 PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_ROWS if pace != "-"}
-JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
 DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # per second, where it is not known: a mean; a guess
 
 
@@ -42,19 +41,9 @@ class Sentence(NamedTuple):
 # ---- sentences -------------------------------------------------------------------------------
 
 
-def words(text: str, language: str) -> list[str]:
-    """What the length rule counts: words, or characters in languages written without spaces."""
-    return [c for c in text if c.isalnum()] if language in UNSPACED else letters(text).split()
-
-
-def letters(text: str) -> str:
-    """Letters, digits, marks such as Hindi's vowel signs, joiners; a blank for anything else."""
-    return "".join(c if unicodedata.category(c)[0] in "LMN" or c in JOINERS else " " for c in text)
-
-
 def key(sentence: Sentence) -> tuple:
     """Equal for sentences that differ in signs and capitals only."""
-    return sentence.language, *letters(sentence.text.lower()).split()
+    return sentence.language, "".join(letters(sentence.text.lower()).split())
 
 
 def hash_share(sentence: Sentence) -> float:
@@ -91,7 +80,7 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
 # ---- length ----------------------------------------------------------------------------------
 
 
-@lru_cache(2**16)  # it is asked for wherever a length is needed
+@lru_cache(2**12)  # it is asked for wherever a length is needed
 def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     """The length rule: frames that each character lasts (S,), a letter at least one; speed 2: half.
 

@@ -26,7 +26,7 @@ from plumbing.devices import choose_device
 from plumbing.flags import Parser, path
 from speech import dataset
 from speech.align import durations_by
-from speech.sound import another_voice, pace, write_wav
+from speech.sound import another_voice, pace, wav_files, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
 from text.sources import read_texts
@@ -87,28 +87,15 @@ def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args
         print(f"  t = {t:.2f}     {read.text[:70]}")
 
 
-def is_wav_file(path: Path) -> bool:
-    return path.suffix.lower() == ".wav" and not path.is_dir()
-
-
-def check(args, latent: str, n_texts: int) -> None:
+def check(args, latent: str) -> None:
     """BadInput if what was asked for cannot be made."""
     try:
         flow.schedule(args.steps)
     except ValueError as error:
         raise BadInput(f"--{error}") from error  # it begins with the name of the flag
-    if not abs(args.guidance) <= 100:
-        raise BadInput(f"--guidance {args.guidance} cannot be used; -100 to 100, 1 is off")
-    if not 0 <= args.rooms <= 1:
-        raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1")
     if (args.wav or args.rooms or {*args.write} - {"features"}) and latent != "mel":
         raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav, --rooms and "
                        "--write mel cannot be used; `python train.py --latent mel` makes spectra")
-    if args.wav and is_wav_file(args.wav) and n_texts > 1:
-        raise BadInput(f"--wav {args.wav} holds one text, not {n_texts}; give a folder")
-    if args.wav and not is_wav_file(args.wav) and (
-            args.wav.exists() or args.wav.suffix) and not args.wav.is_dir():
-        raise BadInput(f"--wav {args.wav} is neither FILE.wav nor a folder")
     dataset.check(args)  # last, as it makes the folder of --out FILE.npz
 
 
@@ -123,7 +110,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--steps", type=int, help="steps of the ODE solver (default: %(default)s)")
     add("--method", choices=list(flow.ORDER), help="solver (default: %(default)s)")
     add("--guidance", type=float, help="1 is off (default: %(default)s)")
-    add("--speed", type=float, default=1.0, help="1 is natural, 2 twice as fast")
+    add("--speed", type=float, help="1 is natural, 2 twice as fast (default: as it was trained)")
     add("--seed", type=int, help="of the noise (default: %(default)s)")
     add("--rooms", type=float, default=0.0, help="up to 1: other voices (spectrograms only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -142,15 +129,17 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device, checkpoint = choose_device(args.device), load_checkpoint(args.ckpt)
     whisper, model = load_critic(checkpoint, device), load_model(checkpoint, device)
+    args.speed = checkpoint["config"]["speed"] if args.speed is None else args.speed
     durations = durations_by(checkpoint["rhythm"])
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
     make = partial(round_trips, model, whisper, change=change)
     if dataset.is_set(args.out):
-        check(args, checkpoint["config"]["latent"], 1)
+        check(args, checkpoint["config"]["latent"])
         cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
-    check(args, checkpoint["config"]["latent"], len(texts))
+    files = wav_files(args.wav, len(texts))
+    check(args, checkpoint["config"]["latent"])
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
     print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
@@ -168,8 +157,7 @@ def main(argv=None) -> None:
         if i == 0 and not args.text_file:
             show_forming(model, whisper, *parts[0][0], args)
         if args.wav:
-            file = args.wav if is_wav_file(args.wav) else args.wav / f"{i:04d}.wav"
-            write_wav(file, whisper, [piece.x1.to(device) for piece in group])
+            write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])
     cer, wer, exact = error_rates(texts, hypotheses)
     end = "".join(f"\nwrote {path}: {len(texts)} texts" for path in (args.wav, args.out) if path)
     others = len([*args.wav.glob("*.wav")]) - len(texts) if args.wav and args.wav.is_dir() else 0

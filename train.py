@@ -131,11 +131,12 @@ class RoundTrip(NamedTuple):
 
 
 @torch.no_grad()
-def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch, solver: Solver) -> Tensor:
-    """All states of the flow, noise first, (steps + 1, B, T, C)."""
+def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch,
+             solver: Solver) -> Iterator[Tensor]:
+    """The states of the flow, noise first, (B, T, C) each."""
     velocity = flow.model_velocity(model, batch.cond, solver.guidance)
     x0 = data.noise(batch, whisper.channels, solver.seed)
-    return flow.sample(velocity, x0, solver.steps, solver.method)
+    yield from flow.sample(velocity, x0, solver.steps, solver.method)
 
 
 def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sentence],
@@ -145,7 +146,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
     for i in tqdm(range(0, len(sentences), 50), "round trips", leave=False, delay=1):
         batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
         frames = batch.cond["frames"]
-        x1 = change(generate(model, whisper, batch, solver)[-1], batch)
+        x1 = change(flow.last(generate(model, whisper, batch, solver)), batch)
         features = whisper.features(x1, frames)
         read = whisper.transcribe(features, [s.language for s in batch.sentences])
         x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
@@ -196,6 +197,7 @@ class Run:
         self.origin = dict(whisper=whisper.fingerprint, text=fingerprint(shares),
                            speech=fingerprint(rhythm), languages=sorted(languages))
         self.model = DiT(shape).to(whisper.device)
+        self.model.token_out.weight.data.copy_(whisper.token_directions())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate,
                                            (0.9, 0.99), weight_decay=config.weight_decay)

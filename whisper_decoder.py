@@ -2,7 +2,7 @@
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
 and variance 1, as N(0, I) has; the decoder reads it. speech/ear.py's critic has its own `channels`,
-`bound`, `speed_range`, `latents`, `features` and `text_loss`.
+`bound`, `speed_range`, `latents`, `features`, `text_loss` and `token_directions`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, H heads, R different
@@ -25,12 +25,10 @@ from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
 from plumbing.devices import KERNELS
 from plumbing.errors import BadInput
-from plumbing.files import fingerprint
-from plumbing.weights import load_whisper
+from plumbing.weights import load_whisper, weights_fingerprint
 from text.spelling import language_code, strip_unspoken
 
 NEAR = 12  # frames: how far attention may be from the middle of its token, a standard deviation
-CHUNK = 512  # targets whose logits are in memory at once; all would be a step's largest tensor
 
 
 class FrozenWhisper:
@@ -47,18 +45,19 @@ class FrozenWhisper:
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         # In pocket all tokens that it never uses share one row of the embedding, and so one logit:
-        # `token_nll` needs 1,900 logits, not 51,865.
+        # `nll` needs 1,900 logits, not 51,865.
         weight = self.model.decoder.token_embedding.weight
-        unique = weight.cpu().unique(dim=0, return_inverse=True, return_counts=True)
-        is_own = unique[2][unique[1]] == 1  # (V,)
-        if len(unique[0]) > len(weight) / 2:  # an official checkpoint: no second copy
-            unique = weight, torch.arange(len(weight)), torch.ones(len(weight))
-        self.rows, self.row_of, self.row_count = (x.to(self.device) for x in unique)
+        rows, row_of, count = weight.cpu().unique(dim=0, return_inverse=True, return_counts=True)
+        is_own = count[row_of] == 1  # (V,)
+        if len(rows) > len(weight) / 2:  # an official checkpoint: no second copy
+            rows, row_of, count = weight, torch.arange(len(weight)), torch.ones(len(weight))
+        self.rows, self.row_of, self.row_count = (x.to(self.device) for x in (rows, row_of, count))
         # A language whose token has no embedding of its own was never trained.
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         if not (self.languages and self.rows.isfinite().all()):
             raise BadInput(f"{name} was never trained: its weights are all alike, or no numbers")
+        self.fingerprint = weights_fingerprint(self.model)
         self.alignment_heads = self.model.alignment_heads.to_dense().float()  # (layers, H)
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
@@ -85,13 +84,6 @@ class FrozenWhisper:
         is_seen = torch.cat([is_speech[:, :n], ~is_speech[:, shortest:]], 1)[:, None, None]
         return [(k[shortest:], v[shortest:], is_seen) for k, v in self.silence_keys]
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """It changes with the weights, the first 1,000 of each tensor, and the alignment heads."""
-        parts = (*self.model.parameters(), self.alignment_heads)
-        first = torch.cat([p.flatten()[:1000].float().cpu() for p in parts])
-        return fingerprint(first.numpy().tobytes())
-
     def check_language(self, language: str) -> str:
         """A code or English name -> the code; BadInput if this checkpoint does not know it."""
         code = language_code(language)
@@ -116,6 +108,17 @@ class FrozenWhisper:
         """The decoder's own token embeddings on N(0, I)'s scale, (...) -> (..., E)."""
         x = self.model.decoder.token_embedding(tokens.to(self.device))
         return F.layer_norm(x, x.shape[-1:])
+
+    def token_directions(self) -> Tensor:
+        """What makes the decoder write a token, (C, E): frames of x1 lean to token_directions @ e.
+
+        e is `embed(token)`. Attention to a frame x adds W_out W_value x to a state, whose product
+        with e is the token's logit; so x should lean to (W_out W_value)^T e, in all layers.
+        """
+        decoder = self.model.decoder
+        paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
+        x = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
+        return x * len(x) ** 0.5 / x.norm()  # of unit variance, as x1
 
     def encode(self, text: str, language: str) -> list[int]:
         """Text, after a blank -> the tokens that `whisper.decode` can write for it."""
@@ -188,26 +191,13 @@ class FrozenWhisper:
         mask = targets[:, 1:] >= 0  # position i predicts token i + 1
         mask[:, : self.n_prompt - 1] = False
         mask[:, 0] = self.model.is_multilingual  # <|startoftranscript|> predicts the language
-        rows = self.row_of[targets[:, 1:][mask]]  # (all predicted tokens,)
-        parts = zip(x[mask].float().split(CHUNK), rows.split(CHUNK))
-        per_token = torch.cat([self.token_nll(*part) for part in parts])
+        rows, log_count = self.row_of[targets[:, 1:][mask]], self.row_count.log()
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
+            # k equal rows weigh k exp(logit) in the softmax, and the target is one of them.
+            logits = F.linear(x[mask].float(), self.rows, log_count)  # (predicted tokens, R)
+            per_token = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
         grid = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, per_token)
         return grid.sum(1) / mask.sum(1)
-
-    def token_nll(self, x: Tensor, rows: Tensor) -> Tensor:
-        """-log softmax over all tokens, (n, E), (n,) -> (n,): k equal rows weigh k exp(logit).
-
-        The gradient, the first only, is taken here: logits (n, R) are not kept, nor computed twice.
-        """
-        # bf16 would round small losses away.
-        with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-            leaf, log_count = x.detach().requires_grad_(), self.row_count.log()
-            logits = F.linear(leaf, self.rows, log_count)
-            # The target is one of its k equal rows.
-            nll = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
-            gradient, = torch.autograd.grad(nll.sum(), leaf)  # each loss is of its own x alone
-        # The value of nll, and its gradient: x - leaf is 0.
-        return nll.detach() + ((x - leaf.detach()) * gradient).sum(1)
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.

@@ -133,9 +133,10 @@ def measure_training(name: str, bf16: bool, args) -> None:
     trained = n_parameters(run.model)
     frozen = n_parameters(whisper.model)
     n, span, n_languages = args.batch_size[0], args.words[0], args.languages[0]
-    sentences = choose(list(load_data(args.data, whisper)[0]), span, n_languages)
+    shares = load_data(args.data, whisper)[0]
+    sentences = choose(data.split(list(shares))[0], span, n_languages)
     kind = LongBatches if span == ALL else data.Batches  # every fourth of long texts, or none
-    batches = kind(dict.fromkeys(sentences, 1.0), whisper, n, 0, 1.0, whisper.speed_range)
+    batches = kind({s: shares[s] for s in sentences}, whisper, n, 0, 1.0, whisper.speed_range)
     times, seconds = Counter(), batches.frames.mean() / data.FRAMES_PER_SECOND
 
     def draw(step: int) -> tuple:

@@ -53,8 +53,8 @@ def main(argv=None) -> None:
     sentence, mel = spoken[0]
     durations = durations_by(checkpoint["rhythm"])(sentence, checkpoint["config"]["speed"])
     batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
-    states = train.generate(sample.load_model(checkpoint, whisper.device), whisper, batch,
-                            flow.Solver())
+    states = [*train.generate(sample.load_model(checkpoint, whisper.device), whisper, batch,
+                              flow.Solver())]
     n = (int((mel > mel.min()).any(0).nonzero().max()) + 2) // 2  # what is behind is silence
     real = whisper.latents(mel[None])[:, :n]
     cases = [(f"t = {t:.2f}", x, batch.cond["frames"]) for t, x in

@@ -216,12 +216,12 @@ class Study:
         return [s for s in self.held_out if s.language in whisper.languages]
 
     def spectrograms(self, sentences: list, seed: int, whisper: FrozenWhisper,
-                     variants=make_pocket.VARIANTS) -> Iterator[Tensor]:
-        return espeak(sentences, variants, FIRST_SEED + seed, whisper, self.args.work_dir)
+                     variants=make_pocket.VARIANTS, voice: Voice = Voice()) -> Iterator[Tensor]:
+        return espeak(sentences, variants, FIRST_SEED + seed, whisper, self.args.work_dir, voice)
 
-    def say(self, sentences: list, seed: int, variants=make_pocket.VARIANTS) -> Speech:
+    def say(self, sentences: list, seed: int, *how) -> Speech:
         """espeak-ng says the sentences; what the critic's encoder hears."""
-        mels = self.spectrograms(sentences, seed, self.whisper, variants)
+        mels = self.spectrograms(sentences, seed, self.whisper, *how)
         return Speech(sentences, encode(mels, self.whisper))
 
     @cached_property
@@ -266,9 +266,12 @@ class Study:
         return figures
 
     def real_readings(self, sentences: list, whisper: FrozenWhisper) -> tuple:
-        """Real speech, for `readings`."""
-        mels = list(self.spectrograms(sentences, 2, whisper))
-        return features_of(mels, whisper), (mel[:, : 2 * speech_span(mel).stop] for mel in mels)
+        """Real speech, for `readings`: as latents, so of features as the critic's encoder hears."""
+        mels, critic = list(self.spectrograms(sentences, 2, whisper)), self.whisper
+        features = features_of(mels, whisper) if isinstance(whisper, Ear) else (
+            whisper.model.encoder.ln_post(critic.encode_mel(torch.stack(part)))
+            for part in parts(mels, critic))
+        return features, (mel[:, : 2 * speech_span(mel).stop] for mel in mels)
 
     def made_readings(self, sentences: list, whisper: FrozenWhisper, flow: Flow,
                       solver: Solver) -> tuple:
@@ -280,8 +283,9 @@ class Study:
 
     def real_rows(self) -> Iterator[tuple[str, dict]]:
         """Students of as much real speech, and of the same without its rhythm, for each seed."""
-        seeds = (0, 20) if self.args.rooms else (0,)
-        real = join(self.say(self.sentences, seed) for seed in seeds)
+        takes = [(0, Voice()), (20, self.voice)] if self.voice.amount else [(0, Voice())]
+        real = join(self.say(self.sentences, seed, make_pocket.VARIANTS, voice)
+                    for seed, voice in takes)
         own = self.say(self.held_out, 2)
         again = lambda v: self.say(self.repeated, 3 + v).x1  # noqa: E731
         figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")

@@ -4,7 +4,8 @@
 
 The rival is an autoregressive model from text to semantic tokens, 25 a second, as WhisperSpeech and
 Ichigo have: as many layers as the DiT and as wide, keys and values cached, random weights. Both say
-the same held-out sentences, one at a time and 50 at once.
+the same held-out sentences, one at a time and 50 at once. "tokens" is what both make: of the flow
+through the encoder, where it makes spectrograms, and a quantiser, of random weights too.
 """
 import argparse
 import sys
@@ -19,8 +20,8 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.benchmark import clock  # noqa: E402
 from experiments.speech_lm import SpeechLM  # noqa: E402
-from experiments.tokens import N_CODES, PER_SECOND  # noqa: E402
-from flow import Solver  # noqa: E402
+from experiments.tokens import N_CODES, PER_SECOND, Quantiser  # noqa: E402
+from flow import Solver, last  # noqa: E402
 from model import DiTConfig  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
@@ -39,15 +40,18 @@ def seconds_of(work: Callable, device: torch.device) -> float:
     return clock(device) - start
 
 
-def say(batch: data.Batch, model, critic, steps: int, kind: str) -> None:
-    """Features, log-mels or samples of what `make_batch` made."""
+def say(batch: data.Batch, model, critic, quantiser: Quantiser, steps: int, kind: str) -> None:
+    """Features, log-mels, samples or sound tokens of what `make_batch` made."""
     batch = batch.to(critic)
-    x1 = train.generate(model, critic, batch, Solver(steps))[-1]
-    if kind == "features":
-        critic.model.encoder.ln_post(x1)
-        return
+    x1 = last(train.generate(model, critic, batch, Solver(steps)))
     frames = batch.cond["frames"]
-    mel = critic.spectrogram(x1, frames, x1.shape[1])
+    if not isinstance(critic, Ear):
+        features = critic.model.encoder.ln_post(x1)
+    else:
+        mel = critic.spectrogram(x1, frames, x1.shape[1])
+        features = critic.features_of_mel(mel) if kind == "tokens" else None
+    if kind == "tokens":
+        quantiser.tokens(features, frames)
     if kind == "wav":
         for x, n in zip(mel, frames.tolist()):
             griffin_lim(x[:, : 2 * n])
@@ -78,6 +82,7 @@ def main(argv=None) -> None:
         critic, shape = sample.load_critic(checkpoint, device), DiTConfig(
             **checkpoint["model_config"])
         model = sample.load_model(checkpoint, device)
+        quantiser = Quantiser(critic).to(device).eval()
         rival = SpeechLM(2 * N_CODES, shape.width, shape.depth).to(device).eval()
         held_out = split_of(checkpoint["config"], critic, args.data)[1]
         sentences = data.per_language(held_out, args.sentences)
@@ -96,9 +101,10 @@ def main(argv=None) -> None:
 
             slow = seconds_of(in_turn, device)
             rows = [("one token after the other", slow)]
-            for kind in ("mel", "wav") if isinstance(critic, Ear) else ("features",):
+            kinds = ("mel", "wav") if isinstance(critic, Ear) else ("features",)
+            for kind in (*kinds, "tokens"):
                 rows += [(f"{kind}, {n} steps", seconds_of(lambda: [
-                    say(batch, model, critic, n, kind) for batch in batches], device))
+                    say(batch, model, critic, quantiser, n, kind) for batch in batches], device))
                     for n in (1, 4)]
             for name, took in rows:
                 print(f"| {path}, {name} | {size} | {len(sentences) / took:.1f} | "

@@ -70,7 +70,7 @@ def features_of(model, whisper, reader, sentences: list, durations: list, solver
     """What the reader's decoder sees of 50 sentences at a time; whisper is the critic."""
     for i in range(0, len(sentences), 50):
         batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
-        x1 = train.generate(model, whisper, batch, solver)[-1]
+        x1 = flow.last(train.generate(model, whisper, batch, solver))
         yield reader.features(x1, batch.cond["frames"])
 
 

@@ -296,7 +296,7 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
             raise BadInput("make_pocket.py has no voice of espeak-ng for "
                            f"{', '.join(sorted(voiceless))}; give --data in "
                            + ", ".join(make_pocket.VOICES))
-        mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work)
+        mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, Voice(amount))
         return Speech(sentences, encode(mels, whisper))
     checkpoint = train.load_checkpoint(Path(source))
     critic = sample.load_critic(checkpoint, whisper.device)
@@ -353,7 +353,7 @@ def main(argv=None) -> None:
     if args.quantiser:
         quantiser = load_quantiser(args.quantiser, whisper)
     else:
-        speech = speak(args.source, training, whisper, work)
+        speech = speak(args.source, training, whisper, work, 7)  # what a model learns: other takes
         quantiser = train_quantiser(speech, whisper, args.steps, args.seed)
         with atomic_write(args.out / "quantiser.pt") as part:
             torch.save(dict(quantiser=quantiser.state_dict(), whisper=whisper.fingerprint), part)

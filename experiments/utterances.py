@@ -22,12 +22,12 @@ import data  # noqa: E402
 import make_pocket  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech, letters, resample  # noqa: E402
-from flow import Solver  # noqa: E402
+from flow import Solver, last  # noqa: E402
 from model import DiT  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
-from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
+from speech.ear import SILENT_FRAMES, VOICE, Ear, Room, random_room  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -86,7 +86,19 @@ def encode(mels: Iterable[Tensor], whisper: FrozenWhisper) -> list[Tensor]:
 
 
 def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
-           work: Path) -> Iterator[Tensor]:
+           work: Path, voice: Voice = Voice()) -> Iterator[Tensor]:
+    """espeak-ng says the sentences -> log-mel (M, 2P) each, its speech as `voice` changes it."""
+    mels = plain_espeak(sentences, variants, seed, whisper, work)
+    for sentence, mel in zip(sentences, mels):
+        if voice.amount:
+            rng, n = data.sentence_generator(sentence, seed + 2 * 10**6), 2 * speech_span(mel).stop
+            room = Room(voice.amount, rng, voice.strength)
+            mel = torch.cat([random_room(mel[None, :, :n], room)[0], mel[:, n:]], 1)
+        yield mel
+
+
+def plain_espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
+                 work: Path) -> Iterator[Tensor]:
     """espeak-ng says the sentences -> log-mel (M, 2P) each."""
     if whisper.dims.n_mels == 80 and whisper.max_frames == make_pocket.DIMS.n_audio_ctx:
         for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
@@ -149,7 +161,7 @@ def latents(flow: Flow, sentences: list, solver: Solver,
     for group in parts(sentences, whisper):
         durations = [flow.durations(s, flow.speed * voice.pace(s, seed)) for s in group]
         batch = data.make_batch(group, whisper, durations).to(whisper)
-        x1 = train.generate(flow.model, whisper, batch, solver)[-1]
+        x1 = last(train.generate(flow.model, whisper, batch, solver))
         yield (sound.another_voice(x1, batch, whisper, seed, voice.amount, voice.strength),
                batch.cond["frames"])
 

@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from tqdm import tqdm
@@ -35,10 +36,12 @@ def fingerprint(things: object) -> str:
 @contextmanager
 def atomic_write(file: Path):
     """A temporary name that becomes `file` when all is written; if not, nothing stays."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    part = file.with_name(f"{file.name}.{uuid4().hex[:12]}.tmp")  # machines share folders
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield part
+        with open(part, "rb+") as written:
+            os.fsync(written.fileno())  # or a loss of power could leave an empty file
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, where the disk is full
         if isinstance(error, OSError) and error.errno not in FORBIDDEN | FULL:
@@ -62,27 +65,27 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, rank: int = 0):
-    """One run at a time, by its first process; what a killed one left half-written goes."""
+def locked(folder: Path, rank: int = 0, part: str = ""):
+    """One run at a time, by its first process, or one of each part; what a killed run left goes."""
     if rank > 0:
         yield
         return
     make_folder(folder)
-    lock = os.open(folder, os.O_RDONLY) if flock else None
-    try:
-        if flock:
-            flock(lock, LOCK_EX | LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise BadInput(f"another run writes to {folder}; give another folder") from error
-    try:
-        for name in OURS:
-            for part in folder.glob(f"{name}.*.tmp"):
-                part.unlink()
+    try:  # a file, as NFS locks no folders; it stays, as another run may just have opened it
+        lock = open(folder / f".lock{part}", "w")
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written ({error.strerror}); give a place that you may "
+                       "write to") from error
+    with lock:
+        try:
+            if flock:
+                flock(lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"another run writes to {folder}; give another folder") from error
+        for name in OURS if not part else ():
+            for half in folder.glob(f"{name}.*.tmp"):
+                half.unlink()
         yield
-    finally:
-        if flock:
-            os.close(lock)
 
 
 class Log:

@@ -5,6 +5,7 @@ import torch
 import whisper
 
 from plumbing.errors import BadInput, first_line, is_out_of_memory
+from plumbing.files import fingerprint
 
 POCKET_WEIGHTS = Path(__file__).parent.parent / "pocket" / "pocket.pt"
 
@@ -32,3 +33,10 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     if device.type == "mps":  # has no sparse tensors; only word times need these
         model.alignment_heads = model.alignment_heads.to_dense()
     return model.to(device)
+
+
+def weights_fingerprint(model: whisper.model.Whisper) -> str:
+    """It changes with the weights, the first 1,000 of each tensor, and the alignment heads."""
+    tensors = (*model.parameters(), model.alignment_heads.to_dense())
+    first = torch.cat([x.flatten()[:1000].float().cpu() for x in tensors])
+    return fingerprint(first.numpy().tobytes())

@@ -81,9 +81,8 @@ def viterbi_training(texts: Sequence[str], clips: Sequence[Tensor]) -> list[np.n
     for _ in range(ROUNDS):
         total, count = np.zeros((len(names), len(square))), np.zeros((len(names), 1))
         for s, path, clip in zip(states, paths, clips):
-            is_symbol = np.eye(len(names))[s[path]]  # (T, K)
-            total += is_symbol.T @ clip.float().numpy()
-            count += is_symbol.sum(0)[:, None]
+            np.add.at(total, s[path], clip.float().numpy())
+            np.add.at(count, s[path], 1)
         mean = (total + 3 * total.sum(0) / n_frames) / (count + 3)  # a prior of three frames
         cov = square - (total / count.clip(1)).T @ total / n_frames  # within symbols
         cov += 0.1 * cov.trace() / len(cov) * np.eye(len(cov))

@@ -19,7 +19,6 @@ import re
 import sys
 import zipfile
 from collections import Counter
-from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -79,7 +78,8 @@ def check(args) -> None:
         raise BadInput("--write, --best_of, --max_cer and --part belong to --out FOLDER")
     if "flac" in args.write and not find_spec("soundfile"):
         raise BadInput("--write flac needs soundfile; `pip install soundfile`")
-    for name, low, high in (("best_of", 1, 100), ("max_cer", 0, 1), ("speed", 0.1, 10)):
+    for name, low, high in (("best_of", 1, 100), ("max_cer", 0, 1), ("speed", 0.1, 10),
+                            ("guidance", -100, 100), ("rooms", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise BadInput(f"--{name} {value} cannot be used; {low} to {high}"
@@ -188,16 +188,20 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
                                 for row in [*rows, *left_out]), "utf-8", newline="\n")
 
 
-def is_whole(name: str, folder: Path, kinds: Sequence[str]) -> bool:
-    """Whether a shard is there, with its sounds, and neither file of it is cut short."""
+def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> bool:
+    """Whether a shard is there, with rows of all its texts, and what these name."""
     try:
         with open(folder / f"{name}.jsonl", "rb") as file:
             rows = [json.loads(line) for line in file]
-    except (FileNotFoundError, ValueError):
+        if not {*kinds} <= {*SOUNDS}:
+            with np.load(folder / f"{name}.npz") as arrays:
+                if len(arrays["frames"]) != sum("why" not in row for row in rows):
+                    return False
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return False
     sounds = [folder / row[sound] for row in rows for sound in SOUNDS if sound in row]
-    return all(sound.is_file() for sound in sounds) and (
-        {*kinds} <= {*SOUNDS} or zipfile.is_zipfile(folder / f"{name}.npz"))
+    return {int(row["id"][:8]) for row in rows} == {*numbers} and all(
+        sound.is_file() for sound in sounds)
 
 
 # ---- all shards ------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ def check_settings(folder: Path, settings: dict) -> None:
                             for x in (before.get(name), now))
                 raise BadInput(f"{folder} was begun with {was}, not with {now}; give the same, or "
                                "another --out")
-    elif any(not path.name.startswith("settings.json") for path in folder.iterdir()):
+    elif any(not path.name.startswith(("settings.json", ".lock")) for path in folder.iterdir()):
         raise BadInput(f"--out {folder} holds something else; give a new or empty folder")
     else:
         with atomic_write(file) as part:
@@ -312,29 +316,31 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
                     checkpoint=weights.hexdigest()[:16],
                     write=kinds, best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
                     rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
-    names = [f"shard-{i:05d}" for i in range(-(-n_texts // n))]
-    total = sum(min(n, n_texts - n * i) for i in range(part - 1, len(names), n_parts))
+    shards = {f"shard-{first // n:05d}": range(first, min(first + n, n_texts))
+              for first in range(0, n_texts, n)}  # the numbers of their texts
+    own = {*[*shards][part - 1 :: n_parts]}
     lines = read_lines(args.text_file, args.language)
     make_folder(folder)
-    with locked(folder) if n_parts == 1 else nullcontext(), tqdm(total=total, unit=" texts") as bar:
+    with (locked(folder, part=f"-{part}-{n_parts}" if n_parts > 1 else ""),
+          tqdm(total=sum(len(shards[name]) for name in own), unit=" texts") as bar):
         check_settings(folder, settings)
-        for i, name in enumerate(names):
+        for name, numbers in shards.items():
             block = list(islice(lines, n))
-            if i % n_parts != part - 1:
+            if name not in own:
                 continue
-            if is_whole(name, folder, kinds):
+            if is_whole(name, folder, kinds, numbers):
                 bar.initial += len(block)  # the time left follows from the others
             else:
-                make_shard(name, block, n * i, args, kinds, whisper, cut, make)
+                make_shard(name, block, numbers[0], args, kinds, whisper, cut, make)
             bar.update(len(block))
     # Its own are whole now; others may have become so.
-    missing = sum(not is_whole(name, folder, kinds) for i, name in enumerate(names)
-                  if i % n_parts != part - 1)
+    missing = sum(not is_whole(name, folder, kinds, numbers)
+                  for name, numbers in shards.items() if name not in own)
     if missing:
-        return (f"part {args.part} is done; {missing} of {len(names)} shards are missing in "
+        return (f"part {args.part} is done; {missing} of {len(shards)} shards are missing in "
                 f"{folder}, and the part that ends last writes manifest.jsonl")
     try:
         with locked(folder):
-            return merge(folder, names, checkpoint["origin"]["languages"])
+            return merge(folder, [*shards], checkpoint["origin"]["languages"])
     except BadInput:
         return f"part {args.part} is done; another part is just writing manifest.jsonl"

@@ -53,6 +53,10 @@ class Ear(FrozenWhisper):
         super().__init__(name, device)
         self.channels = self.dims.n_mels
 
+    def token_directions(self) -> Tensor:
+        """(M, E): which spectrogram a token has, nobody knows before the flow has learned it."""
+        return torch.zeros(self.channels, self.dims.n_text_state, device=self.device)
+
     def latents(self, mel: Tensor) -> Tensor:
         """x1 of real speech, (B, M, 2T) -> (B, T, M)."""
         return F.avg_pool1d(mel.to(self.device), 2).transpose(1, 2) / MEL_STD

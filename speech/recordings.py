@@ -236,7 +236,7 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
         cond = batch.cond | dict(drop=drop)
         cfm = flow.cfm_loss(model, x0, batch.x1, t, cond, batch.mask)
         return cfm.mean(), 0 * t, 0 * t, cfm
-    x1 = flow.sample(flow.model_velocity(model, batch.cond), x0, SOLVER_STEPS)[-1]
+    x1 = flow.last(flow.sample(flow.model_velocity(model, batch.cond), x0, SOLVER_STEPS))
     nll, _ = critic.text_loss(x1, batch.cond["frames"], batch.targets, batch.token_frames, room)
     return TEXT_WEIGHT * nll.mean(), nll, 0 * t, 0 * t
 

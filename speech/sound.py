@@ -14,6 +14,7 @@ from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_filters
 
 from data import Batch, Sentence, sentence_generator
+from plumbing.errors import BadInput
 from plumbing.files import atomic_write
 from speech.ear import VOICE, Ear, Room, random_room
 
@@ -69,6 +70,17 @@ def griffin_lim(mel: Tensor, rounds: int = 60) -> Tensor:
         fitting = torch.stft(samples, N_FFT, HOP_LENGTH, window=window, return_complex=True)
         spectrum, before = fitting + 0.99 * (fitting - before), fitting
     return samples
+
+
+def wav_files(path: Path | None, n: int) -> list[Path]:
+    """--wav FILE.wav, or a folder -> the file of each of n texts. Raises BadInput."""
+    if path and path.suffix.lower() == ".wav" and not path.is_dir():
+        if n > 1:
+            raise BadInput(f"--wav {path} holds one text, not {n}; give a folder")
+        return [path]
+    if path and (path.exists() or path.suffix) and not path.is_dir():
+        raise BadInput(f"--wav {path} is neither FILE.wav nor a folder")
+    return [path / f"{i:04d}.wav" for i in range(n)] if path else []
 
 
 def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:

@@ -30,7 +30,7 @@ def make(runs, tmp_path):  # noqa: F811
         sample.main(["--text_file", str(tmp_path / "text.tsv"), "--ckpt", str(runs[0] / latent),
                      "--out", str(tmp_path / folder), *flags])
         return {str(file.relative_to(tmp_path / folder)): file.read_bytes()
-                for file in (tmp_path / folder).rglob("*") if file.is_file()}
+                for file in (tmp_path / folder).rglob("[!.]*") if file.is_file()}
     return call
 
 
@@ -146,6 +146,8 @@ def test_two_parts_that_end_together(make, tmp_path, capsys):
     make("a", "--part", "1/2")
     with locked(tmp_path / "a"):  # the other one merges
         assert "manifest.jsonl" not in make("a", "--part", "2/2")
+    with locked(tmp_path / "a", part="-2-2"), pytest.raises(BadInput, match="another run writes"):
+        make("a", "--part", "2/2")
     assert "part 2/2 is done; another part is just writing" in capsys.readouterr().out
 
 
@@ -159,8 +161,12 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa:
             make(name)
     with locked(tmp_path / "a"), pytest.raises(BadInput, match="another run writes to"):
         make("a")
-    for name in ("shard-00000.npz", "shard-00001.jsonl"):  # a copy that broke off
-        (tmp_path / "a" / name).write_bytes(before[name][:-9])
+    first = before["shard-00001.jsonl"].index(b"\n") + 1
+    for name, length in (("shard-00000.npz", -9), ("shard-00001.jsonl", -9),
+                         ("shard-00000.jsonl", 0), ("shard-00001.jsonl", first)):
+        (tmp_path / "a" / name).write_bytes(before[name][:length])  # a copy that broke off
+        assert make("a") == before
+    np.savez(tmp_path / "a" / "shard-00001.npz", frames=[9], features=np.zeros((9, 128)))
     assert make("a") == before
     (tmp_path / "text.tsv").write_text("en\tThe dog sleeps.\n")
     with pytest.raises(BadInput, match="was begun with another text"):

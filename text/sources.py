@@ -21,11 +21,11 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from data import JOINERS, LANGUAGE_ROWS, POCKET, Sentence, n_frames, split, words
+from data import LANGUAGE_ROWS, POCKET, Sentence, n_frames, split
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write
 from text.long import split_long
-from text.spelling import language_code
+from text.spelling import JOINERS, language_code, words
 from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text

@@ -1,11 +1,13 @@
-"""What of a text can be written, and what its languages write between words."""
+"""What of a text can be written, its letters and words, and the names of languages."""
 import re
+import unicodedata
 
 from whisper.tokenizer import TO_LANGUAGE_CODE
 
 # Signs that `whisper.decode` never writes (suppress_tokens). Between words they become a blank.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]"""
 PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
+JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 
 
@@ -13,6 +15,16 @@ def strip_unspoken(text: str) -> str:
     """A text without the signs that `whisper.decode` never writes."""
     text = re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text))
     return " ".join(re.sub(r"(?<!\S)[-']+", "", text).split())  # nor these before a word
+
+
+def words(text: str, language: str) -> list[str]:
+    """What the length rule counts: words, or characters in languages written without spaces."""
+    return [c for c in text if c.isalnum()] if language in UNSPACED else letters(text).split()
+
+
+def letters(text: str) -> str:
+    """Letters, digits, marks such as Hindi's vowel signs, joiners; a blank for anything else."""
+    return "".join(c if unicodedata.category(c)[0] in "LMN" or c in JOINERS else " " for c in text)
 
 
 def language_code(name: str) -> str:
