@@ -119,7 +119,7 @@ def characters(text: str) -> Tensor:
     """Numbers whose embeddings add up to each character (S, BYTES + 1), 0 adds nothing."""
     rows = []
     for c in strip_unspoken(text):
-        # The UTF-8 bytes of its lower case, of whose two characters "İ" has the first, by place.
+        # UTF-8 bytes of its lower case, numbered by place; "İ".lower() has two, the first will do.
         numbers = [1 + 256 * i + byte for i, byte in enumerate(c.lower()[0].encode())]
         rows.append([*numbers, *[0] * (BYTES - len(numbers)), CAPITAL if c != c.lower() else 0])
     return torch.tensor(rows)
@@ -135,7 +135,7 @@ def locate_tokens(text: str, language: str,
     encoding = whisper.tokenizer("en").encoding  # the same for all languages
     token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
     char_ends = np.cumsum([0, *(len(c.encode()) for c in strip_unspoken(text))])
-    token_ends -= token_ends[-1] - char_ends[-1]  # the first may hold a blank more than the text
+    token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
     middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, char_ends, range(len(char_ends)))
     of_char = np.searchsorted(token_ends, char_ends[:-1], side="right")
     return torch.tensor(tokens)[of_char], middles
@@ -168,7 +168,7 @@ class Batch(NamedTuple):
         return position < self.cond["frames"][:, None]
 
     def shard(self, rank: int, n_ranks: int) -> "Batch":
-        """Every n_ranks-th item, of every rank equally many: at least one."""
+        """Every n_ranks-th item without the rest, so that ranks have equally many; at least one."""
         n = len(self.sentences)
         part = slice(rank % n, n - n % n_ranks or n, n_ranks)
         cond = {name: x[part] for name, x in self.cond.items()}
@@ -188,7 +188,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
-    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # else faster
+    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # or it is said faster
     tokens, middles = zip(*(locate_tokens(*item, whisper) for item in zip(texts, codes)))
     alignment, token_frames = zip(*map(align_frames, durations, frames, middles))
     token_frames = [F.pad(x.float(), (whisper.n_prompt, 1), value=-1) for x in token_frames]
@@ -205,7 +205,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                  None if x1 is None else pad_sequence(x1, True))
 
 
-def draw_alike(weights: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
+def draw_similar(weights: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
     """n items by their weights (N,), one of four batches sorted by frames (N,): less padding."""
     picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
     picks = picks[frames[picks].argsort(stable=True)]
@@ -230,7 +230,7 @@ class Batches(torch.utils.data.Dataset):
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
         """The sentences of a step, each with its durations (S,) at the natural pace."""
-        picks = draw_alike(self.shares, self.frames, self.n, rng)
+        picks = draw_similar(self.shares, self.frames, self.n, rng)
         return [(self.sentences[i], self.durations[i]) for i in picks]
 
     def __getitem__(self, step: int) -> Batch:
@@ -241,7 +241,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def generator(seed: int, number: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Random numbers of a seed and a number; torch uses only 32 bits of a seed."""
+    """Random numbers of a seed and a number, mixed as torch uses only 32 bits of a seed."""
     return torch.Generator(device).manual_seed((2654435761 * seed + number) % 2**32)
 
 

@@ -58,7 +58,7 @@ def velocity_from_endpoint(x1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
 
 
 def cfm_loss(model: Model, x0: Tensor, x1: Tensor, t: Tensor, cond: dict, mask: Tensor) -> Tensor:
-    """The endpoint at t is x1: square error, mean of an item's frames, (B, T, C) ... -> (B,).
+    """Mean square error of the endpoint over the frames of an item, (B, T, C) ... -> (B,).
 
     That is eq. 23 times (1 - t)^2, and so finite at t = 1.
     """

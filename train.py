@@ -38,7 +38,8 @@ from whisper_decoder import DecodingResult, FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
-FREE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size", "whisper"}
+CHANGEABLE = {"out_dir", "device", "resume", "eval_every", "eval_sentences", "batch_size",
+              "whisper"}  # flags with which a run goes on
 LOG = ("step,seconds,loss,nll,stray,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
        "gradient_norm,learning_rate")  # flow loss also by quarters of t, nan where there is none
 
@@ -212,9 +213,9 @@ class Run:
             log.keep(self.path)
 
     def load(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint; BadInput if flags that are not FREE, Whisper or text differ."""
+        """Go on from a checkpoint; BadInput if a flag not CHANGEABLE, Whisper or text differ."""
         for name, now in asdict(self.config).items():
-            if name not in FREE and (before := checkpoint["config"][name]) != now:
+            if name not in CHANGEABLE and (before := checkpoint["config"][name]) != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before!r}, not {now!r}; "
                                "give the same, or another --out_dir")
         for name, before in checkpoint["origin"].items():
@@ -243,7 +244,7 @@ def load_checkpoint(path: Path) -> dict:
         with torch.device("meta"):
             model = DiT(DiTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["ema"], assign=True)
-        checkpoint["origin"]["whisper"], checkpoint["optimizer"]["state"]  # or they raise
+        checkpoint["origin"]["whisper"], checkpoint["optimizer"]["state"]  # KeyError without them
         durations_by(checkpoint["rhythm"])
         if not (all(x.isfinite().all() for x in checkpoint["ema"].values())
                 and 0 <= checkpoint["step"] <= checkpoint["config"]["steps"]):

@@ -210,7 +210,8 @@ class FrozenWhisper:
         task = DecodingTask(self.model, options)
         if self.model.is_multilingual:
             task._detect_language = partial(self.detect_language, languages)
-        return [replace(result, audio_features=None) for result in task.run(features.float())]
+        results = task.run(features.float())
+        return [replace(x, audio_features=None) for x in results]  # (P, E) each
 
     def detect_language(self, languages: Sequence[str | None], features: Tensor,
                         tokens: Tensor) -> tuple[list[str], None]:

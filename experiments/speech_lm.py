@@ -129,7 +129,7 @@ def train_model(sounds: list[list[list[int]]], texts: list[str], alphabet: dict,
     optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.98), weight_decay=0.1)
     lengths = torch.tensor([float(len(x)) for x in versions[0]])
     for step in (bar := tqdm(range(steps), "language model")):
-        picks = data.draw_alike(torch.ones(len(lengths)), lengths, 24, data.generator(seed, step))
+        picks = data.draw_similar(torch.ones(len(lengths)), lengths, 24, data.generator(seed, step))
         items = [versions[(step + i) % len(versions)][i] for i in picks]
         sound, text, ctc = losses(model, items)
         optimizer.zero_grad(set_to_none=True)
@@ -195,6 +195,7 @@ def main(argv=None) -> None:
     add("--rooms", type=float, default=1.0, help="how different they are (spectrograms only)")
     add("--steps", type=int, default=1500)
     add("--seed", type=int, default=0)
+    add("--chance", action="store_true", help="a row more: the first source with other texts")
     args = parser.parse_args(argv)
     if min(args.sentences, args.versions, args.steps) < 1:
         raise BadInput("--sentences, --versions and --steps are at least 1")
@@ -210,13 +211,16 @@ def main(argv=None) -> None:
     heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on real speech | on what it learned from | perplexity "
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)
-    for source in args.sources:
+    rows = [(source, source, texts) for source in args.sources]
+    if args.chance:
+        rows.append((args.sources[0], f"{args.sources[0]}, with other texts", texts[1:] + texts[:1]))
+    for source, name, texts in rows:
         sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work, args.rooms)
         model = train_model(sounds, texts, alphabet, quantiser.codes, args.steps, args.seed)
         cer, perplexity = test(model, heard, [letters(s) for s in real.sentences], alphabet)
         every = max(1, len(texts) // 100)  # of all languages
         own, own_perplexity = test(model, sounds[0][::every], texts[::every], alphabet)
-        print(f"| {source} | {cer:.1%} | {own:.1%} | {perplexity:.1f} | {own_perplexity:.1f} |",
+        print(f"| {name} | {cer:.1%} | {own:.1%} | {perplexity:.1f} | {own_perplexity:.1f} |",
               flush=True)
 
 

@@ -185,7 +185,7 @@ def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: in
     quantiser.begin(features_of([torch.cat(speech.x1)], whisper)[0][0])
     for step in (bar := tqdm(range(steps), "quantiser")):
         rng = data.generator(seed, step)
-        picks = data.draw_alike(torch.ones(len(frames)), frames, 16, rng)
+        picks = data.draw_similar(torch.ones(len(frames)), frames, 16, rng)
         languages, texts = zip(*(speech.sentences[i] for i in picks))
         targets = whisper.target_tokens(texts, languages) if step >= COPY * steps else None
         losses = quantiser_loss(quantiser, [speech.x1[i] for i in picks], whisper, targets)

@@ -219,7 +219,7 @@ class Batches(torch.utils.data.Dataset):
             return self.text[step // 2]  # text has every fourth of its batches long
         rng, n = data.generator(self.text.seed, step), self.text.n
         often = self.frames.double() ** -2  # short ones are rare, as in text.sources.load_data
-        batch = [self.recordings[i] for i in data.draw_alike(often, self.frames, n, rng)]
+        batch = [self.recordings[i] for i in data.draw_similar(often, self.frames, n, rng)]
         sentences, x1, durations = zip(*batch)
         return data.make_batch(sentences, self.text.whisper, durations, x1)
 

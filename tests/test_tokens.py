@@ -123,8 +123,10 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
         tokens.speak("espeak", [Sentence("it", "Ciao.")], pocket, tmp_path)
     with pytest.raises(BadInput, match="is too long for pocket, with which .*mel was trained"):
         tokens.speak(ear, [Sentence("en", "The dog sleeps. " * 20)], judge, tmp_path)
-    speech_lm.main([ear, features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2"])
-    assert capsys.readouterr().out.count("% | ") == 4
+    speech_lm.main([ear, features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2",
+                    "--chance"])
+    out = capsys.readouterr().out
+    assert out.count("% | ") == 6 and f"| {ear}, with other texts | " in out
     for name in "ab":
         soundfile.write(tmp_path / f"{name}.wav", randn(24000).numpy() / 10, 16000)
     (tmp_path / "manifest.tsv").write_text("a.wav\ten\tA cat.\nb.wav\ten\tThe dog sleeps.\n")
@@ -136,3 +138,4 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
     speed.main([features, ear, "--device", "cpu"])
     out = capsys.readouterr().out
     assert out.count("one token after the other | ") == 4 and "wav, 4 steps | 2 |" in out
+    assert out.count("tokens, 1 steps | ") == 4

@@ -79,7 +79,7 @@ class LongBatches(data.Batches):
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
         if step % EVERY or self.whisper.max_frames < 5 * self.frames.mean():
             return super().draw(step, rng)
-        picks = data.draw_alike(self.shares, self.frames, max(1, self.n // EVERY), rng)
+        picks = data.draw_similar(self.shares, self.frames, max(1, self.n // EVERY), rng)
         sentences = [self.lengthen(self.sentences[i], rng) for i in picks]
         return [(s, self.rule(s, self.speed)) for s in sentences]
 
