@@ -27,6 +27,7 @@ class DiTConfig:
     depth: int = 4  # layers and heads; the width follows
     patch: int = 4  # frames per patch, 20 ms each
     bound: str = "sphere"  # endpoint: sphere: mean 0, variance 1 in every frame; tanh: +-REACH
+    max_frames: int = 1500  # P
 
     @property
     def width(self) -> int:
@@ -120,8 +121,15 @@ class DiT(nn.Module):
         self.condition_out = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
+        self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)
+
+    @torch.no_grad()
+    def begin(self, token_out: Tensor, marks: Tensor) -> None:
+        """Where the endpoint leans before anything is learned: `FrozenWhisper.directions`."""
+        self.token_out.weight.copy_(token_out)
+        self.marks.copy_(marks)
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
         """Each character, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
@@ -144,8 +152,7 @@ class DiT(nn.Module):
     def token_shortcut(self, cond: dict) -> Tensor:
         """What the token of each frame adds to the endpoint, past all blocks, (B, T, C).
 
-        It passes no network that is narrower than Whisper. Its map begins as `FrozenWhisper.
-        token_directions`, so that x1 is the text as soon as attention finds the frames.
+        It passes no network that is narrower than Whisper.
         """
         which = cond["alignment"].long()[:, :, None].expand(-1, -1, self.config.channels)
         said = self.token_out(cond["tokens"]).gather(1, which)
@@ -169,4 +176,5 @@ class DiT(nn.Module):
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
-        return bounded(x + self.token_shortcut(cond), self.config.bound) * mask[:, :n_frames, None]
+        x = x + self.token_shortcut(cond) + self.marks[:n_frames]
+        return bounded(x, self.config.bound) * mask[:, :n_frames, None]

@@ -190,7 +190,8 @@ class Run:
                  shares: dict | None = None):
         torch.manual_seed(config.seed)  # the same weights in every process
         depth = config.depth or max(1, whisper.dims.n_audio_state // 32)
-        shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, bound=whisper.bound)
+        shape = DiTConfig(whisper.channels, whisper.dims.n_text_state, depth, bound=whisper.bound,
+                          max_frames=whisper.max_frames)
         self.config, self.whisper, self.rhythm = config, whisper, rhythm
         self.step, self.path = 0, Path(config.out_dir) / "ckpt.pt"
         self.durations = durations_by(rhythm)
@@ -198,7 +199,7 @@ class Run:
         self.origin = dict(whisper=whisper.fingerprint, text=fingerprint(shares),
                            speech=fingerprint(rhythm), languages=sorted(languages))
         self.model = DiT(shape).to(whisper.device)
-        self.model.token_out.weight.data.copy_(whisper.token_directions())
+        self.model.begin(*whisper.directions())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate,
                                            (0.9, 0.99), weight_decay=config.weight_decay)

@@ -2,7 +2,7 @@
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
 and variance 1, as N(0, I) has; the decoder reads it. speech/ear.py's critic has its own `channels`,
-`bound`, `speed_range`, `latents`, `features`, `text_loss` and `token_directions`.
+`bound`, `speed_range`, `latents`, `features`, `text_loss` and `directions`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, H heads, R different
@@ -62,12 +62,17 @@ class FrozenWhisper:
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
     @cached_property
-    def silence(self) -> Tensor:
-        """What the decoder sees of silence (P, E)."""
+    def silence_x1(self) -> Tensor:
+        """What the encoder makes of silence (P, E)."""
         samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
         # The same wherever it is asked for first, also inside devices.mixed_precision.
         with torch.autocast(self.device.type, enabled=False), sdpa_kernel(KERNELS):
-            return self.features_of_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
+            return self.encode_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
+
+    @cached_property
+    def silence(self) -> Tensor:
+        """What the decoder sees of silence (P, E)."""
+        return self.model.encoder.ln_post(self.silence_x1)
 
     @cached_property
     def silence_keys(self) -> list[tuple[Tensor, Tensor]]:
@@ -109,16 +114,18 @@ class FrozenWhisper:
         x = self.model.decoder.token_embedding(tokens.to(self.device))
         return F.layer_norm(x, x.shape[-1:])
 
-    def token_directions(self) -> Tensor:
-        """What makes the decoder write a token, (C, E): frames of x1 lean to token_directions @ e.
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Where x1 should lean, known from the frozen weights: W (C, E) and marks of time (P, C).
 
-        e is `embed(token)`. Attention to a frame x adds W_out W_value x to a state, whose product
-        with e is the token's logit; so x should lean to (W_out W_value)^T e, in all layers.
+        Attention to a frame x adds W_out W_value x to a state, and the product of that with e, the
+        embedding of a token, is its logit: so x should lean to W e = (W_out W_value)^T e. And what
+        the encoder makes of silence shows when a frame is, so that the next one is soon found.
         """
         decoder = self.model.decoder
         paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
-        x = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
-        return x * len(x) ** 0.5 / x.norm()  # of unit variance, as x1
+        w = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
+        marks = self.silence_x1 - self.silence_x1.mean(0)
+        return w * len(w) ** 0.5 / w.norm(), marks / (2 * marks.square().mean().sqrt())
 
     def encode(self, text: str, language: str) -> list[int]:
         """Text, after a blank -> the tokens that `whisper.decode` can write for it."""

@@ -53,9 +53,11 @@ class Ear(FrozenWhisper):
         super().__init__(name, device)
         self.channels = self.dims.n_mels
 
-    def token_directions(self) -> Tensor:
-        """(M, E): which spectrogram a token has, nobody knows before the flow has learned it."""
-        return torch.zeros(self.channels, self.dims.n_text_state, device=self.device)
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """None: which spectrogram a token has, the weights do not tell, (M, E), (P, M)."""
+        zeros = torch.zeros(self.channels, self.dims.n_text_state + self.max_frames)
+        w, marks = zeros.to(self.device).split([self.dims.n_text_state, self.max_frames], 1)
+        return w, marks.T
 
     def latents(self, mel: Tensor) -> Tensor:
         """x1 of real speech, (B, M, 2T) -> (B, T, M)."""
