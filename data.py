@@ -42,7 +42,7 @@ class Sentence(NamedTuple):
 
 
 def key(sentence: Sentence) -> tuple:
-    """Equal for sentences that differ in signs and capitals only."""
+    """Equal for sentences that differ in signs, blanks and capitals only."""
     return sentence.language, "".join(letters(sentence.text.lower()).split())
 
 
@@ -54,7 +54,7 @@ def hash_share(sentence: Sentence) -> float:
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Training and held-out sentences, by a hash of each: adding lines moves no other line.
 
-    What differs from a held-out one in signs and capitals only is dropped. Raises BadInput.
+    What differs from a held-out one in signs, blanks and capitals only is dropped. Raises BadInput.
     """
     shares = [hash_share(s) for s in sentences]
     # At least one, and one of a language of several; in tiny sets that one may move.

@@ -267,10 +267,10 @@ class Study:
 
     def real_readings(self, sentences: list, whisper: FrozenWhisper) -> tuple:
         """Real speech, for `readings`: as latents, so of features as the critic's encoder hears."""
-        mels, critic = list(self.spectrograms(sentences, 2, whisper)), self.whisper
-        features = features_of(mels, whisper) if isinstance(whisper, Ear) else (
-            whisper.model.encoder.ln_post(critic.encode_mel(torch.stack(part)))
-            for part in parts(mels, critic))
+        hears = whisper if isinstance(whisper, Ear) else self.whisper
+        mels = list(self.spectrograms(sentences, 2, hears))
+        features = (whisper.model.encoder.ln_post(hears.encode_mel(torch.stack(part)))
+                    for part in parts(mels, hears))
         return features, (mel[:, : 2 * speech_span(mel).stop] for mel in mels)
 
     def made_readings(self, sentences: list, whisper: FrozenWhisper, flow: Flow,

@@ -192,7 +192,7 @@ def main(argv=None) -> None:
     add("--languages", nargs="+", help="of sentences and test (default: all); one learns faster")
     add("--sentences", type=int, default=2000, help="that a model learns from")
     add("--versions", type=int, default=2, help="of each, in other voices")
-    add("--rooms", type=float, default=1.0, help="how different they are (spectrograms only)")
+    add("--rooms", type=float, default=1.0, help="how different they are (not of features)")
     add("--steps", type=int, default=1500)
     add("--seed", type=int, default=0)
     add("--chance", action="store_true", help="a row more: the first source with other texts")
@@ -213,7 +213,8 @@ def main(argv=None) -> None:
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)
     rows = [(source, source, texts) for source in args.sources]
     if args.chance:
-        rows.append((args.sources[0], f"{args.sources[0]}, with other texts", texts[1:] + texts[:1]))
+        others = f"{args.sources[0]}, with other texts"
+        rows.append((args.sources[0], others, texts[1:] + texts[:1]))
     for source, name, texts in rows:
         sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work, args.rooms)
         model = train_model(sounds, texts, alphabet, quantiser.codes, args.steps, args.seed)

@@ -4,6 +4,7 @@ Import it first: from then on Ctrl-C is no traceback, also while torch is being 
 """
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from textwrap import shorten
@@ -31,8 +32,9 @@ class BadInput(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, short enough for one sentence."""
-    return shorten((str(error).splitlines() or [type(error).__name__])[0], 150, placeholder=" ...")
+    """What an exception says, short enough for one sentence; a heading with what it announces."""
+    lines = re.sub(r":\s*\n\s*", ": ", str(error)).splitlines() or [type(error).__name__]
+    return shorten(lines[0], 150, placeholder=" ...")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -2,17 +2,13 @@
 
 M mel bins, n frames (10 ms).
 """
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from data import Sentence
-from text.error_rates import error_rates
 from whisper_decoder import FrozenWhisper
 
 SPEECH = Path(__file__).parent / "speech.npz"
@@ -35,12 +31,3 @@ def spoken_clips(whisper: FrozenWhisper, n: int = 250) -> list[tuple[Sentence, T
     window = 2 * whisper.max_frames
     return [(sentence, mel_from_bytes(clip[:, :window], window))
             for sentence, clip in known[:: -(-len(known) // n) or 1]]
-
-
-def real_speech_cer(whisper: FrozenWhisper, n: int) -> float:
-    """Character error rate of at most n clips, read greedily; nan if it can hear none."""
-    spoken, hypotheses = spoken_clips(whisper, n), []
-    batches = DataLoader(spoken, 25) if spoken else ()
-    for (languages, _), mel in tqdm(batches, "real speech", leave=False, delay=1):  # (25, M, 2P)
-        hypotheses += [r.text for r in whisper.transcribe(whisper.features_of_mel(mel), languages)]
-    return error_rates([s for s, _ in spoken], hypotheses).cer if spoken else math.nan

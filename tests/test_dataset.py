@@ -162,7 +162,8 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa:
     with locked(tmp_path / "a"), pytest.raises(BadInput, match="another run writes to"):
         make("a")
     first = before["shard-00001.jsonl"].index(b"\n") + 1
-    for name, length in (("shard-00000.npz", -9), ("shard-00001.jsonl", -9),
+    for name, length in (("shard-00000.npz", -9), ("shard-00000.npz", 0),
+                         ("shard-00001.jsonl", -9),
                          ("shard-00000.jsonl", 0), ("shard-00001.jsonl", first)):
         (tmp_path / "a" / name).write_bytes(before[name][:length])  # a copy that broke off
         assert make("a") == before

@@ -1,5 +1,6 @@
 """make_pocket.py and the studies: `python -m pytest tests/test_experiments.py`, a minute."""
 import argparse
+import functools
 import re
 import shutil
 import statistics
@@ -25,6 +26,7 @@ from plumbing.files import Log
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech import sound
 from speech.ear import ROOM, VOICE, Ear
+from speech.recordings import speech_span
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
 
@@ -226,11 +228,11 @@ def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear, monkeypatch):
     assert len({*seeds}) == len(TEXTS) and not {*seeds} & {*noise}
 
 
-def test_a_voice_changes_the_speech_of_espeak_and_no_silence(pocket, monkeypatch):
-    sentence, mel = spoken_clips(pocket)[0]
+def test_a_voice_changes_the_speech_of_espeak_and_no_silence(ear, monkeypatch):
+    sentence, mel = spoken_clips(ear)[0]
     monkeypatch.setattr(utterances, "plain_espeak", lambda *_: [mel])
-    said = lambda *voice: [*utterances.espeak([sentence], None, 0, pocket, None, *voice)]  # noqa: E731
-    (plain,), (moved,), n = said(), said(utterances.Voice(1.0)), 2 * utterances.speech_span(mel).stop
+    say = functools.partial(utterances.espeak, [sentence], None, 0, ear, None)
+    (plain,), (moved,), n = say(), say(utterances.Voice(1.0)), 2 * speech_span(mel).stop
     assert torch.equal(plain, mel) and torch.equal(moved[:, n:], mel[:, n:])
     assert (moved - mel)[:, :n].abs().mean() > 0.05
 

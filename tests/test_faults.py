@@ -214,6 +214,7 @@ def nan(checkpoint):
     (lambda c: c.pop("step"), "'step'"), (lambda c: c.pop("config"), "'config'"),
     (lambda c: c["config"].update(foo=1), "unexpected keyword argument 'foo'"),
     (lambda c: c["ema"].update(no_text=torch.zeros(1)), "Error(s) in loading"),
+    (lambda c: c["ema"].pop("marks"), 'Missing key(s) in state_dict: "marks"'),  # of before
     (nan, "weights that are no numbers"), (lambda c: c.update(step=10**6), "an impossible step"),
     (lambda c: c.update(step="two"), "not supported"), (lambda c: c.update(optimizer={}), "state"),
     (lambda c: c.update(origin={}), "'whisper'"), (lambda c: c.update(rhythm={"x": 1}), "Rhythm"),
@@ -226,6 +227,15 @@ def test_checkpoints_that_are_none(runs, tmp_path, spoil, words):
     with pytest.raises(BadInput) as error:
         sample.main(["The dog.", "--ckpt", str(tmp_path)])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_speed_is_that_of_the_training_unless_another_is_given(runs, tmp_path, capsys):
+    checkpoint = torch.load(runs[0] / "features" / "ckpt.pt", weights_only=True)
+    checkpoint["config"]["speed"] = 2.0
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    for flags, seconds in ([], "0.64 s, 32 frames"), (["--speed", "1"], "1.26 s, 63 frames"):
+        sample.main(["The children sleep today.", "--ckpt", str(tmp_path), *flags])
+        assert f"flow         {seconds}" in capsys.readouterr().out
 
 
 def test_a_language_that_the_checkpoint_never_heard_is_noted(tmp_path, capsys):
@@ -292,7 +302,7 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     for wrong in (tmp_path, checkpoint / "x"):  # a folder; below a file
         with pytest.raises(OSError, match="a place that you"), atomic_write(wrong) as part:
             part.write_text("half")
-    contents = {x.name: x.read_text() for x in tmp_path.iterdir()}
+    contents = {x.name: x.read_text() for x in tmp_path.glob("[!.]*")}
     assert contents == {"log.csv": "step,loss\n0,0.5\n", "ckpt.pt": "now", "log.old": "earlier",
                         "ckpt.old": "earlier", "result.old": "earlier"}
     with locked(tmp_path), pytest.raises(BadInput, match="another run writes to"):
