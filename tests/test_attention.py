@@ -1,4 +1,4 @@
-"""Where the decoder attends: silence behind the speech, alignment heads, guided attention."""
+"""Where the decoder attends, and where x1 leans: silence, alignment heads, guided attention."""
 import math
 
 import numpy as np
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import whisper
 
 import data
+import train
 import whisper_decoder
 from data import Sentence
 from test_roundtrip import batch_of, close, pocket, randn  # noqa: F401
@@ -52,3 +53,26 @@ def test_stray_is_attention_far_from_the_token():
     close(whisper_decoder.stray(attention, frames), torch.tensor([0, 1.0]))
     attention[0, 0] = (attention[0, 0] + attention[0, 1]) / 2
     close(whisper_decoder.stray(attention, frames)[0], torch.tensor((1 - near) / 4))
+
+
+@torch.no_grad()
+def test_the_frozen_weights_tell_where_x1_leans(pocket):
+    w, marks = pocket.directions()
+    e, x, decoder = randn(128), randn(128, seed=2).requires_grad_(), pocket.model.decoder
+    with torch.enable_grad():  # what attention to x adds to the logit of e
+        added = sum(F.linear(F.linear(x * pocket.model.encoder.ln_post.weight,
+                                      b.cross_attn.value.weight), b.cross_attn.out.weight)
+                    for b in decoder.blocks)
+        gradient, = torch.autograd.grad(added @ (decoder.ln.weight * e), x)
+    close(F.cosine_similarity(w @ e, gradient, dim=0), torch.tensor(1.0))
+    close(marks.mean(0), torch.zeros(128))
+    close(marks.square().mean(), torch.tensor(0.25))
+    run, batch, losses = train.Run(train.Config(), pocket), batch_of(pocket), []
+    for model in run.model, run.ema:
+        assert torch.equal(model.token_out.weight, w) and torch.equal(model.marks, marks)
+    for lean in ((w, marks), (w, 0 * marks), (0 * w, 0 * marks)):
+        run.model.begin(*lean)
+        x1 = run.model(data.noise(batch, 128, 0), torch.zeros(4), batch.cond)
+        losses.append(pocket.text_loss(x1, batch.cond["frames"], batch.targets,
+                                       batch.token_frames)[0].mean().item())
+    assert losses[0] < 0.8 * losses[1] < 0.6 * losses[2], losses

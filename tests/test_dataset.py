@@ -106,6 +106,10 @@ def test_spectrograms_and_sounds(make, tmp_path):
         assert len(wav) == 320 * n and np.abs(wav - flac).max() < 1e-3 < wav.std()
     (tmp_path / "a" / row["wav"]).unlink()
     assert make("a", "--write", "mel", "wav", "flac", "features", latent="mel") == files
+    files = make("b", "--write", "wav", latent="mel")  # without arrays only the rows count
+    rows = tmp_path / "b" / "shard-00001.jsonl"
+    rows.write_bytes(rows.read_bytes()[: rows.read_bytes().index(b"\n") + 1])
+    assert make("b", "--write", "wav", latent="mel") == files
     with pytest.raises(BadInput, match="it needs --text_file, no --wav"):
         make("a", "--wav", str(tmp_path), latent="mel")
 
