@@ -121,7 +121,7 @@ class DiT(nn.Module):
         self.condition_out = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
-        self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))
+        self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of time
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)
 
