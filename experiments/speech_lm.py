@@ -214,9 +214,11 @@ def main(argv=None) -> None:
     rows = [(source, source, texts) for source in args.sources]
     if args.chance:
         others = f"{args.sources[0]}, with other texts"
-        rows.append((args.sources[0], others, texts[1:] + texts[:1]))
+        rows.insert(1, (args.sources[0], others, texts[1:] + texts[:1]))
     for source, name, texts in rows:
-        sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work, args.rooms)
+        if name == source:  # the row of other texts has the sounds of the row before
+            sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work,
+                                 args.rooms)
         model = train_model(sounds, texts, alphabet, quantiser.codes, args.steps, args.seed)
         cer, perplexity = test(model, heard, [letters(s) for s in real.sentences], alphabet)
         every = max(1, len(texts) // 100)  # of all languages

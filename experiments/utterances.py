@@ -27,7 +27,7 @@ from model import DiT  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
-from speech.ear import SILENT_FRAMES, VOICE, Ear, Room, random_room  # noqa: E402
+from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -91,9 +91,9 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
     mels = plain_espeak(sentences, variants, seed, whisper, work)
     for sentence, mel in zip(sentences, mels):
         if voice.amount:
-            rng, n = data.sentence_generator(sentence, seed + 2 * 10**6), 2 * speech_span(mel).stop
-            room = Room(voice.amount, rng, voice.strength)
-            mel = torch.cat([random_room(mel[None, :, :n], room)[0], mel[:, n:]], 1)
+            n = 2 * speech_span(mel).stop
+            speech = sound.move_voice(mel[:, :n], sentence, seed, voice.amount, voice.strength)
+            mel = torch.cat([speech, mel[:, n:]], 1)
         yield mel
 
 

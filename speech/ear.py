@@ -10,6 +10,7 @@ it does in speech: expectation over transformations, Athalye et al. 2018 (arXiv 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins, which are the channels
 of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width of the encoder.
 """
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -55,9 +56,8 @@ class Ear(FrozenWhisper):
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """None: which spectrogram a token has, the weights do not tell, (M, E), (P, M)."""
-        zeros = torch.zeros(self.channels, self.dims.n_text_state + self.max_frames)
-        w, marks = zeros.to(self.device).split([self.dims.n_text_state, self.max_frames], 1)
-        return w, marks.T
+        zeros = partial(torch.zeros, device=self.device)
+        return zeros(self.channels, self.dims.n_text_state), zeros(self.max_frames, self.channels)
 
     def latents(self, mel: Tensor) -> Tensor:
         """x1 of real speech, (B, M, 2T) -> (B, T, M)."""

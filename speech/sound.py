@@ -27,6 +27,13 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     return (np.fft.irfft(np.fft.rfft(samples), n) * n / len(samples)).astype(np.float32)
 
 
+def move_voice(mel: Tensor, sentence: Sentence, seed: int, amount: float,
+               strength: dict[str, float] = VOICE) -> Tensor:
+    """A log-mel (M, n) as another speaker of this seed would say the sentence."""
+    rng = sentence_generator(sentence, seed + 2 * 10**6, mel.device)  # not that of its noise
+    return random_room(mel[None], Room(amount, rng, strength))[0]
+
+
 def another_voice(x1: Tensor, batch: Batch, ear: Ear, seed: int, amount: float,
                   strength: dict[str, float] = VOICE) -> Tensor:
     """x1 (B, T, M) as another speaker would say it: vocal tract, pace, loudness, tilt, hiss."""
@@ -34,10 +41,8 @@ def another_voice(x1: Tensor, batch: Batch, ear: Ear, seed: int, amount: float,
         return x1
     moved, frames = torch.zeros_like(x1), batch.cond["frames"]
     for i, (n, sentence) in enumerate(zip(frames.tolist(), batch.sentences)):
-        rng = sentence_generator(sentence, seed + 2 * 10**6, ear.device)  # not that of its noise
-        room = Room(amount, rng, strength)
-        mel = ear.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)
-        moved[i, :n] = ear.latents(random_room(mel, room))[0]
+        mel = ear.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)[0]
+        moved[i, :n] = ear.latents(move_voice(mel, sentence, seed, amount, strength)[None])[0]
     return moved
 
 
