@@ -242,14 +242,14 @@ def test_a_token_goes_straight_into_the_endpoint_of_its_frames(pocket):
 def test_objective_is_its_formula_and_trains_the_whole_flow_and_no_whisper(critic):
     model, batch = network(critic), batch_of(critic)
     x0, t, drop = data.noise(batch, critic.channels, 0), torch.rand(4), torch.arange(4) > 1
-    room = Room(0.0, torch.Generator())
-    loss, nll, stray, cfm = train.objective(model, critic, batch, x0, t, drop, room, 0.3, 5.0)
+    room = Room(0.0, torch.Generator(), lens_weight=5.0)  # of the ear
+    loss, nll, cfm = train.objective(model, critic, batch, x0, t, drop, room, 0.3)
     names, parameters = zip(*model.named_parameters())
     found = torch.autograd.grad(loss, parameters)
     assert all(g.abs().sum() > 0 for g in found), [n for n, g in zip(names, found) if not g.any()]
     x1 = model(x0, torch.zeros(4), batch.cond)
-    nll, stray = critic.text_loss(x1, batch.cond["frames"], batch.targets, batch.token_frames)
-    expected = nll.mean() + 5 * stray.mean()
+    read, _ = critic.text_loss(x1, batch, room)
+    expected = read.mean()
     target, s = x1.detach(), t[:, None, None]
     x1_hat = model((1 - s) * x0 + s * target, t, batch.cond | dict(drop=drop))
     for x, y, n in zip(x1_hat, target, batch.cond["frames"]):
@@ -298,7 +298,7 @@ def test_nll_is_the_full_softmax(pocket):
     said = targets[:, 1:].clone()
     said[:, 1 : n_prompt - 1] = -1  # of the prompt only the language is said by the speech
     plain = F.cross_entropy(logits.transpose(1, 2), said, ignore_index=-1, reduction="none")
-    nll = pocket.nll(pocket.teacher_force(features, targets)[0], targets)
+    nll = pocket.nll(pocket.teacher_force(features, targets), targets)
     plain = plain.sum(1) / (said >= 0).sum(1)
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])
@@ -357,6 +357,8 @@ def test_schedules_of_a_run(pocket):
     assert train.learning_rate(60, 32, config) == 4 * train.learning_rate(60, 512, config)
     most = [max(room_of_step(step, 100, data.generator(0, i)).amount for i in range(200))
             for step in (8, 23, 50)]
+    lens = [room_of_step(step, 99, torch.Generator()).lens_weight for step in (0, 11, 33, 98)]
+    np.testing.assert_allclose(lens, [20, 40 / 3, 0, 0], atol=1e-9)
     assert most[0] == 0 and 0.45 < most[1] <= 0.5 and 0.9 < most[2] < 1
     assert train.Run(train.Config(), pocket).model.config.width == pocket.channels  # depth 0
     ema, model = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))

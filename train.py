@@ -38,7 +38,7 @@ from whisper_decoder import DecodingResult, FrozenWhisper
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
 CHANGEABLE = {*"out_dir device resume eval_every eval_sentences batch_size whisper".split()}
-LOG = ("step,seconds,loss,nll,stray,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
+LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
        "gradient_norm,learning_rate")  # flow loss also by quarters of t, nan where there is none
 
 
@@ -62,7 +62,6 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
     ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     flow_weight: float = flag(0.3, "weight of the flow loss", 0)
-    attention_weight: float = flag(10.0, "of guided attention, which fades; not with --speech", 0)
     drop_text: float = flag(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
@@ -80,16 +79,16 @@ class Config:
 
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
-              room: Room, flow_weight: float, attention_weight: float) -> tuple[Tensor, ...]:
-    """The loss of a step (), and of its items cross-entropy, stray, flow loss (B,)."""
+              room: Room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a step (), and of its items cross-entropy and flow loss (B,)."""
     # One solver step makes x1 of noise and text; the frozen Whisper reads it.
     x1 = model(x0, torch.zeros_like(t), batch.cond)
-    nll, stray = critic.text_loss(x1, batch.cond["frames"], batch.targets, batch.token_frames, room)
+    loss, nll = critic.text_loss(x1, batch, room)
     # Every t learns to point there, so that any number of steps may be taken afterwards: pairs
     # that the model made itself, as in reflow (Liu et al. 2022, arXiv 2209.03003).
     cond = batch.cond | dict(drop=drop)  # some without their text, for guidance
     cfm = flow.cfm_loss(model, x0, x1.detach(), t, cond, batch.mask)
-    return nll.mean() + attention_weight * stray.mean() + flow_weight * cfm.mean(), nll, stray, cfm
+    return loss.mean() + flow_weight * cfm.mean(), nll, cfm
 
 
 def draw_noise(batch: data.Batch, channels: int, drop_text: float,
@@ -271,9 +270,8 @@ def train(run: Run, batches: data.Batches, held_out: list, objective: Callable =
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
             with devices.mixed_precision(device, whisper.dims.n_text_state):
-                loss, nll, stray, cfm = objective(
-                    run.model, whisper, batch, x0, t, drop, room, config.flow_weight,
-                    config.attention_weight * max(0, 1 - 3 * run.step / config.steps))
+                loss, nll, cfm = objective(run.model, whisper, batch, x0, t, drop, room,
+                                           config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stopped = devices.average_gradients(run.model, bool(stops))
@@ -286,8 +284,8 @@ def train(run: Run, batches: data.Batches, held_out: list, objective: Callable =
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config.ema)
             quarters = [cfm[(4 * t).long() == i] for i in range(4)]
-            losses = [x.mean().item() for x in (loss, nll, stray, cfm, *quarters)]
-            bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[3]:.3f}")
+            losses = [x.mean().item() for x in (loss, nll, cfm, *quarters)]
+            bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}")
             if log:
                 log.write(run.step, time.time() - start, *losses, norm.item(), rate)
             run.step += 1

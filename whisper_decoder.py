@@ -28,7 +28,6 @@ from plumbing.errors import BadInput
 from plumbing.weights import load_whisper, weights_fingerprint
 from text.spelling import language_code, strip_unspoken
 
-NEAR = 12  # frames: how far attention may be from the middle of its token, a standard deviation
 
 
 class FrozenWhisper:
@@ -58,7 +57,6 @@ class FrozenWhisper:
         if not (self.languages and self.rows.isfinite().all()):
             raise BadInput(f"{name} was never trained: its weights are all alike, or no numbers")
         self.fingerprint = weights_fingerprint(self.model)
-        self.alignment_heads = self.model.alignment_heads.to_dense().float()  # (layers, H)
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
     @cached_property
@@ -114,18 +112,26 @@ class FrozenWhisper:
         x = self.model.decoder.token_embedding(tokens.to(self.device))
         return F.layer_norm(x, x.shape[-1:])
 
-    def directions(self) -> tuple[Tensor, Tensor]:
-        """Where x1 should lean, known from the frozen weights: W (C, E) and marks of time (P, C).
+    @cached_property
+    def token_direction(self) -> Tensor:
+        """W (E, E): where a frame shows a token, known from the frozen weights alone.
 
         Attention to a frame x adds W_out W_value x to a state, and the product of that with e, the
-        embedding of a token, is its logit: so x should lean to W e = (W_out W_value)^T e. And what
-        the encoder makes of silence shows when a frame is, so that the next one is soon found.
+        embedding of a token, is its logit: it grows along W e = (W_out W_value)^T e, which is the
+        path from value to logit of Elhage et al. 2021 ("OV circuit"), summed over the layers.
         """
         decoder = self.model.decoder
         paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
         w = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
+        return w * len(w) ** 0.5 / w.norm()
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Where x1 leans at first, `model.DiT.begin`: W (C, E) and marks of time (P, C).
+
+        What the encoder makes of silence shows when a frame is, so that the next is soon found.
+        """
         marks = self.silence_x1 - self.silence_x1.mean(0)
-        return w * len(w) ** 0.5 / w.norm(), marks / (2 * marks.square().mean().sqrt())
+        return self.token_direction, marks / (2 * marks.square().mean().sqrt())
 
     def encode(self, text: str, language: str) -> list[int]:
         """Text, after a blank -> the tokens that `whisper.decode` can write for it."""
@@ -163,31 +169,27 @@ class FrozenWhisper:
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
 
-    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor, token_frames: Tensor,
-                  room: object = None) -> tuple[Tensor, Tensor]:
-        """x1 (B, T, C), (B,), (B, L), (B, L) -> `nll` and `stray` (B,). `room` is the ear's."""
+    def text_loss(self, x1: Tensor, batch, room: object = None) -> tuple[Tensor, Tensor]:
+        """x1 (B, T, C), data.Batch -> what to minimise, here nll, and nll (B,). room: the ear's."""
         speech = self.model.encoder.ln_post(x1.float())
-        x, attention = self.teacher_force(speech, targets, frames)
-        return self.nll(x, targets), stray(attention, token_frames)
+        states = self.teacher_force(speech, batch.targets, batch.cond["frames"])
+        return (nll := self.nll(states, batch.targets)), nll
 
     def teacher_force(self, features: Tensor, targets: Tensor,
-                      frames: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The decoder's last states (B, L - 1, E), and where it attends (B, L - 1, T).
+                      frames: Tensor | None = None) -> Tensor:
+        """The decoder's last states, (B, T, E), (B, L) -> (B, L - 1, E).
 
-        Features (B, T, E). With frames (B,), silence up to the official window stands behind them.
-        Attention is the mean of the alignment heads, from which openai-whisper has times of words.
+        With frames (B,), silence up to the official window stands behind the features.
         """
-        decoder, inputs, attention = self.model.decoder, targets[:, :-1].clamp(min=0), 0
+        decoder, inputs = self.model.decoder, targets[:, :-1].clamp(min=0)
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
         silences = ([None] * len(decoder.blocks) if frames is None else
                     self.silence_behind(frames, features.shape[1]))
-        for block, silence, heads in zip(decoder.blocks, silences, self.alignment_heads):
+        for block, silence in zip(decoder.blocks, silences):
             x = x + block.attn(block.attn_ln(x), mask=decoder.mask)[0]
-            y, weights = attend(block.cross_attn, block.cross_attn_ln(x), features, silence)
-            x = x + y
+            x = x + attend(block.cross_attn, block.cross_attn_ln(x), features, silence)
             x = x + block.mlp(block.mlp_ln(x))
-            attention = attention + torch.einsum("bhlt,h->blt", weights, heads)
-        return decoder.ln(x), attention / self.alignment_heads.sum()
+        return decoder.ln(x)
 
     def nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of language and text, nats per token, (B, L - 1, E), (B, L) -> (B,).
@@ -203,8 +205,7 @@ class FrozenWhisper:
             # k equal rows weigh k exp(logit) in the softmax, and the target is one of them.
             logits = F.linear(x[mask].float(), self.rows, log_count)  # (predicted tokens, R)
             per_token = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
-        grid = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, per_token)
-        return grid.sum(1) / mask.sum(1)
+        return mean_per_item(per_token, mask)
 
     def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
@@ -232,9 +233,15 @@ class FrozenWhisper:
         return codes, None
 
 
+def mean_per_item(values: Tensor, mask: Tensor) -> Tensor:
+    """Values of what a mask (B, L) marks, in its order -> their mean in each item (B,)."""
+    grid = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
+    return grid.sum(1) / mask.sum(1)
+
+
 def attend(layer: nn.Module, x: Tensor, speech: Tensor,
-           silence: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Whisper's cross-attention, (B, L, E), (B, T, E) -> (B, L, E), its weights (B, H, L, T).
+           silence: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    """Whisper's cross-attention, (B, L, E), (B, T, E) -> (B, L, E).
 
     silence, see `silence_behind`: the same in every item and step, so its keys and values are not
     computed again. Scores of speech and silence stand side by side in one softmax, which is exact.
@@ -251,18 +258,4 @@ def attend(layer: nn.Module, x: Tensor, speech: Tensor,
     y = weights[..., :n] @ v
     if silence:
         y = y + torch.einsum("bhlp,hpd->bhld", weights[..., n:], silent_v)
-    return layer.out(y.transpose(1, 2).flatten(2)), weights[..., :n]
-
-
-def stray(attention: Tensor, token_frames: Tensor) -> Tensor:
-    """1 - attention near the frames of its token, (B, L - 1, T), (B, L) -> mean of tokens (B,).
-
-    Guided attention, Tachibana et al. 2018 (arXiv 1710.08969). Attention to silence is stray too.
-    Without it a flow says one sentence, whatever the text, for hundreds of steps: an official
-    decoder guesses so well that it hardly listens.
-    """
-    token_frames = token_frames[:, 1:]
-    distance = torch.arange(attention.shape[2], device=attention.device) - token_frames[..., None]
-    near = torch.exp(-((distance / NEAR) ** 2) / 2)
-    mask = token_frames >= 0  # of text tokens
-    return ((1 - (attention * near).sum(2)) * mask).sum(1) / mask.sum(1)
+    return layer.out(y.transpose(1, 2).flatten(2))

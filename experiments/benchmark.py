@@ -159,8 +159,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
         batch, rng, noise = draw(step)
         room = room_of_step(config.steps, config.steps, rng)
         with mixed_precision(device, whisper.dims.n_text_state) if bf16 else nullcontext():
-            loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight,
-                                       config.attention_weight)
+            loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight)
         backward(loss)
         update()
         run.optimizer.zero_grad()

@@ -43,14 +43,14 @@ def rows(names: list[str]) -> dict[str, dict[str, float]]:
 
 def optimise(ear: Ear, batch: data.Batch, strength: dict, steps: int, seed: int) -> Tensor:
     """x1 (B, T, C) that the ear reads in such rooms; they grow in the second third of the steps."""
-    shape, frames = (*batch.mask.shape, ear.channels), batch.cond["frames"]
+    shape = (*batch.mask.shape, ear.channels)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(ear.device)
     optimizer = torch.optim.Adam([x.requires_grad_()], RATE)
     for step in tqdm(range(steps), leave=False):
         amount = min(1.0, max(0.01, 3 * step / steps - 1))
         room = Room(amount, data.generator(seed, step, ear.device), strength)
         x1 = bounded(x, ear.bound)
-        nll, _ = ear.text_loss(x1, frames, batch.targets, batch.token_frames, room)
+        _, nll = ear.text_loss(x1, batch, room)
         loss = nll.sum()
         optimizer.zero_grad()
         loss.backward()

@@ -166,9 +166,9 @@ def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], whisper: FrozenWhispe
     losses = dict(error=error[heard].mean(), commitment=made.commitment)
     if targets is None:
         return losses
-    x = whisper.teacher_force(made.features, targets, frames)[0]
+    x = whisper.teacher_force(made.features, targets, frames)
     with torch.no_grad():
-        real = whisper.teacher_force(features, targets, frames)[0]
+        real = whisper.teacher_force(features, targets, frames)
     mask = targets[:, 1:] >= 0
     log_p, log_q = ((y[mask] @ whisper.rows.T + whisper.row_count.log()).log_softmax(1)
                     for y in (real, x))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_decoder import FrozenWhisper, stray
+from whisper_decoder import FrozenWhisper, mean_per_item
 
 MEL_STD = 0.5  # standard deviation of Whisper's log-mel in speech, about
 SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise the official window
@@ -26,6 +26,8 @@ SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise the of
 ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
 RAMP = (0.08, 0.38)  # of a run, while rooms grow: first the flow learns to be read at all
+LENS = 20.0  # weight of `Ear.lens` at first; it fades in the first third of a run
+NEAR = 6  # frames: how far from its middle a token may be told, a standard deviation
 VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --rooms`
 
 
@@ -35,13 +37,15 @@ class Room(NamedTuple):
     amount: float  # 0: none, 1: as strong as they get
     rng: torch.Generator  # on the device of what is heard
     strength: dict[str, float] = ROOM
+    lens_weight: float = 0.0  # of `Ear.lens`
 
 
 def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
     """Where a step of training is heard: in rooms that grow during the run."""
     most = float(np.interp(step / n_steps, RAMP, (0, 1)))
     # Weaker by a random factor: a flow that trained in strong rooms only is read worse without one.
-    return Room(most * torch.rand((), generator=rng, device=rng.device).item(), rng)
+    amount = most * torch.rand((), generator=rng, device=rng.device).item()
+    return Room(amount, rng, lens_weight=LENS * max(0, 1 - 3 * step / n_steps))
 
 
 class Ear(FrozenWhisper):
@@ -83,22 +87,42 @@ class Ear(FrozenWhisper):
         """What the decoder sees in the official window, (B, T, M), (B,) -> (B, P, E)."""
         return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))
 
-    def text_loss(self, x1: Tensor, frames: Tensor, targets: Tensor, token_frames: Tensor,
-                  room: Room | None = None) -> tuple[Tensor, Tensor]:
-        """How hard the text is to read where the encoder hears x1 in a random room, -> nll, stray.
+    def text_loss(self, x1: Tensor, batch, room: Room | None = None) -> tuple[Tensor, Tensor]:
+        """How hard the text is to read where the encoder hears x1 in a random room.
 
-        The window is hardly longer than the speech, which begins after a short random delay. That
-        moves the tokens' frames; that a room's uneven pace moves them too is neglected.
+        x1 (B, T, M), data.Batch -> what to minimise, nll and the lens, and nll (B,). The window is
+        hardly longer than the speech, which begins after a short random delay. That moves the
+        tokens' frames; that a room's uneven pace moves them too is neglected.
         """
-        window = min(x1.shape[1] + SILENT_FRAMES, self.max_frames)
-        mel = self.spectrogram(x1, frames, window)
+        window, middles = min(x1.shape[1] + SILENT_FRAMES, self.max_frames), batch.token_frames
+        mel = self.spectrogram(x1, batch.cond["frames"], window)
         if room and room.amount:
             spare = min(2 * (window - x1.shape[1]), 24)  # hops of silence that may stand in front
             shift = int(torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device))
             mel = random_room(mel.roll(shift, 2), room)  # only silence comes round
-            token_frames = torch.where(token_frames < 0, token_frames, token_frames + shift / 2)
-        x, attention = self.teacher_force(self.features_of_mel(mel), targets)
-        return self.nll(x, targets), stray(attention, token_frames)
+            middles = torch.where(middles < 0, middles, middles + shift / 2)
+        heard = self.encode_mel(mel)
+        states = self.teacher_force(self.model.encoder.ln_post(heard), batch.targets)
+        nll = self.nll(states, batch.targets)
+        if not (room and room.lens_weight):
+            return nll, nll
+        return nll + room.lens_weight * self.lens(heard, batch.targets, middles), nll
+
+    def lens(self, x1: Tensor, targets: Tensor, token_frames: Tensor) -> Tensor:
+        """How well W alone tells the tokens of a batch apart, (B, T, C), (B, L), (B, L) -> (B,).
+
+        Cross-entropy in nats per token: the mean of x1 near a token, less the mean of all, against
+        the directions W e of all tokens of the batch. A decoder guesses so well from the words so
+        far that it hardly listens to a flow that begins; this reader knows no words so far.
+        """
+        mask = token_frames >= 0  # of text tokens
+        distance = torch.arange(x1.shape[1], device=x1.device) - token_frames[..., None]
+        near = torch.exp(-((distance / NEAR) ** 2) / 2)  # (B, L, T)
+        told = (near @ x1.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, C)
+        tokens, which = targets[mask].unique(return_inverse=True)
+        directions = F.linear(self.embed(tokens), self.token_direction) / len(told[0]) ** 0.5
+        logits = (told - told.mean(0)) @ directions.T
+        return mean_per_item(F.cross_entropy(logits, which, reduction="none"), mask)
 
 
 def smooth(mel: Tensor) -> Tensor:

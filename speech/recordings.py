@@ -225,20 +225,20 @@ class Batches(torch.utils.data.Dataset):
 
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
-              room, flow_weight: float, attention_weight: float) -> tuple[Tensor, ...]:
-    """The loss of a step (), and of its items cross-entropy, stray (0), flow loss (B,).
+              room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a step (), and of its items cross-entropy and flow loss (B,).
 
     Recordings have their x1, so this is flow matching proper, without cross-entropy. They say where
-    every t points, so text has no flow loss (and no use for t, drop and the weights). Its
+    every t points, so text has no flow loss (and no use for t, drop and the weight). Its
     cross-entropy passes all steps of the sampler, at a weight that bends the path only a little.
     """
     if batch.x1 is not None:
         cond = batch.cond | dict(drop=drop)
         cfm = flow.cfm_loss(model, x0, batch.x1, t, cond, batch.mask)
-        return cfm.mean(), 0 * t, 0 * t, cfm
+        return cfm.mean(), 0 * t, cfm
     x1 = flow.last(flow.sample(flow.model_velocity(model, batch.cond), x0, SOLVER_STEPS))
-    nll, _ = critic.text_loss(x1, batch.cond["frames"], batch.targets, batch.token_frames, room)
-    return TEXT_WEIGHT * nll.mean(), nll, 0 * t, 0 * t
+    _, nll = critic.text_loss(x1, batch, room)
+    return TEXT_WEIGHT * nll.mean(), nll, 0 * t
 
 
 def join(text: data.Batches, held_out: Sequence[Sentence], config,

@@ -1,4 +1,5 @@
 """Spectrograms: the ear, its rooms, and what they sound like."""
+import math
 import wave
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from whisper.audio import log_mel_spectrogram
 
-import whisper_decoder
+import data
+from data import Sentence
 from speech import sound
 from speech.ear import MEL_STD, ROOM, Room, random_room
 from test_roundtrip import (  # noqa: F401
@@ -30,21 +32,22 @@ def test_ear_without_a_room_hears_what_whisper_hears(ear):
             assert (item[:, 2 * n :] == item.max() - 2).all()
             close(ear.spectrogram(x[None, :n], torch.tensor([n]), window)[0], item)
     close(ear.features(x1, frames), ear.model.encoder(out))
-    *_, targets, token_frames, _ = batch_of(ear, sentences[:3])
-    short = ear.teacher_force(ear.features_of_mel(ear.spectrogram(x1, frames, 140)), targets)
-    nll, stray = ear.text_loss(x1, frames, targets, token_frames)
-    close(nll, ear.nll(short[0], targets))
-    close(stray, whisper_decoder.stray(short[1], token_frames))
+    batch = batch_of(ear, sentences[:3])
+    batch.cond["frames"], targets, middles = frames, batch.targets, batch.token_frames
+    heard = ear.encode_mel(ear.spectrogram(x1, frames, 140))
+    loss, nll = ear.text_loss(x1, batch)
+    assert loss is nll
+    close(nll, ear.nll(ear.teacher_force(ear.model.encoder.ln_post(heard), targets), targets))
     rng, nothing = torch.Generator().manual_seed(0), dict.fromkeys(ROOM, 0.0)  # only a delay
-    late = ear.text_loss(x1, frames, targets, token_frames, Room(1.0, rng, nothing))[1]
+    loss, nll = ear.text_loss(x1, batch, Room(1.0, rng, nothing, 2.0))
     shift = int(torch.randint(25, (), generator=rng.manual_seed(0)))
-    shifted = ear.spectrogram(x1, frames, 140).roll(shift, 2)
-    attention = ear.teacher_force(ear.features_of_mel(shifted), targets)[1]
-    moved = token_frames + (token_frames >= 0) * shift / 2
-    assert shift > 9 and (late - whisper_decoder.stray(attention, token_frames)).abs().max() > 1e-3
-    close(late, whisper_decoder.stray(attention, moved))
-    losses = [ear.text_loss(x1, frames, targets, token_frames, Room(
-        1.0, torch.Generator().manual_seed(seed)))[0] for seed in (0, 0, 1)]
+    heard = ear.encode_mel(ear.spectrogram(x1, frames, 140).roll(shift, 2))
+    late = middles + (middles >= 0) * shift / 2
+    assert shift > 9 and (ear.lens(heard, targets, middles) - ear.lens(
+        heard, targets, late)).abs().max() > 1e-3
+    close(loss, nll + 2 * ear.lens(heard, targets, late))
+    losses = [ear.text_loss(x1, batch, Room(1.0, torch.Generator().manual_seed(seed)))[1]
+              for seed in (0, 0, 1)]
     assert torch.equal(*losses[:2]) and (losses[0] - losses[2]).abs().max() > 0.01
     ramp = torch.linspace(-1, 1, 50)[None, :, None].expand(1, 50, 80)  # it stays one
     mel = ear.spectrogram(ramp, torch.tensor([50]), 50)[0, 0, 5:-5]
@@ -141,3 +144,27 @@ def test_sound(ear, runs, tmp_path):
     plain, one, same, other = (v["features"] for v in voices)
     assert np.array_equal(one, same) and len({v["frames"][0] for v in voices}) == 3
     assert all(np.abs(x - y).mean() > 0.01 for x, y in ((plain, one), (one, other)))
+
+
+def test_lens_tells_tokens_apart_near_their_frames(ear):
+    batch = batch_of(ear, [Sentence("en", "The dog sleeps.")])  # tokens of 3, 4, 7 and 1 letters
+    frames, targets = batch.token_frames, batch.targets
+    ends = np.cumsum([0, *data.char_durations(batch.sentences[0])])
+    middles = np.interp([1.5, 5, 10.5, 14.5], range(16), ends)
+    close(frames[0], torch.tensor([-1] * 4 + middles.tolist() + [-1]))
+    tokens = targets[0, 4:-1]
+    directions = ear.embed(tokens) @ ear.token_direction.T
+    nearest = (torch.arange(int(ends[-1]))[:, None] - frames[0, 4:-1]).abs().argmin(1)
+    right, wrong = directions[nearest][None], directions.roll(1, 0)[nearest][None]
+    chance = torch.tensor([math.log(4)])
+    close(ear.lens(torch.ones_like(right), targets, frames), chance)
+    assert ear.lens(right, targets, frames) < 0.2 * chance
+    assert ear.lens(wrong, targets, frames) > 2 * chance
+    far = right.clone()
+    far[0, frames[0, 4:-1].round().long()] = 9.0  # what is said in the middle of tokens counts most
+    assert ear.lens(far, targets, frames) > ear.lens(right, targets, frames) + 0.01
+    two = batch_of(ear, [Sentence("en", text) for text in ("The dog sleeps.", "The dog")])
+    x1 = randn(2, two.mask.shape[1], 128)
+    both = ear.lens(x1, two.targets, two.token_frames)
+    assert both.shape == (2,) and not torch.equal(both[:1], ear.lens(
+        x1[:1], two.targets[:1], two.token_frames[:1]))

@@ -234,7 +234,7 @@ def test_recordings_teach_the_flow_and_the_decoder_only_the_text(folder, kind):
         noise = train.draw_noise(batch, whisper.channels, 1.0, rng)
         hook = model.register_forward_pre_hook(lambda _, x: times.append(x[1][0].item()))
         room = room_of_step(step, 16, rng)
-        loss, nll, _, cfm = objective(model, whisper, batch, *noise, room, 0.3, 1.0)
+        loss, nll, cfm = objective(model, whisper, batch, *noise, room, 0.3)
         hook.remove()
         assert torch.isclose(loss, recordings.TEXT_WEIGHT * nll.mean() if is_text else cfm.mean())
         assert nll.all() == is_text and cfm.any() != is_text and nll.shape == cfm.shape == (4,)
