@@ -19,7 +19,7 @@ import sample
 import train
 from data import Sentence
 from experiments import (
-    bars, benchmark, engine, look, pace, realism, rooms, seeds, student, sweep, utterances,
+    bars, benchmark, engine, lens, look, pace, realism, rooms, seeds, student, sweep, utterances,
 )
 from plumbing.errors import BadInput
 from plumbing.files import Log
@@ -110,6 +110,22 @@ def test_small_vocabulary_is_the_full_softmax_and_its_file_loads(tmp_path, ear):
     log_probs = head(full.encoder(mel)).log_softmax(2).transpose(0, 1)
     expected = F.ctc_loss(log_probs, torch.tensor(sum(texts, [])), [256] * 3, [*map(len, texts)])
     torch.testing.assert_close(ctc - plain, 0.3 * expected)
+
+
+def test_frozen_weights_find_words_in_real_speech(capsys, monkeypatch):
+    rates = lens.main(["pocket", "--languages", "fr", "German"])
+    assert list(rates) == ["fr", "de"] and min(rates.values()) > 0.7
+    assert capsys.readouterr().out.startswith(f"fr  50 clips: {rates['fr']:.1%}\nde  50 clips")
+    x1, tokens = [torch.zeros(9, 128) for _ in range(4)], torch.tensor([100, 200])
+    whisper = FrozenWhisper("pocket")
+    x1[2][5] = whisper.token_direction @ whisper.embed(tokens[1])  # only there, only this token
+    scores = lens.peaks(x1, tokens, whisper)
+    assert scores[:, 1].argmax() == 2 and torch.isclose(scores[2, 1], torch.tensor(1.5))
+    monkeypatch.setattr(FrozenWhisper, "token_direction", torch.randn(128, 128, generator=rng()))
+    assert abs(lens.main(["pocket", "--languages", "de"])["de"] - 0.5) < 0.1
+    with pytest.raises(BadInput, match="shipped clips are for pocket, not for tiny"):
+        monkeypatch.setattr(lens, "FrozenWhisper", lambda name: whisper)
+        lens.main(["tiny"])
 
 
 def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
