@@ -29,7 +29,6 @@ from plumbing.weights import load_whisper, weights_fingerprint
 from text.spelling import language_code, strip_unspoken
 
 
-
 class FrozenWhisper:
     """A Whisper whose weights never change: pocket, an official name, or a checkpoint file."""
 
@@ -121,8 +120,9 @@ class FrozenWhisper:
         path from value to logit of Elhage et al. 2021 ("OV circuit"), summed over the layers.
         """
         decoder = self.model.decoder
-        paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
-        w = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
+        with torch.autocast(self.device.type, enabled=False):
+            paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
+            w = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
         return w * len(w) ** 0.5 / w.norm()
 
     def directions(self) -> tuple[Tensor, Tensor]:
@@ -169,11 +169,13 @@ class FrozenWhisper:
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
 
-    def text_loss(self, x1: Tensor, batch, room: object = None) -> tuple[Tensor, Tensor]:
-        """x1 (B, T, C), data.Batch -> what to minimise, here nll, and nll (B,). room: the ear's."""
+    def text_loss(self, x1: Tensor, batch: "data.Batch",  # noqa: F821
+                  room: object = None) -> tuple[Tensor, Tensor]:
+        """x1 (B, T, C) -> the loss and, here the same, nll, (B,) each. room is the ear's."""
         speech = self.model.encoder.ln_post(x1.float())
         states = self.teacher_force(speech, batch.targets, batch.cond["frames"])
-        return (nll := self.nll(states, batch.targets)), nll
+        nll = self.nll(states, batch.targets)
+        return nll, nll
 
     def teacher_force(self, features: Tensor, targets: Tensor,
                       frames: Tensor | None = None) -> Tensor:

@@ -9,11 +9,11 @@ often does a token have a higher peak in a clip that says it than in a clip that
 chance. FOLDER has manifest.tsv (path, language, text).
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
@@ -24,45 +24,39 @@ from pocket.clips import spoken_clips  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 
-def peaks(x1: list[Tensor], tokens: Tensor, whisper: FrozenWhisper) -> Tensor:
-    """The highest score of each token in each clip, (T, C) each, (K,) -> (clips, K).
-
-    In standard deviations from its mean over the clips, as some tokens score high in all.
-    """
-    directions = whisper.embed(tokens).cpu() @ whisper.token_direction.cpu().T  # (K, C)
-    mean = torch.cat(x1).mean(0)
-    best = torch.stack([((x - mean) @ directions.T).amax(0) for x in x1])
-    return (best - best.mean(0)) / best.std(0)
-
-
 def found(speech: Speech, whisper: FrozenWhisper) -> float:
-    """How often a token peaks higher in a clip that says it (area under the ROC curve)."""
+    """How often a token peaks higher in a clip that says it than in one that does not.
+
+    That is the area under its ROC curve, here the mean over tokens; nan if no token tells clips
+    apart.
+    """
     said = [set(whisper.encode(s.text, s.language)) for s in speech.sentences]
-    tokens = sorted(set().union(*said))
-    is_said = torch.tensor([[token in clip for token in tokens] for clip in said])
-    scores = peaks(speech.x1, torch.tensor(tokens), whisper)
-    yes, no = scores[is_said], scores[~is_said]
-    ranks = torch.searchsorted(no.sort().values, yes)
-    return (ranks.double().mean() / len(no)).item()
+    tokens = sorted(set().union(*said) - set.intersection(*said))
+    directions = whisper.embed(torch.tensor(tokens, dtype=torch.long)) @ whisper.token_direction.T  # (K, C)
+    peaks = torch.stack([(x @ directions.T).amax(0) for x in speech.x1])  # (clips, K)
+    areas = []
+    for token, scores in zip(tokens, peaks.T):
+        is_said = torch.tensor([token in clip for clip in said])
+        areas.append((scores[is_said][:, None] > scores[~is_said]).double().mean())
+    return torch.stack(areas).mean().item() if areas else math.nan
 
 
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("whisper", help="pocket, an official name, or a checkpoint file")
-    add("--recordings", type=Path, help="human speech (default: pocket's clips of espeak-ng)")
-    add("--languages", nargs="+", help="of the recordings (default: all that Whisper knows)")
+    add("--recordings", type=Path, help="human speech (default: the shipped clips of espeak-ng)")
+    add("--languages", nargs="+", default="de en es fr zh".split(), help="of the speech")
     args = parser.parse_args(argv)
     whisper = FrozenWhisper(args.whisper)
-    known = [whisper.check_language(code) for code in args.languages or whisper.languages]
+    known = [whisper.check_language(code) for code in args.languages]
     if args.recordings:
         tests = {code: people(args.recordings, {code}, set(), whisper) for code in known}
-    elif args.whisper != "pocket":
-        raise BadInput(f"the shipped clips are for pocket, not for {args.whisper}; give "
-                       "--recordings FOLDER")
     else:
         sentences, mels = zip(*spoken_clips(whisper))
         shipped = list(zip(sentences, encode(mels, whisper)))
+        if missing := [code for code in known if code not in {s.language for s in sentences}]:
+            raise BadInput(f"no shipped clip is in {', '.join(missing)}; give --recordings FOLDER")
         tests = {code: Speech(*zip(*(clip for clip in shipped if clip[0].language == code)))
                  for code in known}
     rates = {code: found(speech, whisper) for code, speech in tests.items()}

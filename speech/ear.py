@@ -32,7 +32,7 @@ VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --roo
 
 
 class Room(NamedTuple):
-    """How far transformations go, and what draws them."""
+    """How a step is heard: how far transformations go, what draws them, what the lens counts."""
 
     amount: float  # 0: none, 1: as strong as they get
     rng: torch.Generator  # on the device of what is heard
@@ -41,7 +41,7 @@ class Room(NamedTuple):
 
 
 def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
-    """Where a step of training is heard: in rooms that grow during the run."""
+    """How a step of training is heard: in rooms that grow, through a lens that fades."""
     most = float(np.interp(step / n_steps, RAMP, (0, 1)))
     # Weaker by a random factor: a flow that trained in strong rooms only is read worse without one.
     amount = most * torch.rand((), generator=rng, device=rng.device).item()
@@ -87,10 +87,11 @@ class Ear(FrozenWhisper):
         """What the decoder sees in the official window, (B, T, M), (B,) -> (B, P, E)."""
         return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))
 
-    def text_loss(self, x1: Tensor, batch, room: Room | None = None) -> tuple[Tensor, Tensor]:
+    def text_loss(self, x1: Tensor, batch: "data.Batch",  # noqa: F821
+                  room: Room | None = None) -> tuple[Tensor, Tensor]:
         """How hard the text is to read where the encoder hears x1 in a random room.
 
-        x1 (B, T, M), data.Batch -> what to minimise, nll and the lens, and nll (B,). The window is
+        x1 (B, T, M) -> the loss, nll + lens_weight * lens, and nll alone, (B,) each. The window is
         hardly longer than the speech, which begins after a short random delay. That moves the
         tokens' frames; that a room's uneven pace moves them too is neglected.
         """
@@ -108,20 +109,22 @@ class Ear(FrozenWhisper):
             return nll, nll
         return nll + room.lens_weight * self.lens(heard, batch.targets, middles), nll
 
-    def lens(self, x1: Tensor, targets: Tensor, token_frames: Tensor) -> Tensor:
-        """How well W alone tells the tokens of a batch apart, (B, T, C), (B, L), (B, L) -> (B,).
+    def lens(self, heard: Tensor, targets: Tensor, token_frames: Tensor) -> Tensor:
+        """How badly the frozen W alone tells tokens apart, (B, T, E), (B, L), (B, L) -> (B,).
 
-        Cross-entropy in nats per token: the mean of x1 near a token, less the mean of all, against
-        the directions W e of all tokens of the batch. A decoder guesses so well from the words so
-        far that it hardly listens to a flow that begins; this reader knows no words so far.
+        Cross-entropy in nats per token: the mean of what is heard near a token, less the mean of
+        all, against the directions W e of all tokens of the batch (of this process's share). A
+        decoder guesses so well from the words so far that it hardly listens to a flow that begins;
+        W knows no words so far. In real speech, too, tokens lie there (experiments/lens.py).
         """
         mask = token_frames >= 0  # of text tokens
-        distance = torch.arange(x1.shape[1], device=x1.device) - token_frames[..., None]
+        distance = torch.arange(heard.shape[1], device=heard.device) - token_frames[..., None]
         near = torch.exp(-((distance / NEAR) ** 2) / 2)  # (B, L, T)
-        told = (near @ x1.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, C)
         tokens, which = targets[mask].unique(return_inverse=True)
-        directions = F.linear(self.embed(tokens), self.token_direction) / len(told[0]) ** 0.5
-        logits = (told - told.mean(0)) @ directions.T
+        with torch.autocast(heard.device.type, enabled=False):  # texts differ little at first
+            told = (near @ heard.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, E)
+            directions = F.linear(self.embed(tokens), self.token_direction)
+            logits = (told - told.mean(0)) @ directions.T / directions.shape[1] ** 0.5
         return mean_per_item(F.cross_entropy(logits, which, reduction="none"), mask)
 
 

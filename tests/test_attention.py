@@ -11,7 +11,7 @@ def test_silence_is_attended_as_if_it_stood_behind_the_speech(pocket):
     batch = batch_of(pocket)
     frames, targets, x1 = batch.cond["frames"], batch.targets, randn(4, 200, 128).requires_grad_()
     loss, nll = pocket.text_loss(x1, batch)
-    assert loss is nll
+    assert torch.equal(loss, nll)
     plain = pocket.nll(pocket.teacher_force(pocket.features(x1, frames), targets), targets)
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])

@@ -12,7 +12,7 @@ from whisper.audio import log_mel_spectrogram
 import data
 from data import Sentence
 from speech import sound
-from speech.ear import MEL_STD, ROOM, Room, random_room
+from speech.ear import MEL_STD, NEAR, ROOM, Ear, Room, random_room
 from test_roundtrip import (  # noqa: F401
     SENTENCES, batch_of, cer_of, close, ear, randn, runs, sampled, spoken,
 )
@@ -36,7 +36,7 @@ def test_ear_without_a_room_hears_what_whisper_hears(ear):
     batch.cond["frames"], targets, middles = frames, batch.targets, batch.token_frames
     heard = ear.encode_mel(ear.spectrogram(x1, frames, 140))
     loss, nll = ear.text_loss(x1, batch)
-    assert loss is nll
+    assert torch.equal(loss, nll)
     close(nll, ear.nll(ear.teacher_force(ear.model.encoder.ln_post(heard), targets), targets))
     rng, nothing = torch.Generator().manual_seed(0), dict.fromkeys(ROOM, 0.0)  # only a delay
     loss, nll = ear.text_loss(x1, batch, Room(1.0, rng, nothing, 2.0))
@@ -160,11 +160,29 @@ def test_lens_tells_tokens_apart_near_their_frames(ear):
     close(ear.lens(torch.ones_like(right), targets, frames), chance)
     assert ear.lens(right, targets, frames) < 0.2 * chance
     assert ear.lens(wrong, targets, frames) > 2 * chance
-    far = right.clone()
-    far[0, frames[0, 4:-1].round().long()] = 9.0  # what is said in the middle of tokens counts most
-    assert ear.lens(far, targets, frames) > ear.lens(right, targets, frames) + 0.01
+    middles = frames[0, 4:-1].round().long()
+    between = (middles[:-1] + middles[1:]) // 2
+    losses = []
+    for where in (middles[:3], between):  # what is heard in the middle of a token counts most
+        heard = right.clone()
+        heard[0, where] = 0
+        losses.append(ear.lens(heard, targets, frames).item())
+    assert losses[0] > losses[1] + 0.001
     two = batch_of(ear, [Sentence("en", text) for text in ("The dog sleeps.", "The dog")])
-    x1 = randn(2, two.mask.shape[1], 128)
-    both = ear.lens(x1, two.targets, two.token_frames)
-    assert both.shape == (2,) and not torch.equal(both[:1], ear.lens(
-        x1[:1], two.targets[:1], two.token_frames[:1]))
+    heard, expected = randn(2, two.mask.shape[1], 128), []
+    tokens = two.targets[two.token_frames >= 0].unique()
+    told = {(i, j): sum(math.exp(-((t - m) / NEAR) ** 2 / 2) * x for t, x in enumerate(heard[i]))
+            / sum(math.exp(-((t - m) / NEAR) ** 2 / 2) for t in range(len(heard[i])))
+            for i, row in enumerate(two.token_frames.tolist()) for j, m in enumerate(row) if m >= 0}
+    mean = sum(told.values()) / len(told)
+    for i in range(2):
+        losses = [F.cross_entropy(torch.stack([(x - mean) @ ear.token_direction @ ear.embed(token)
+                                               for token in tokens]) / 128 ** 0.5,
+                                  (tokens == two.targets[i, j]).nonzero()[0, 0])
+                  for (item, j), x in told.items() if item == i]
+        expected.append(sum(losses) / len(losses))
+    close(ear.lens(heard, two.targets, two.token_frames), torch.stack(expected))
+    with torch.autocast("cpu", torch.bfloat16):  # not rounded
+        fresh = Ear("pocket")
+        close(fresh.lens(heard, two.targets, two.token_frames), torch.stack(expected))
+        assert torch.equal(fresh.token_direction, ear.token_direction)

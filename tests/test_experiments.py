@@ -116,16 +116,31 @@ def test_frozen_weights_find_words_in_real_speech(capsys, monkeypatch):
     rates = lens.main(["pocket", "--languages", "fr", "German"])
     assert list(rates) == ["fr", "de"] and min(rates.values()) > 0.7
     assert capsys.readouterr().out.startswith(f"fr  50 clips: {rates['fr']:.1%}\nde  50 clips")
-    x1, tokens = [torch.zeros(9, 128) for _ in range(4)], torch.tensor([100, 200])
     whisper = FrozenWhisper("pocket")
-    x1[2][5] = whisper.token_direction @ whisper.embed(tokens[1])  # only there, only this token
-    scores = lens.peaks(x1, tokens, whisper)
-    assert scores[:, 1].argmax() == 2 and torch.isclose(scores[2, 1], torch.tensor(1.5))
+    sentences = [Sentence("en", text) for text in ("The dog.", "The horse.", "The horse.")]
+    dog, = set(whisper.encode("dog", "en")) - set(whisper.encode("horse", "en"))
+    horse, = set(whisper.encode("horse", "en")) - {dog}
+    directions = whisper.embed(torch.tensor([dog, horse])) @ whisper.token_direction.T
+    inverse = torch.linalg.pinv(directions).T
+
+    def area(*clips):  # of how much dog and horse are in each frame
+        x1 = [torch.tensor(clip, dtype=torch.float) @ inverse for clip in clips]
+        return lens.found(student.Speech(sentences, x1), whisper)
+
+    peak, both = [[9, 0]] + [[0, 0]] * 8, [[1, 1]] * 9
+    assert area(peak, both, both) == 1  # by its highest frame, not by its mean
+    assert area([[9, 9]], both, both) == 0.5 and area([[0, 1]], peak, peak) == 0
+    silent = torch.zeros(9, 128)
+    same = [Sentence("en", "The dog.")] * 2
+    assert np.isnan(lens.found(student.Speech(same, [silent, silent]), whisper))
     monkeypatch.setattr(FrozenWhisper, "token_direction", torch.randn(128, 128, generator=rng()))
     assert abs(lens.main(["pocket", "--languages", "de"])["de"] - 0.5) < 0.1
-    with pytest.raises(BadInput, match="shipped clips are for pocket, not for tiny"):
+    with pytest.raises(BadInput, match="no shipped clip is in"):
+        monkeypatch.setattr(whisper, "languages", ["it"])
         monkeypatch.setattr(lens, "FrozenWhisper", lambda name: whisper)
-        lens.main(["tiny"])
+        monkeypatch.setattr(lens, "spoken_clips", lambda _: [(same[0], silent)])
+        monkeypatch.setattr(lens, "encode", lambda *_: [silent])
+        lens.main(["pocket", "--languages", "it"])
 
 
 def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):

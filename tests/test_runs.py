@@ -15,6 +15,7 @@ import sample
 import train
 from data import Sentence
 from plumbing import devices
+from speech.ear import LENS
 from test_roundtrip import (  # noqa: F401
     FLAGS, ROOT, batch_of, close, log_of, pocket, random_whisper,
 )
@@ -30,7 +31,7 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
 
     def both(model, critic, batch, x0, t, drop, room, flow_weight):
         parts, step = [], next(count)
-        assert flow_weight == 0.3
+        assert flow_weight == 0.3 and room.lens_weight == LENS * max(0, 1 - 3 * step / 6)
         for rank in range(2):
             shard = data.Batch(batch.sentences[rank::2], {key: x[rank::2] for key, x in
                                batch.cond.items()}, batch.targets[rank::2],
