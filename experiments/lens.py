@@ -32,7 +32,8 @@ def found(speech: Speech, whisper: FrozenWhisper) -> float:
     """
     said = [set(whisper.encode(s.text, s.language)) for s in speech.sentences]
     tokens = sorted(set().union(*said) - set.intersection(*said))
-    directions = whisper.embed(torch.tensor(tokens, dtype=torch.long)) @ whisper.token_direction.T  # (K, C)
+    embeddings = whisper.embed(torch.tensor(tokens, dtype=torch.long))
+    directions = embeddings @ whisper.token_direction.T  # (K, C)
     peaks = torch.stack([(x @ directions.T).amax(0) for x in speech.x1])  # (clips, K)
     areas = []
     for token, scores in zip(tokens, peaks.T):
