@@ -54,12 +54,13 @@ def main(argv=None) -> dict:
     if args.recordings:
         tests = {code: people(args.recordings, {code}, set(), whisper) for code in known}
     else:
-        sentences, mels = zip(*spoken_clips(whisper))
-        shipped = list(zip(sentences, encode(mels, whisper)))
-        if missing := [code for code in known if code not in {s.language for s in sentences}]:
+        shipped = [clip for clip in spoken_clips(whisper) if clip[0].language in known]
+        if missing := [code for code in known if code not in {s.language for s, _ in shipped}]:
             raise BadInput(f"no shipped clip is in {', '.join(missing)}; give --recordings FOLDER")
-        tests = {code: Speech(*zip(*(clip for clip in shipped if clip[0].language == code)))
-                 for code in known}
+        tests = {}
+        for code in known:
+            sentences, mels = zip(*(clip for clip in shipped if clip[0].language == code))
+            tests[code] = Speech(sentences, encode(mels, whisper))
     rates = {code: found(speech, whisper) for code, speech in tests.items()}
     for code, rate in rates.items():
         print(f"{code}  {len(tests[code].sentences)} clips: {rate:.1%}")
