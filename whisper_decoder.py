@@ -120,9 +120,8 @@ class FrozenWhisper:
         path from value to logit of Elhage et al. 2021 ("OV circuit"), summed over the layers.
         """
         decoder = self.model.decoder
-        with torch.autocast(self.device.type, enabled=False):
-            paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
-            w = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
+        paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
+        w = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
         return w * len(w) ** 0.5 / w.norm()
 
     def directions(self) -> tuple[Tensor, Tensor]:
