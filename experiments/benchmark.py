@@ -135,7 +135,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
     n, span, n_languages = args.batch_size[0], args.words[0], args.languages[0]
     shares = load_data(args.data, whisper)[0]
     sentences = choose(data.split(list(shares))[0], span, n_languages)
-    kind = LongBatches if span == ALL else data.Batches  # every fourth of long texts, or none
+    kind = LongBatches if span == ALL else data.Batches  # with long and short texts, or neither
     batches = kind({s: shares[s] for s in sentences}, whisper, n, 0, 1.0, whisper.speed_range)
     times, seconds = Counter(), batches.frames.mean() / data.FRAMES_PER_SECOND
 

@@ -216,7 +216,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> data.Batch:
         if step >= SPEECH_ALONE * self.n_steps and step % 2:
-            return self.text[step // 2]  # text has every fourth of its batches long
+            return self.text[step // 2]  # all kinds of its batches come
         rng, n = data.generator(self.text.seed, step), self.text.n
         often = self.frames.double() ** -2  # short ones are rare, as in text.sources.load_data
         batch = [self.recordings[i] for i in data.draw_similar(often, self.frames, n, rng)]

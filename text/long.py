@@ -1,4 +1,4 @@
-"""Texts too long for the decoder are cut into pieces that fit; long ones that fit are learned."""
+"""Texts too long for the decoder are cut into pieces that fit; long and short ones are learned."""
 import re
 from collections import defaultdict
 from typing import Callable, Sequence
@@ -12,7 +12,8 @@ from plumbing.errors import BadInput
 from text.spelling import UNSPACED
 from whisper_decoder import FrozenWhisper
 
-EVERY = 4  # batches: one of them is of long texts
+EVERY = 4  # batches: one of them is of long texts, and one of a few words each
+FEW = 4  # words of a short text, at most
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
 CUTS = (r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
@@ -63,10 +64,12 @@ def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
 
 
 class LongBatches(data.Batches):
-    """`data.Batches`, of which every fourth has sentences in a row, about as many words in all.
+    """`data.Batches`, of which every fourth has sentences in a row, about as many words in all, and
+    every fourth a few words of a sentence.
 
-    Long sentences are rare, and a flow that never learned them repeats itself after ten seconds.
-    Where Whisper hears no more than five sentences at once, as pocket does, there are no such ones.
+    Long and short texts are rare. A flow that never learned them repeats itself after ten seconds,
+    and says a lonely word twice. Where Whisper hears no more than five sentences at once, as pocket
+    does, there are no such ones.
     """
 
     def set_durations(self, durations: Callable) -> None:
@@ -77,11 +80,24 @@ class LongBatches(data.Batches):
         self.of_language = {code: torch.tensor(of_code) for code, of_code in numbers.items()}
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
-        if step % EVERY or self.whisper.max_frames < 5 * self.frames.mean():
+        turn, is_narrow = step % EVERY, self.whisper.max_frames < 5 * self.frames.mean()
+        if is_narrow or turn not in (0, EVERY // 2):
             return super().draw(step, rng)
-        picks = data.draw_similar(self.shares, self.frames, max(1, self.n // EVERY), rng)
-        sentences = [self.lengthen(self.sentences[i], rng) for i in picks]
+        n, change = (self.n, self.shorten) if turn else (max(1, self.n // EVERY), self.lengthen)
+        picks = data.draw_similar(self.shares, self.frames, n, rng)
+        sentences = [change(self.sentences[i], rng) for i in picks]
         return [(s, self.rule(s, self.speed)) for s in sentences]
+
+    def shorten(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
+        """A few words of it, or letters in UNSPACED; itself, if they are held out or no words."""
+        language, text = sentence
+        parts, between = (text, "") if language in UNSPACED else (text.split(), " ")
+        draw = lambda n: int(torch.randint(n, (), generator=rng))  # noqa: E731
+        n = 1 + draw(min(FEW, len(parts)))
+        first = draw(len(parts) - n + 1)
+        short = Sentence(language, between.join(parts[first : first + n]).strip())
+        is_usable = words(short.text, language) and data.hash_share(short) > data.HELD_OUT
+        return short if is_usable else sentence
 
     def lengthen(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
         """Others of its language behind it, up to a random length that the decoder can hear."""
