@@ -311,7 +311,8 @@ def main(argv=None) -> dict:
                                   config.max_lines)
         training, held_out = data.split(list(shares))
         batches = LongBatches({s: shares[s] for s in training}, whisper, config.batch_size,
-                              config.seed, config.speed, config.speed_range or whisper.speed_range)
+                              config.seed, config.speed, config.speed_range or whisper.speed_range,
+                              held_out=held_out)
         if config.speech:
             from speech.recordings import join
             batches, run_objective, rhythm, notes = join(batches, held_out, config, notes)

@@ -72,6 +72,10 @@ class LongBatches(data.Batches):
     does, there are no such ones.
     """
 
+    def __init__(self, *args, held_out: Sequence[Sentence] = ()):
+        super().__init__(*args)
+        self.held_out = set(map(data.key, held_out))
+
     def set_durations(self, durations: Callable) -> None:
         super().set_durations(durations)
         self.rule, numbers = durations, defaultdict(list)
@@ -89,14 +93,16 @@ class LongBatches(data.Batches):
         return [(s, self.rule(s, self.speed)) for s in sentences]
 
     def shorten(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
-        """A few words of it, or letters in UNSPACED; itself, if they are held out or no words."""
+        """A few words of it, or characters in UNSPACED; itself, if they are held out or signs."""
         language, text = sentence
-        parts, between = (text, "") if language in UNSPACED else (text.split(), " ")
+        is_unspaced = language in UNSPACED
+        parts = re.split(CUTS[-1], text) if is_unspaced else text.split()
         draw = lambda n: int(torch.randint(n, (), generator=rng))  # noqa: E731
         n = 1 + draw(min(FEW, len(parts)))
         first = draw(len(parts) - n + 1)
-        short = Sentence(language, between.join(parts[first : first + n]).strip())
-        is_usable = words(short.text, language) and data.hash_share(short) > data.HELD_OUT
+        few = ("" if is_unspaced else " ").join(parts[first : first + n])
+        short = Sentence(language, few.strip())
+        is_usable = any(map(str.isalnum, short.text)) and data.key(short) not in self.held_out
         return short if is_usable else sentence
 
     def lengthen(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
