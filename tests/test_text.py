@@ -14,6 +14,7 @@ from whisper.decoding import DecodingOptions, DecodingTask
 
 import data
 import sample
+import train
 from data import Sentence
 from plumbing.errors import BadInput
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
@@ -172,6 +173,14 @@ def test_every_fourth_batch_has_a_few_words_of_sentences(pocket, monkeypatch):
     assert {s.text for s in few} >= {"ทุ", "ก"} and not {s.text[0] for s in few} & {"ุ", "้"}
     starts = {t.text.startswith(s.text) for s in short for t in shares if s.text in t.text}
     assert starts == {True, False}  # from anywhere in it
+
+
+def test_training_never_draws_held_out_words(tmp_path, monkeypatch):
+    def stop(shares, *args, held_out):
+        raise BadInput(f"{[{*shares}, {*held_out}] == [*map(set, data.split(builtin()))]}")
+    monkeypatch.setattr(train, "LongBatches", stop)
+    with pytest.raises(BadInput, match="True"):
+        train.main(["--out_dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize("language, text", [
