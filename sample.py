@@ -23,6 +23,7 @@ from data import FRAMES_PER_SECOND, Sentence
 from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
+from plumbing.files import make_folder
 from plumbing.flags import Parser, path
 from speech import dataset
 from speech.align import durations_by
@@ -140,6 +141,8 @@ def main(argv=None) -> None:
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     files = wav_files(args.wav, len(texts))
     check(args, checkpoint["config"]["latent"])
+    for file in files[:1]:  # it fails now, not after the work
+        make_folder(file.parent)
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
     print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
@@ -155,6 +158,7 @@ def main(argv=None) -> None:
                                [piece.read.text for piece in group]))
         show(text, hypotheses[-1], group, args)
         if i == 0 and not args.text_file:
+            print(f"forming      {group[0].sentence.text[:70]}")
             show_forming(model, whisper, *parts[0][0], args)
         if args.wav:
             write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])

@@ -61,7 +61,7 @@ class Config:
     weight_decay: float = flag(0.01, "AdamW", 0)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
     ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
-    flow_weight: float = flag(0.3, "weight of the flow loss", 0)
+    flow_weight: float = flag(0.3, "weight of the flow loss (not with --speech)", 0)
     drop_text: float = flag(0.1, "share of items without text, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
@@ -168,8 +168,8 @@ def evaluate(run: "Run", held_out: list) -> dict:
 
 def show_samples(run: "Run", held_out: list) -> None:
     """One held-out sentence of each of up to five languages, others each time, with 4 steps."""
-    turn = run.step % len(held_out)
-    sentences = list({s.language: s for s in held_out[turn:] + held_out[:turn]}.values())[:5]
+    order = torch.randperm(len(held_out), generator=data.generator(run.config.seed, run.step))
+    sentences = list({held_out[i].language: held_out[i] for i in order.tolist()}.values())[:5]
     pairs = zip(sentences, run.transcribe_samples(sentences))
     lines = [f"  {s.language}  {s.text}  ->  {text}" for s, text in pairs]
     tqdm.write("\n".join([f"step {run.step}", *lines]), file=sys.stdout)
@@ -204,9 +204,8 @@ class Run:
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         states |= dict(step=self.step, rhythm=self.rhythm, origin=self.origin,
                        config=asdict(self.config), model_config=asdict(self.model.config))
-        with atomic_write(self.path) as part, open(part, "wb") as file:
+        with atomic_write(self.path, log.keep) as part, open(part, "wb") as file:
             torch.save(states, file)
-            log.keep(self.path)
 
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; BadInput if a flag not CHANGEABLE, Whisper or text differ."""

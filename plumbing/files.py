@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Callable
 from uuid import uuid4
 
 import torch
@@ -34,14 +35,16 @@ def fingerprint(things: object) -> str:
 
 
 @contextmanager
-def atomic_write(file: Path):
-    """A temporary name that becomes `file` when all is written; if not, nothing stays."""
+def atomic_write(file: Path, ready: Callable = lambda file: None):
+    """A temporary name that becomes `file` when all is written and it is `ready`; if not, nothing
+    stays."""
     part = file.with_name(f"{file.name}.{uuid4().hex[:12]}.tmp")  # machines share folders
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with open(part, "rb+") as written:
             os.fsync(written.fileno())  # or a loss of power could leave an empty file
+        ready(file)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, where the disk is full
         if isinstance(error, OSError) and error.errno not in FORBIDDEN | FULL:
@@ -112,7 +115,7 @@ class Log:
             print(self.header, file=self.file)
         if self.now != self.path:
             for file in self.path, checkpoint.with_name("result.txt"), checkpoint:
-                if checkpoint.exists() and file.exists():
+                if file.exists():
                     os.replace(file, file.with_suffix(".old"))
                     tqdm.write(f"note: {file} of an earlier run is now its .old", file=sys.stderr)
             self.file.close()  # Windows renames no open file

@@ -169,8 +169,6 @@ def make_shard(name: str, lines: Sequence, first: int, args, kinds: Sequence[str
 def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dict], whisper,
                 kinds: Sequence[str]) -> None:
     """Its arrays and sounds, and last its rows: then it is whole."""
-    for file in [*folder.glob(f"{name}.*.tmp"), *folder.glob(f"*/{name[6:]}/*.tmp")]:
-        file.unlink()  # of a run that was killed
     for sound in [kind for kind in SOUNDS if kind in kinds]:
         for piece in pieces:
             piece.row[sound] = f"{sound}/{name[6:]}/{piece.row['id']}.{sound}"
@@ -258,6 +256,8 @@ def check_settings(folder: Path, settings: dict) -> None:
 def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> str:
     """manifest.jsonl and left_out.jsonl of all shards -> what is in them, in words."""
     seconds, kept, left_out, first = 0.0, Counter(), Counter(), {}
+    for file in folder.rglob("*.tmp"):
+        file.unlink(missing_ok=True)  # of a run that was killed
     with (atomic_write(folder / "manifest.jsonl") as good, open(good, "wb") as manifest,
           atomic_write(folder / "left_out.jsonl") as bad, open(bad, "wb") as rest):
         for line in chain.from_iterable(open(folder / f"{name}.jsonl", "rb") for name in names):
@@ -302,7 +302,7 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
                            "and give each file of a folder its --text_file")
     for line, suffix, code in read_lines(args.text_file, args.language):
-        digest.update(f"{line.rstrip()}\t{suffix}\t{code}\n".encode())
+        digest.update("\t".join((line.rstrip("\n"), suffix, str(code), "\n")).encode())
         n_texts += 1
         others[other_language(line, code) if suffix == ".tsv" else ""] += 1
     if not n_texts:

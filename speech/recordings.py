@@ -8,6 +8,7 @@ writes the text of every recording, and is believed where it is sure.
 
 B batch, S characters, T latent frames (20 ms), C latent channels, M mel bins, P positions.
 """
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -235,10 +236,10 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
     if batch.x1 is not None:
         cond = batch.cond | dict(drop=drop)
         cfm = flow.cfm_loss(model, x0, batch.x1, t, cond, batch.mask)
-        return cfm.mean(), 0 * t, cfm
+        return cfm.mean(), t * math.nan, cfm
     x1 = flow.last(flow.sample(flow.model_velocity(model, batch.cond), x0, SOLVER_STEPS))
     _, nll = critic.text_loss(x1, batch, room)
-    return TEXT_WEIGHT * nll.mean(), nll, 0 * t
+    return TEXT_WEIGHT * nll.mean(), nll, t * math.nan
 
 
 def join(text: data.Batches, held_out: Sequence[Sentence], config,

@@ -148,10 +148,16 @@ def test_sounds_that_need_a_package(make, monkeypatch):
 
 def test_two_parts_that_end_together(make, tmp_path, capsys):
     make("a", "--part", "1/2")
+    (tmp_path / "a/shard-00000.npz").unlink()
+    half = tmp_path / "a/shard-00000.npz.1.tmp"
+    half.write_text("of another run, which just writes the same shard")
+    make("a", "--part", "1/3")
+    assert half.exists()  # until all shards are whole
     with locked(tmp_path / "a"):  # the other one merges
         assert "manifest.jsonl" not in make("a", "--part", "2/2")
     with locked(tmp_path / "a", part="-2-2"), pytest.raises(BadInput, match="another run writes"):
         make("a", "--part", "2/2")
+    assert "manifest.jsonl" in make("a") and not half.exists()
     assert "part 2/2 is done; another part is just writing" in capsys.readouterr().out
 
 
@@ -173,9 +179,10 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa:
         assert make("a") == before
     np.savez(tmp_path / "a" / "shard-00001.npz", frames=[9], features=np.zeros((9, 128)))
     assert make("a") == before
-    (tmp_path / "text.tsv").write_text("en\tThe dog sleeps.\n")
-    with pytest.raises(BadInput, match="was begun with another text"):
-        make("a")
+    for text in ("\n".join(LINES) + "\t", "en\tThe dog sleeps.\n"):
+        (tmp_path / "text.tsv").write_text(text)
+        with pytest.raises(BadInput, match="was begun with another text"):
+            make("a")
     (tmp_path / "a" / "settings.json").write_text("")
     with pytest.raises(BadInput, match="settings.json is damaged"):
         make("a")

@@ -310,6 +310,25 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
             pass
 
 
+def test_a_first_checkpoint_that_cannot_be_written_leaves_an_earlier_run_alone(
+        pocket, tmp_path, monkeypatch):
+    names = ("ckpt.pt", "log.csv", "result.txt")
+    for name in names:
+        (tmp_path / name).write_text("earlier")
+    run = train.Run(train.Config(depth=1, out_dir=str(tmp_path)), pocket)
+    log = Log(tmp_path / "log.csv", "step", 0)
+
+    def full(number):
+        raise OSError(122, "Disk quota exceeded")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="quota exceeded.; make room"):
+        patch.setattr(os, "fsync", full)
+        run.save(log)
+    assert all((tmp_path / name).read_text() == "earlier" for name in names)
+    (tmp_path / "ckpt.pt").unlink()  # moved by the user: his log stays nevertheless
+    run.save(log)
+    assert (tmp_path / "log.old").read_text() == (tmp_path / "result.old").read_text() == "earlier"
+
+
 def test_a_run_outlives_the_reader_of_its_output(tmp_path):
     read, write = os.pipe()
     os.close(read)
@@ -460,9 +479,10 @@ def test_a_rank_without_torchrun_hides_no_error(pocket, monkeypatch):
 
 def test_headers_of_tables_and_empty_columns_are_no_sentences(pocket, tmp_path):
     (tmp_path / "t.tsv").write_text("client_id\tpath\tSentence\tlocale\n1\ta.mp3\tThe dog.\ten\n"
-                                    "language\ttext\nen\t\npath\tThe text.\nword\ttext\nOne column.\n")
+                                    "language\ttext\nen\t\npath\tThe text.\nword\ttext\nOne column.\n"
+                                    "en\tText\n")
     counts, notes = read_file(tmp_path / "t.tsv", "en", pocket)
-    assert [s.text for s in counts] == ["en", "The text.", "One column."]
+    assert [s.text for s in counts] == ["en", "The text.", "One column.", "Text"]
     assert "line 1 is left out, and 2 more: it is the header of a table" in notes[0]
     assert "the last of 2 columns, the text, has no word in it" in notes[1]
     (tmp_path / "t.txt").write_text("Yes.\n" * 9)

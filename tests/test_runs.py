@@ -53,9 +53,9 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
 def test_samples_are_of_five_languages_and_others_each_time(capsys):
     held_out = [data.Sentence(code, f"{code} {i}") for i in range(9) for code in "abcdefg"]
     shown = []
-    for step in (30, 60, 90):
-        train.show_samples(SimpleNamespace(step=step, transcribe_samples=lambda found: [
-            s.text.upper() for s in found]), held_out)
+    for step in (63, 126, 189):  # as many steps as sentences, and more
+        train.show_samples(SimpleNamespace(step=step, config=train.Config(), transcribe_samples=(
+            lambda found: [s.text.upper() for s in found])), held_out)
         first, *lines = capsys.readouterr().out.splitlines()
         assert first == f"step {step}" and len({line.split()[0] for line in lines}) == 5
         assert all(line == f"  {line[2]}  {line[5:8]}  ->  {line[5:8].upper()}" for line in lines)
