@@ -14,13 +14,12 @@ from typing import Sequence
 import numpy as np
 import soundfile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import make_pocket  # noqa: E402
 import train  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
+from pocket import make_pocket  # noqa: E402
 from speech import recordings  # noqa: E402
 from text.sources import builtin  # noqa: E402
 

@@ -133,11 +133,11 @@ def measure_training(name: str, bf16: bool, args) -> None:
     trained = n_parameters(run.model)
     frozen = n_parameters(whisper.model)
     n, span, n_languages = args.batch_size[0], args.words[0], args.languages[0]
-    shares = load_data(args.data, whisper)[0]
+    shares = load_data(args.data, whisper, temperature=config.temperature)[0]
     sentences = choose(data.split(list(shares))[0], span, n_languages)
     kind = LongBatches if span == ALL else data.Batches  # with long and short texts, or neither
     batches = kind({s: shares[s] for s in sentences}, whisper, n, 0, 1.0, whisper.speed_range)
-    times, seconds = Counter(), batches.frames.mean() / data.FRAMES_PER_SECOND
+    times, frames = Counter(), []
 
     def draw(step: int) -> tuple:
         batch, rng = batches[step].to(whisper), data.generator(0, step, device)
@@ -157,12 +157,14 @@ def measure_training(name: str, bf16: bool, args) -> None:
         if step == args.warmup:
             times.clear()
         batch, rng, noise = draw(step)
+        frames.append(batch.mask.sum().item() / len(batch.mask))
         room = room_of_step(config.steps, config.steps, rng)
         with mixed_precision(device, whisper.dims.n_text_state) if bf16 else nullcontext():
             loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight)
         backward(loss)
         update()
         run.optimizer.zero_grad()
+    seconds = sum(frames[args.warmup :]) / args.steps / data.FRAMES_PER_SECOND
     form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
     parts = " | ".join(f"{1000 * times[part] / args.steps:.0f}" for part in PARTS)
     print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | {n} | {span} | "

@@ -5,8 +5,9 @@
 
 The ear's lens (`Ear.lens`) asks what its encoder hears to lie along W e near the frames of a token,
 where e is the token's embedding and W comes from the weights alone. Here W reads real speech: how
-often does a token have a higher peak in a clip that says it than in a clip that does not? 50 % is
-chance. FOLDER has manifest.tsv (path, language, text).
+often does a token have a higher peak in a clip that says it than in a clip that does not? Chance is
+what other tokens make in its place: over 50 %, as long clips say more, and peak higher. FOLDER has
+manifest.tsv (path, language, text).
 """
 import argparse
 import math
@@ -14,18 +15,22 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
 from experiments.student import Speech  # noqa: E402
 from experiments.utterances import encode, people  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
+N_DRAWS = 10  # of chance
 
-def found(speech: Speech, whisper: FrozenWhisper) -> float:
-    """How often a token peaks higher in a clip that says it than in one that does not.
+
+def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float]:
+    """How often a token peaks higher in a clip that says it than in one that does not; and others
+    in its place.
 
     That is the area under its ROC curve, here the mean over tokens; nan if no token tells clips
     apart.
@@ -35,14 +40,19 @@ def found(speech: Speech, whisper: FrozenWhisper) -> float:
     embeddings = whisper.embed(torch.tensor(tokens, dtype=torch.long))
     directions = embeddings @ whisper.token_direction.T  # (K, C)
     peaks = torch.stack([(x @ directions.T).amax(0) for x in speech.x1])  # (clips, K)
-    areas = []
-    for token, scores in zip(tokens, peaks.T):
-        is_said = torch.tensor([token in clip for clip in said])
-        areas.append((scores[is_said][:, None] > scores[~is_said]).double().mean())
-    return torch.stack(areas).mean().item() if areas else math.nan
+    is_said = torch.tensor([[token in clip for token in tokens] for clip in said])
+
+    def area(peaks: Tensor) -> float:
+        areas = [(x[is_in][:, None] > x[~is_in]).double().mean()
+                 for x, is_in in zip(peaks.T, is_said.T)]
+        return torch.stack(areas).mean().item() if areas else math.nan
+
+    rng = data.generator(0, 0)
+    others = [torch.randperm(len(tokens), generator=rng) for _ in range(N_DRAWS)]
+    return area(peaks), sum(area(peaks[:, order]) for order in others) / N_DRAWS
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> dict[str, tuple[float, float]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("whisper", help="pocket, an official name, or a checkpoint file")
@@ -62,8 +72,8 @@ def main(argv=None) -> dict:
             sentences, mels = zip(*(clip for clip in shipped if clip[0].language == code))
             tests[code] = Speech(sentences, encode(mels, whisper))
     rates = {code: found(speech, whisper) for code, speech in tests.items()}
-    for code, rate in rates.items():
-        print(f"{code}  {len(tests[code].sentences)} clips: {rate:.1%}")
+    for code, (rate, chance) in rates.items():
+        print(f"{code}  {len(tests[code].sentences)} clips: {rate:.1%}, chance {chance:.1%}")
     return rates
 
 

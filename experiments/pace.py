@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import make_pocket  # noqa: E402
+from pocket import make_pocket  # noqa: E402
 
 # Whisper's code -> espeak-ng's voice, where they differ; "" where it cannot read the usual
 # spelling: kanji (ja; measured on kana: 6.3), vowels that are not written (he), syllables that it

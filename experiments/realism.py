@@ -2,8 +2,8 @@
 
     python experiments/realism.py out/ckpt.pt                          # a table and a picture
     python experiments/realism.py a.pt b.pt --no-real --out out/more   # more rows of the table
-    python experiments/realism.py out/ckpt.pt --judge base --recordings FOLDER
-    python experiments/realism.py out/ckpt.pt --no-real --rooms 1 --voice vocal_tract pace
+    python experiments/realism.py out/mel/ckpt.pt --judge base --recordings FOLDER
+    python experiments/realism.py out/mel/ckpt.pt --no-real --rooms 1 --voice vocal_tract pace
 
 The Whisper that trained the flow, its critic, cannot judge it: it has been pleased already. The
 judge is another Whisper that reads the same x1; both also read .wav files. A student is a small
@@ -24,6 +24,7 @@ from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -33,13 +34,12 @@ from torch import Tensor
 from whisper.audio import load_audio
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import make_pocket  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from data import per_language  # noqa: E402
-from flow import Solver  # noqa: E402
+from flow import Solver, schedule  # noqa: E402
 from experiments import figures  # noqa: E402
 from experiments.student import (  # noqa: E402
     Speech, greedy_cer, language_accuracy, letters, student_cer, train_student,
@@ -50,6 +50,7 @@ from experiments.utterances import (  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
+from pocket import make_pocket  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech import sound  # noqa: E402
 from speech.align import durations_by  # noqa: E402
@@ -165,16 +166,16 @@ class Study:
         self.held_out = sorted(per_language(held_out, args.read), key=data.hash_share)
         seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
-        self.has_voices = self.find_voices({s.language for s in training})
+        self.has_voices = self.find_voices({s.language for s in training}, is_pocket)
         self.flows = {path: self.load(path) for path in args.checkpoints}
         self.tests = self.make_tests(training, held_out, is_pocket)
 
-    def find_voices(self, languages: set[str]) -> bool:
+    def find_voices(self, languages: set[str], is_pocket: bool) -> bool:
         """Whether espeak-ng can say all the text."""
         if voiceless := languages - set(make_pocket.VOICES):
             print("note: no row of real speech, as make_pocket.py has no voice for "
                   + ", ".join(sorted(voiceless)))
-        else:
+        elif self.args.real or self.args.measures or not is_pocket:
             make_pocket.need_espeak()
         return not voiceless
 
@@ -371,9 +372,16 @@ def check(args) -> None:
             if config[name] != first[name]:
                 raise BadInput(f"{path} was trained with --{name} {config[name]} and "
                                f"{args.checkpoints[0]} with {first[name]}; give them in two calls")
-    if args.sentences < 50 or min(args.steps, args.read, args.solver_steps) < 1:
+    if args.sentences < 50 or min(args.steps, args.read) < 1:
         raise BadInput(f"--sentences {args.sentences} --steps {args.steps} --read {args.read} "
-                       f"--solver_steps {args.solver_steps} are too few; give at least 50, 1, 1, 1")
+                       "are too few; give at least 50, 1, 1")
+    try:
+        schedule(args.solver_steps)
+    except ValueError as error:
+        raise BadInput(f"--solver_{error}") from error  # it begins with the name of a flag, steps
+    for name in "checkpoints", "seeds":
+        if len({*getattr(args, name)}) < len(getattr(args, name)):
+            raise BadInput(f"some {name} are given twice, which would count twice; give each once")
     if not 0 <= args.rooms <= 1 or args.rooms and "features" in kinds:
         raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1, and 0 with "
                        "features, which have no sound")
@@ -383,9 +391,9 @@ def check(args) -> None:
         raise BadInput("ffmpeg is missing, and Whisper reads .wav files with it; install it, e.g. "
                        "`apt-get install ffmpeg` or `brew install ffmpeg`")
     for folder in (args.work_dir, args.out.parent):  # better now than after an hour
-        with atomic_write(folder / "probe") as part:
+        with atomic_write(probe := folder / f"{uuid4().hex}.probe") as part:
             part.touch()
-        (folder / "probe").unlink()
+        probe.unlink()
 
 
 def parse_args(argv=None) -> argparse.Namespace:

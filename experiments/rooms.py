@@ -4,8 +4,9 @@
     python experiments/rooms.py --whisper tiny.en --judge base --data en=FILE.txt --sentences 8
 
 No network: x1 of some held-out sentences is a parameter, and Adam lowers the cross-entropy of the
-first Whisper, in rooms of which one transformation is left out, or is the only one. Then both
-Whispers read the spectrograms greedily, without rooms. The second has no part in what they are.
+first Whisper, in rooms of which one transformation is left out, or is the only one (a random delay
+of up to a quarter of a second stays, in "no room" too). Then both Whispers read the spectrograms
+greedily, without rooms. The second has no part in what they are.
 """
 import argparse
 import sys

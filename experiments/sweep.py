@@ -40,29 +40,29 @@ def interval(text: str) -> tuple[int, int]:
 KINDS = dict(speed=float, guidance=float, steps=int, method=str, judge=str, seconds=interval)
 
 
-def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[float]:
-    """CER of n held-out sentences at each value, 4 Euler steps but for what is swept."""
+def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float, int]]:
+    """CER of up to n held-out sentences at each value, and how many; 4 Euler steps but for what is
+    swept. The sentences are the same at all values, but for their seconds."""
     device, durations = choose_device("auto"), durations_by(checkpoint["rhythm"])
     whisper, model = sample.load_critic(checkpoint, device), sample.load_model(checkpoint, device)
     config, rates = checkpoint["config"], []
-    held_out = split_of(config, whisper)[1]
-    for value in values:
-        reader = sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
+    readers = [sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
+               for value in values]
+    slowest = min(values) if kind == "speed" else config["speed"]
+    held_out = [s for s in split_of(config, whisper)[1] if fits(s, whisper, slowest, durations)
+                and all(s.language in reader.languages for reader in readers)]
+    for value, reader in zip(values, readers):
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))
         speed = value if kind == "speed" else config["speed"]
         low, high = value if kind == "seconds" else (0, math.inf)
-        chosen = data.per_language([s for s in held_out if low <= data.n_frames(s, speed)
-                                    / data.FRAMES_PER_SECOND < high], n)
-        sentences = [s for s in chosen if fits(s, whisper, speed, durations)]
-        if len(sentences) < len(chosen):
-            print(f"note: at {kind} {value} only {len(sentences)} of {len(chosen)} fit",
-                  file=sys.stderr)
+        sentences = data.per_language([s for s in held_out if low <= data.n_frames(s, speed)
+                                       / data.FRAMES_PER_SECOND < high], n)
         if not sentences:
-            raise BadInput(f"at {kind} {value} there is no held-out sentence that {whisper.name} "
-                           "can hear; give others")
+            raise BadInput(f"at {kind} {value} there is no held-out sentence that {reader.name} can "
+                           "hear; give others")
         lengths = [durations(s, speed) for s in sentences]
         features = features_of(model, whisper, reader, sentences, lengths, solver)
-        rates.append(greedy_cer(reader, sentences, features))
+        rates.append((greedy_cer(reader, sentences, features), len(sentences)))
     return rates
 
 
@@ -95,11 +95,14 @@ def main(argv=None) -> None:
     if args.sentences < 1:
         raise BadInput(f"--sentences {args.sentences} are too few; at least 1")
     checkpoints, cells = [train.load_checkpoint(path) for path in args.checkpoints], []
-    for rates in zip(*(sweep(c, args.kind, values, args.sentences) for c in checkpoints)):
+    swept = [sweep(c, args.kind, values, args.sentences) for c in checkpoints]
+    for results in zip(*swept):
+        rates = [rate for rate, _ in results]
         spread = f" ± {statistics.stdev(rates):.2%}" if len(rates) > 1 else ""
         cells.append(f"{statistics.mean(rates):.2%}{spread}")
+    numbers = [str(n) for _, n in swept[0]]
     print(f"| {args.kind} | {' | '.join(args.values)} |\n| ---{' | ---' * len(values)} |\n"
-          f"| CER | {' | '.join(cells)} |")
+          f"| CER | {' | '.join(cells)} |\n| sentences | {' | '.join(numbers)} |")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import make_pocket  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech  # noqa: E402
@@ -43,6 +42,7 @@ from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.errors import BadInput, first_line, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
+from pocket import make_pocket  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
@@ -177,7 +177,9 @@ def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], whisper: FrozenWhispe
 
 
 def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: int) -> Quantiser:
-    """A quantiser of these utterances."""
+    """A quantiser of these utterances; BadInput if they are too short for their components."""
+    if (n := sum(map(len, speech.x1))) < N_CODES:
+        raise BadInput(f"{n} frames of speech are too few for {N_CODES} codes; give more sentences")
     torch.manual_seed(seed)
     quantiser = Quantiser(whisper).train()
     optimizer = torch.optim.AdamW(quantiser.parameters(), RATE, (0.9, 0.98))

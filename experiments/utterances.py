@@ -16,15 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "pocket")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import make_pocket  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech, letters, resample  # noqa: E402
 from flow import Solver, last  # noqa: E402
 from model import DiT  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
+from pocket import make_pocket  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
@@ -141,12 +140,13 @@ def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> 
 
 
 def even(speech: Speech) -> Speech:
-    """The same, as long as the length rule says, and every letter as long as any other."""
+    """The same, in the rhythm of the length rule: every letter as long as any other."""
     x1 = []
     for sentence, x, n in zip(*speech, align.align_characters(*speech)):
-        frames, ends = data.n_frames(sentence), np.cumsum([0, *n[n > 0]])
-        letter = (np.arange(frames) + 0.5) / frames * (len(ends) - 1)
-        x1.append(resample(x, np.interp(letter, np.arange(len(ends)), ends) - 0.5))
+        rule, frames = data.char_durations(sentence)[n > 0], data.n_frames(sentence)
+        ends, even_ends = (np.cumsum([0, *widths]) for widths in (n[n > 0], rule))
+        frame = (np.arange(frames) + 0.5) / frames * even_ends[-1]
+        x1.append(resample(x, np.interp(frame, even_ends, ends) - 0.5))
     return Speech(speech.sentences, x1)
 
 
