@@ -39,7 +39,7 @@ LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
 CHANGEABLE = {*"out_dir device resume eval_every eval_sentences batch_size whisper".split()}
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
-       "gradient_norm,learning_rate")  # flow loss also by quarters of t, nan where there is none
+       "gradient_norm,learning_rate")  # flow loss also by quarters of t; nan where there is none
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
     slowest = min(values) if kind == "speed" else config["speed"]
     held_out = [s for s in split_of(config, whisper)[1] if fits(s, whisper, slowest, durations)
                 and all(s.language in reader.languages for reader in readers)]
+    if not held_out:
+        raise BadInput(f"no held-out sentence can be heard at all of {kind} {values}; give others")
     for value, reader in zip(values, readers):
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))
         speed = value if kind == "speed" else config["speed"]
@@ -58,8 +60,7 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
         sentences = data.per_language([s for s in held_out if low <= data.n_frames(s, speed)
                                        / data.FRAMES_PER_SECOND < high], n)
         if not sentences:
-            raise BadInput(f"at {kind} {value} there is no held-out sentence that {reader.name} can "
-                           "hear; give others")
+            raise BadInput(f"no held-out sentence lasts {low} to {high} seconds; give others")
         lengths = [durations(s, speed) for s in sentences]
         features = features_of(model, whisper, reader, sentences, lengths, solver)
         rates.append((greedy_cer(reader, sentences, features), len(sentences)))

@@ -177,7 +177,7 @@ def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], whisper: FrozenWhispe
 
 
 def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: int) -> Quantiser:
-    """A quantiser of these utterances; BadInput if they are too short for their components."""
+    """A quantiser of these utterances; BadInput if they have fewer frames than it has codes."""
     if (n := sum(map(len, speech.x1))) < N_CODES:
         raise BadInput(f"{n} frames of speech are too few for {N_CODES} codes; give more sentences")
     torch.manual_seed(seed)

@@ -140,7 +140,10 @@ def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> 
 
 
 def even(speech: Speech) -> Speech:
-    """The same, in the rhythm of the length rule: every letter as long as any other."""
+    """The same, in the rhythm of the length rule: every letter as long as any other.
+
+    Of several signs in a row one counts, and none behind the last word.
+    """
     x1 = []
     for sentence, x, n in zip(*speech, align.align_characters(*speech)):
         rule, frames = data.char_durations(sentence)[n > 0], data.n_frames(sentence)

@@ -36,7 +36,7 @@ def fingerprint(things: object) -> str:
 
 @contextmanager
 def atomic_write(file: Path, ready: Callable = lambda file: None):
-    """A temporary name that becomes `file` when all is written and it is `ready`; if not, nothing
+    """A temporary name that becomes `file` when all is written, after ready(file); if not, no half
     stays."""
     part = file.with_name(f"{file.name}.{uuid4().hex[:12]}.tmp")  # machines share folders
     try:

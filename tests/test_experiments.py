@@ -373,7 +373,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
                   ["seconds", "6-3"], ["seconds", "3"], ["speed", "1", "--sentences", "0"]):
         with pytest.raises(BadInput, match=wrong[0] if len(wrong) == 2 else "^--sentences 0 are"):
             sweep.main(wrong + ["--checkpoints", checkpoints[latent]])
-    with pytest.raises(BadInput, match="at speed 0.1 there is no held-out sentence that pocket"):
+    with pytest.raises(BadInput, match="no held-out sentence can be heard at all of speed .0.1"):
         sweep.main(["speed", "0.1", "--sentences", "5", "--checkpoints", checkpoints[latent]])
     chosen = []
     with monkeypatch.context() as patch:

@@ -125,7 +125,8 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     columns = [column[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', column) else column
                for column in columns]  # as spreadsheets write a cell with quotes
     cells = [cell.strip().lower() for cell in (code, *columns)]
-    is_name = cells[0].isalpha() and (cells[0] == "id" or language_code(cells[0]) not in ISO_639_3)
+    languages = {*ISO_639_3, *ISO_639_3.values()} - {"id", "no"}  # which are columns, too
+    is_name = cells[0].isalpha() and language_code(cells[0]) not in languages
     if len(HEADER & {*cells}) > 1 or is_name and cells[-1] in HEADER - {"path", "lang"}:
         raise BadInput("it is the header of a table")
     if language:
