@@ -177,9 +177,10 @@ def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], whisper: FrozenWhispe
 
 
 def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: int) -> Quantiser:
-    """A quantiser of these utterances; BadInput if they have fewer frames than it has codes."""
-    if (n := sum(map(len, speech.x1))) < N_CODES:
-        raise BadInput(f"{n} frames of speech are too few for {N_CODES} codes; give more sentences")
+    """A quantiser of these utterances; BadInput if they have fewer frames than a code has dimensions."""
+    if (n := sum(map(len, speech.x1))) < CODE_DIM:
+        raise BadInput(f"{n} frames of speech are too few for codes of {CODE_DIM} dimensions; give "
+                       "more sentences")
     torch.manual_seed(seed)
     quantiser = Quantiser(whisper).train()
     optimizer = torch.optim.AdamW(quantiser.parameters(), RATE, (0.9, 0.98))
