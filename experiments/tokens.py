@@ -177,7 +177,7 @@ def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], whisper: FrozenWhispe
 
 
 def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: int) -> Quantiser:
-    """A quantiser of these utterances; BadInput if they have fewer frames than a code has dimensions."""
+    """A quantiser of these utterances; BadInput for fewer frames than a code has dimensions."""
     if (n := sum(map(len, speech.x1))) < CODE_DIM:
         raise BadInput(f"{n} frames of speech are too few for codes of {CODE_DIM} dimensions; give "
                        "more sentences")
