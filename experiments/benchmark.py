@@ -156,6 +156,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
     for step in range(args.warmup + args.steps):
         if step == args.warmup:
             times.clear()
+            frames.clear()
         batch, rng, noise = draw(step)
         frames.append(batch.mask.sum().item() / len(batch.mask))
         room = room_of_step(config.steps, config.steps, rng)
@@ -164,7 +165,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
         backward(loss)
         update()
         run.optimizer.zero_grad()
-    seconds = sum(frames[args.warmup :]) / args.steps / data.FRAMES_PER_SECOND
+    seconds = sum(frames) / args.steps / data.FRAMES_PER_SECOND
     form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
     parts = " | ".join(f"{1000 * times[part] / args.steps:.0f}" for part in PARTS)
     print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | {n} | {span} | "

@@ -32,6 +32,7 @@ MAX_CHARACTERS = 20_000  # of a text
 URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
+CODES = {*ISO_639_3, *ISO_639_3.values()} - {"id", "no"}  # which name columns, too
 NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt .npz .png "
               ".jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls .epub .rtf".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
@@ -125,8 +126,7 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     columns = [column[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', column) else column
                for column in columns]  # as spreadsheets write a cell with quotes
     cells = [cell.strip().lower() for cell in (code, *columns)]
-    languages = {*ISO_639_3, *ISO_639_3.values()} - {"id", "no"}  # which are columns, too
-    is_name = cells[0].isalpha() and language_code(cells[0]) not in languages
+    is_name = cells[0].isalpha() and language_code(cells[0]) not in CODES
     if len(HEADER & {*cells}) > 1 or is_name and cells[-1] in HEADER - {"path", "lang"}:
         raise BadInput("it is the header of a table")
     if language:
