@@ -205,9 +205,15 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                  None if x1 is None else pad_sequence(x1, True))
 
 
-def draw_similar(weights: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
-    """n items by their weights (N,), one of four batches sorted by frames (N,): less padding."""
-    picks = torch.multinomial(weights, 4 * n, replacement=True, generator=rng)
+def draw(sums: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """n items, (n,), by running sums of their weights (N,); multinomial would pass all N for it."""
+    uniform = torch.rand(n, generator=rng, dtype=torch.double)
+    return torch.searchsorted(sums, uniform * sums[-1])
+
+
+def draw_similar(sums: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
+    """n items as `draw` has them, one of four batches sorted by frames (N,): less padding."""
+    picks = draw(sums, 4 * n, rng)
     picks = picks[frames[picks].argsort(stable=True)]
     first = n * int(torch.randint(4, (), generator=rng))
     return picks[first : first + n].tolist()
@@ -220,6 +226,7 @@ class Batches(torch.utils.data.Dataset):
                  seed: int, speed: float, speed_range: float):
         self.sentences, self.whisper, self.n, self.seed = list(shares), whisper, batch_size, seed
         self.shares = torch.tensor(list(shares.values()), dtype=torch.double)
+        self.sums = self.shares.cumsum(0)
         self.speed, self.speed_range = speed, speed_range
         self.set_durations(char_durations)
 
@@ -230,7 +237,7 @@ class Batches(torch.utils.data.Dataset):
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
         """The sentences of a step, each with its durations (S,) at the natural pace."""
-        picks = draw_similar(self.shares, self.frames, self.n, rng)
+        picks = draw_similar(self.sums, self.frames, self.n, rng)
         return [(self.sentences[i], self.durations[i]) for i in picks]
 
     def __getitem__(self, step: int) -> Batch:

@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -35,11 +35,13 @@ from train import LATENTS, RoundTrip, generate, load_checkpoint, round_trips
 from whisper_decoder import FrozenWhisper
 
 
-def load_model(checkpoint: dict, device: torch.device) -> DiT:
-    """The averaged weights of a checkpoint as a network, ready to sample."""
-    model = DiT(DiTConfig(**checkpoint["model_config"])).to(device).eval()
-    model.load_state_dict(checkpoint["ema"])
-    return model
+class Flow(NamedTuple):
+    """A checkpoint, ready to sample."""
+
+    model: DiT  # of the averaged weights
+    critic: FrozenWhisper
+    durations: Callable  # (sentence, speed) -> frames of its characters (S,)
+    speed: float  # that it was trained at
 
 
 def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> FrozenWhisper:
@@ -53,6 +55,14 @@ def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> Froze
         raise BadInput(f"{whisper.name} has changed since the checkpoint was trained with it; put "
                        "the file of then back, or train again")
     return whisper
+
+
+def load_flow(checkpoint: dict, device: torch.device) -> Flow:
+    """What `train.load_checkpoint` loads -> a Flow. Raises BadInput."""
+    critic = load_critic(checkpoint, device)
+    model = DiT(DiTConfig(**checkpoint["model_config"])).to(device).eval()
+    model.load_state_dict(checkpoint["ema"])
+    return Flow(model, critic, durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"])
 
 
 def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
@@ -129,9 +139,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     device, checkpoint = choose_device(args.device), load_checkpoint(args.ckpt)
-    whisper, model = load_critic(checkpoint, device), load_model(checkpoint, device)
-    args.speed = checkpoint["config"]["speed"] if args.speed is None else args.speed
-    durations = durations_by(checkpoint["rhythm"])
+    model, whisper, durations, speed = load_flow(checkpoint, device)
+    args.speed = speed if args.speed is None else args.speed
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
     make = partial(round_trips, model, whisper, change=change)
     if dataset.is_set(args.out):

@@ -10,7 +10,6 @@ and of --latent mel the spectrogram, which its own encoder hears.
 import argparse
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from experiments.utterances import human_clip  # noqa: E402
+from experiments.utterances import human_clips  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
-from speech.recordings import read_manifest  # noqa: E402
 from text.error_rates import cer_by_language, edit_distance, error_rates  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
@@ -107,25 +104,14 @@ def transcribe(model, whisper: FrozenWhisper, trips: list[train.RoundTrip]) -> l
 
 
 def people(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int) -> list:
-    """Round trips without a flow: n clips of 1 to 12 seconds, without digits, by a hash."""
-    entries, notes = read_manifest(folder, whisper)
-    path_of = {s: path for path, s in entries if s and s.language in languages
-               and not any(map(str.isdigit, s.text))}
-    trips, counts = [], Counter()
-    for sentence in data.per_language(sorted(path_of, key=data.hash_share), 2 * n):
-        if counts[sentence.language] >= n / len(languages):
-            continue
-        if (mel := human_clip(path_of[sentence], whisper, notes)) is not None:
-            counts[sentence.language] += 1
-            x1 = whisper.latents(mel)
-            # What the other engine is given too: an ear's x1 is coarser than the log-mel.
-            features = whisper.features(x1, torch.tensor([x1.shape[1]]))
-            read = whisper.transcribe(features, [sentence.language])[0]
-            trips.append(train.RoundTrip(sentence, x1[0], features[0], read))
-    if not trips:
-        raise BadInput("; ".join([f"{folder} has no clip of 1 to 12 seconds in "
-                                  f"{', '.join(sorted(languages))}", *notes[:1]]))
-    print(*(f"note: {note}\n" for note in notes[:10]), sep="", end="", file=sys.stderr)
+    """Round trips without a flow, of up to n clips."""
+    trips = []
+    for sentence, mel in human_clips(folder, whisper, languages, n):
+        x1 = whisper.latents(mel[None])
+        # What the other engine is given too: an ear's x1 is coarser than the log-mel.
+        features = whisper.features(x1, torch.tensor([x1.shape[1]]))
+        read = whisper.transcribe(features, [sentence.language])[0]
+        trips.append(train.RoundTrip(sentence, x1[0], features[0], read))
     return trips
 
 
@@ -153,19 +139,18 @@ def main(argv=None) -> None:
     if not ctranslate2:
         raise BadInput("CTranslate2 is not installed; `pip install ctranslate2`")
     checkpoint = train.load_checkpoint(args.checkpoint)
-    config, device = checkpoint["config"], torch.device("cpu")
-    whisper = sample.load_critic(checkpoint, device)
-    sentences = data.per_language(split_of(config, whisper, args.data)[1], args.sentences)
-    durations = [durations_by(checkpoint["rhythm"])(s, config["speed"]) for s in sentences]
-    trips = list(train.round_trips(sample.load_model(checkpoint, device), whisper, sentences,
-                                   durations))
+    model, whisper, durations, speed = sample.load_flow(checkpoint, torch.device("cpu"))
+    held_out = split_of(checkpoint["config"], whisper, args.data)[1]
+    sentences = data.per_language(held_out, args.sentences)
+    trips = list(train.round_trips(model, whisper, sentences,
+                                   [durations(s, speed) for s in sentences]))
     with tempfile.TemporaryDirectory() as folder:
-        model = convert(whisper, folder)
-        compare("the flow", trips, transcribe(model, whisper, trips))
+        other = convert(whisper, folder)
+        compare("the flow", trips, transcribe(other, whisper, trips))
         if args.recordings:
             languages = {s.language for s in sentences}
             clips = people(args.recordings, whisper, languages, args.sentences)
-            compare("people", clips, transcribe(model, whisper, clips))
+            compare("people", clips, transcribe(other, whisper, clips))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from experiments import figures  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from speech.align import durations_by  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 
 
@@ -44,17 +43,15 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "flow.png")
     args = parser.parse_args(argv)
     checkpoint = train.load_checkpoint(args.checkpoint)
-    whisper = sample.load_critic(checkpoint, torch.device("cpu"))
+    model, whisper, durations, speed = sample.load_flow(checkpoint, torch.device("cpu"))
     language = whisper.check_language(args.language)
     spoken = [pair for pair in spoken_clips(whisper) if pair[0].language == language]
     if not spoken:
         raise BadInput(f"no spoken sentence in {args.language!r} of {whisper.dims.n_mels} mel "
                        "bins; try --language en")
     sentence, mel = spoken[0]
-    durations = durations_by(checkpoint["rhythm"])(sentence, checkpoint["config"]["speed"])
-    batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
-    states = [*train.generate(sample.load_model(checkpoint, whisper.device), whisper, batch,
-                              flow.Solver())]
+    batch = data.make_batch([sentence], whisper, [durations(sentence, speed)]).to(whisper)
+    states = [*train.generate(model, whisper, batch, flow.Solver())]
     n = (int((mel > mel.min()).any(0).nonzero().max()) + 2) // 2  # what is behind is silence
     real = whisper.latents(mel[None])[:, :n]
     cases = [(f"t = {t:.2f}", x, batch.cond["frames"]) for t, x in

@@ -45,15 +45,15 @@ from experiments.student import (  # noqa: E402
     Speech, greedy_cer, language_accuracy, letters, student_cer, train_student,
 )
 from experiments.utterances import (  # noqa: E402
-    Flow, Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
+    Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
 )
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
+from sample import Flow  # noqa: E402
 from speech import sound  # noqa: E402
-from speech.align import durations_by  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
 from text.sources import split_of  # noqa: E402
@@ -167,7 +167,9 @@ class Study:
         seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
         self.has_voices = self.find_voices({s.language for s in training}, is_pocket)
-        self.flows = {path: self.load(path) for path in args.checkpoints}
+        loaded = {path: train.load_checkpoint(path) for path in args.checkpoints}
+        self.flows = {path: sample.load_flow(c, self.device) for path, c in loaded.items()}
+        self.readers = {path: self.find_readers(path, c) for path, c in loaded.items()}
         self.tests = self.make_tests(training, held_out, is_pocket)
 
     def find_voices(self, languages: set[str], is_pocket: bool) -> bool:
@@ -195,9 +197,9 @@ class Study:
                                         make_pocket.HELD_OUT_VARIANTS)
         return tests
 
-    def load(self, path: Path) -> Flow:
-        checkpoint = train.load_checkpoint(path)
-        readers = dict(critic=sample.load_critic(checkpoint, self.device))
+    def find_readers(self, path: Path, checkpoint: dict) -> dict[str, FrozenWhisper]:
+        """Critic and, if there is one, judge of a checkpoint."""
+        readers = dict(critic=self.flows[path].critic)
         try:
             if self.judge:
                 readers["judge"] = sample.load_critic(checkpoint, self.device, self.judge)
@@ -208,9 +210,7 @@ class Study:
         for whisper in readers.values():
             if not self.readable(whisper):
                 raise BadInput(f"{whisper.name} knows no language of the text; give another judge")
-        return Flow(sample.load_model(checkpoint, self.device),
-                    durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"],
-                    readers)
+        return readers
 
     def readable(self, whisper: FrozenWhisper) -> list:
         """Held-out sentences in languages that a Whisper knows."""
@@ -254,7 +254,7 @@ class Study:
         speak(sentences, whisper) -> features of a few at a time, log-mel (n_mels, 2T) each.
         """
         figures = {}
-        for who, whisper in self.flows[path].readers.items():
+        for who, whisper in self.readers[path].items():
             sentences = self.readable(whisper)
             features, mels = speak(sentences, whisper)
             features = list(features)

@@ -128,8 +128,9 @@ def train_model(sounds: list[list[list[int]]], texts: list[str], alphabet: dict,
     versions = [sequences(version, texts, alphabet) for version in sounds]
     optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.98), weight_decay=0.1)
     lengths = torch.tensor([float(len(x)) for x in versions[0]])
+    sums = torch.ones(len(lengths), dtype=torch.double).cumsum(0)  # all are drawn equally often
     for step in (bar := tqdm(range(steps), "language model")):
-        picks = data.draw_similar(torch.ones(len(lengths)), lengths, 24, data.generator(seed, step))
+        picks = data.draw_similar(sums, lengths, 24, data.generator(seed, step))
         items = [versions[(step + i) % len(versions)][i] for i in picks]
         sound, text, ctc = losses(model, items)
         optimizer.zero_grad(set_to_none=True)

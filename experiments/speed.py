@@ -22,10 +22,8 @@ from experiments.benchmark import clock  # noqa: E402
 from experiments.speech_lm import SpeechLM  # noqa: E402
 from experiments.tokens import N_CODES, PER_SECOND, Quantiser  # noqa: E402
 from flow import Solver, last  # noqa: E402
-from model import DiTConfig  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.sound import griffin_lim  # noqa: E402
 from text.sources import split_of  # noqa: E402
@@ -79,14 +77,11 @@ def main(argv=None) -> None:
           "real-time factor | times as fast as one token after the other |\n" + "| --- " * 5 + "|")
     for path in args.checkpoints:
         checkpoint = train.load_checkpoint(path)
-        critic, shape = sample.load_critic(checkpoint, device), DiTConfig(
-            **checkpoint["model_config"])
-        model = sample.load_model(checkpoint, device)
+        model, critic, rule, speed = sample.load_flow(checkpoint, device)
         quantiser = Quantiser(critic).to(device).eval()
-        rival = SpeechLM(2 * N_CODES, shape.width, shape.depth).to(device).eval()
+        rival = SpeechLM(2 * N_CODES, model.config.width, model.config.depth).to(device).eval()
         held_out = split_of(checkpoint["config"], critic, args.data)[1]
         sentences = data.per_language(held_out, args.sentences)
-        rule, speed = durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"]
         for size in (1, len(sentences)):
             groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
             frames = sum(data.count_frames(rule(s, speed)) for s in sentences)

@@ -24,7 +24,6 @@ from experiments.student import greedy_cer  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from speech.align import durations_by  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import split_of  # noqa: E402
 
@@ -43,19 +42,18 @@ KINDS = dict(speed=float, guidance=float, steps=int, method=str, judge=str, seco
 def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float, int]]:
     """CER of up to n held-out sentences at each value, and how many; 4 Euler steps but for what is
     swept. The sentences are the same at all values, but for their seconds."""
-    device, durations = choose_device("auto"), durations_by(checkpoint["rhythm"])
-    whisper, model = sample.load_critic(checkpoint, device), sample.load_model(checkpoint, device)
-    config, rates = checkpoint["config"], []
+    device, rates = choose_device("auto"), []
+    model, whisper, durations, trained_speed = sample.load_flow(checkpoint, device)
     readers = [sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
                for value in values]
-    slowest = min(values) if kind == "speed" else config["speed"]
-    held_out = [s for s in split_of(config, whisper)[1] if fits(s, whisper, slowest, durations)
+    slowest = min(values) if kind == "speed" else trained_speed
+    held_out = [s for s in split_of(checkpoint["config"], whisper)[1] if fits(s, whisper, slowest, durations)
                 and all(s.language in reader.languages for reader in readers)]
     if not held_out:
         raise BadInput(f"no held-out sentence can be heard at all of {kind} {values}; give others")
     for value, reader in zip(values, readers):
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))
-        speed = value if kind == "speed" else config["speed"]
+        speed = value if kind == "speed" else trained_speed
         low, high = value if kind == "seconds" else (0, math.inf)
         sentences = data.per_language([s for s in held_out if low <= data.n_frames(s, speed)
                                        / data.FRAMES_PER_SECOND < high], n)

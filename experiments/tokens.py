@@ -37,14 +37,13 @@ import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech  # noqa: E402
-from experiments.utterances import Flow, Voice, encode, espeak, generate  # noqa: E402
+from experiments.utterances import Voice, encode, espeak, generate  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.errors import BadInput, first_line, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
-from speech.align import durations_by  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from text.error_rates import error_rates  # noqa: E402
 from text.long import fits  # noqa: E402
@@ -185,10 +184,11 @@ def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: in
     quantiser = Quantiser(whisper).train()
     optimizer = torch.optim.AdamW(quantiser.parameters(), RATE, (0.9, 0.98))
     frames = torch.tensor([float(len(x)) for x in speech.x1])
+    sums = torch.ones(len(frames), dtype=torch.double).cumsum(0)  # all are drawn equally often
     quantiser.begin(features_of([torch.cat(speech.x1)], whisper)[0][0])
     for step in (bar := tqdm(range(steps), "quantiser")):
         rng = data.generator(seed, step)
-        picks = data.draw_similar(torch.ones(len(frames)), frames, 16, rng)
+        picks = data.draw_similar(sums, frames, 16, rng)
         languages, texts = zip(*(speech.sentences[i] for i in picks))
         targets = whisper.target_tokens(texts, languages) if step >= COPY * steps else None
         losses = quantiser_loss(quantiser, [speech.x1[i] for i in picks], whisper, targets)
@@ -301,20 +301,17 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
                            + ", ".join(make_pocket.VOICES))
         mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, Voice(amount))
         return Speech(sentences, encode(mels, whisper))
-    checkpoint = train.load_checkpoint(Path(source))
-    critic = sample.load_critic(checkpoint, whisper.device)
+    flow = sample.load_flow(train.load_checkpoint(Path(source)), whisper.device)
+    critic = flow.critic
     is_heard = isinstance(critic, Ear)  # and by any Whisper with as many bands
     same, other = ((critic.dims.n_mels, whisper.dims.n_mels) if is_heard else
                    (critic.fingerprint, whisper.fingerprint))
     if same != other:
         raise BadInput(f"{source} was trained with {critic.name}, whose "
                        f"{'bands' if is_heard else 'features'} are not those of {whisper.name}")
-    durations, speed = durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"]
-    if long := [s.text for s in sentences if not fits(s, critic, speed, durations)]:
+    if long := [s.text for s in sentences if not fits(s, critic, flow.speed, flow.durations)]:
         raise BadInput(f"{long[0][:60]!r} is too long for {critic.name}, with which {source} was "
                        "trained; give shorter --data")
-    flow = Flow(sample.load_model(checkpoint, whisper.device), durations, speed,
-                dict(critic=critic))
     return generate(flow, sentences, Solver(seed=seed), Voice(amount * is_heard), whisper)
 
 

@@ -4,6 +4,7 @@ x1 of an utterance is here what the critic's encoder makes of it (T, C), before 
 B batch, T frames, C channels, M mel bins, P positions of Whisper's window.
 """
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -21,25 +22,16 @@ import data  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech, letters, resample  # noqa: E402
 from flow import Solver, last  # noqa: E402
-from model import DiT  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
+from sample import Flow  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_PEOPLE = 250  # clips of a test, at most
-
-
-class Flow(NamedTuple):
-    """A checkpoint."""
-
-    model: DiT
-    durations: Callable  # see speech.align.durations_by
-    speed: float  # that it was trained at
-    readers: dict[str, FrozenWhisper]  # critic and, if there is one, judge
 
 
 class Voice(NamedTuple):
@@ -110,32 +102,40 @@ def plain_espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
             yield from (log_mel(samples, whisper)[0] for samples in pool.map(say, part))
 
 
-def human_clip(path: Path, whisper: FrozenWhisper, notes: list[str]) -> Tensor | None:
-    """The log-mel (1, M, 2P) of a clip of 1 to 12 seconds, or None; a note if it cannot be used."""
-    try:
-        samples = recordings.read_audio(path)
-        return log_mel(samples, whisper) if 1 <= len(samples) / SAMPLE_RATE <= 12 else None
-    except BadInput as error:
-        notes.append(f"{path}: {error}")
+def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int,
+                is_wanted: Callable = lambda sentence: True) -> list[tuple[data.Sentence, Tensor]]:
+    """Up to n clips of people, equally many a language that there is, and log-mels (M, 2P).
+
+    Of 1 to 12 seconds, chosen by a hash, without digits: who knows how they are read?
+    """
+    entries, notes = recordings.read_manifest(folder, whisper)
+    usable = {s: path for path, s in entries if s and s.language in languages and is_wanted(s)
+              and not any(map(str.isdigit, s.text))}
+    clips, counts, most = [], Counter(), n / max(1, len({s.language for s in usable}))
+    for s in sorted(usable, key=data.hash_share):
+        if counts[s.language] >= most:
+            continue
+        path = usable[s]
+        try:
+            samples = recordings.read_audio(path)
+            if 1 <= len(samples) / SAMPLE_RATE <= 12:
+                clips.append((s, log_mel(samples, whisper)[0]))
+                counts[s.language] += 1
+        except BadInput as error:
+            notes.append(f"{path}: {error}")
+    if not clips:
+        raise BadInput("; ".join([f"{folder} has no usable clip: 1 to 12 seconds in "
+                                  f"{', '.join(sorted(languages))}, no digits, a text that is not "
+                                  "learned from", *notes[:1]]))
+    print(*(f"note: {note}" for note in notes[:10]), f"{len(clips)} clips of {folder} are the test",
+          sep="\n", file=sys.stderr)
+    return clips
 
 
 def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
-    """Human clips of 1 to 12 seconds, chosen by a hash; no digits: who knows how they are read?"""
-    entries, notes = recordings.read_manifest(folder, whisper)
-    sentences, mels = [], []
-    for path, s in sorted((e for e in entries if e[1]), key=lambda e: data.hash_share(e[1])):
-        is_usable = s.language in languages and not any(map(str.isdigit, s.text))
-        if not is_usable or letters(s) in known or len(mels) == N_PEOPLE:
-            continue
-        if (mel := human_clip(path, whisper, notes)) is not None:
-            mels.append(mel[0])
-            sentences.append(s)
-    if not mels:
-        raise BadInput(f"{folder} has no usable clip: 1 to 12 seconds, with a text in "
-                       f"{', '.join(sorted(languages))} that is not learned from"
-                       + "".join(f"; {note}" for note in notes[:1]))
-    print(*(f"note: {note}" for note in notes[:10]), f"{len(mels)} clips of {folder} are the test",
-          sep="\n", file=sys.stderr)
+    """As the critic hears people say what no student learns; known: letters of what they do."""
+    clips = human_clips(folder, whisper, languages, N_PEOPLE, lambda s: letters(s) not in known)
+    sentences, mels = map(list, zip(*clips))
     return Speech(sentences, encode(mels, whisper))
 
 
@@ -160,7 +160,7 @@ def even(speech: Speech) -> Speech:
 def latents(flow: Flow, sentences: list, solver: Solver,
             voice: Voice) -> Iterator[tuple[Tensor, Tensor]]:
     """The flow says some sentences at a time -> x1 (B, T, its channels), lengths (B,)."""
-    whisper, seed = flow.readers["critic"], solver.seed
+    whisper, seed = flow.critic, solver.seed
     for group in parts(sentences, whisper):
         durations = [flow.durations(s, flow.speed * voice.pace(s, seed)) for s in group]
         batch = data.make_batch(group, whisper, durations).to(whisper)
@@ -173,7 +173,7 @@ def latents(flow: Flow, sentences: list, solver: Solver,
 def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
              hears: FrozenWhisper | None = None) -> Speech:
     """The flow says the sentences; spectrograms as the critic's encoder, or another, hears them."""
-    critic, encoded = flow.readers["critic"], []
+    critic, encoded = flow.critic, []
     hears = hears or critic
     for x1, frames in latents(flow, sentences, solver, voice):
         if isinstance(critic, Ear):

@@ -39,7 +39,7 @@ from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
 from text.error_rates import error_rates  # noqa: E402
 from text.sources import builtin  # noqa: E402
-from text.spelling import UNSPACED  # noqa: E402
+from text.spelling import between_words  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 DIMS = ModelDimensions(
@@ -90,7 +90,7 @@ def expand(rules, name, rng):
 
 
 def join_words(words, language):
-    text = ("" if language in UNSPACED else " ").join(words)
+    text = between_words(language).join(words)
     text = re.sub(r" ([.,])", r"\1", text)
     return re.sub(r"\w", lambda m: m[0].upper(), text, count=1)
 

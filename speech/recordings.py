@@ -214,13 +214,14 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, recordings: Sequence[Recording], text: data.Batches, n_steps: int):
         self.recordings, self.text, self.n_steps = recordings, text, n_steps
         self.frames = torch.tensor([len(r.x1) for r in recordings])
+        often = self.frames.double() ** -2  # short ones are rare, as in text.sources.load_data
+        self.sums = often.cumsum(0)
 
     def __getitem__(self, step: int) -> data.Batch:
         if step >= SPEECH_ALONE * self.n_steps and step % 2:
             return self.text[step // 2]  # all kinds of its batches come
         rng, n = data.generator(self.text.seed, step), self.text.n
-        often = self.frames.double() ** -2  # short ones are rare, as in text.sources.load_data
-        batch = [self.recordings[i] for i in data.draw_similar(often, self.frames, n, rng)]
+        batch = [self.recordings[i] for i in data.draw_similar(self.sums, self.frames, n, rng)]
         sentences, x1, durations = zip(*batch)
         return data.make_batch(sentences, self.text.whisper, durations, x1)
 

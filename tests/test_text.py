@@ -226,6 +226,15 @@ def test_a_batch_is_a_function_of_seed_and_step(pocket):
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(x0, 2))
 
 
+def test_a_draw_is_that_of_multinomial_also_of_more_items_than_it_takes():
+    weights = torch.rand(1000, generator=data.generator(0, 0), dtype=torch.double) ** 3
+    picks = data.draw(weights.cumsum(0), 300, data.generator(0, 1))
+    assert torch.equal(picks, torch.multinomial(weights, 300, True, generator=data.generator(0, 1)))
+    many = 2**24 + 1
+    picks = data.draw(torch.arange(many, dtype=torch.double), 1000, data.generator(0, 2))
+    assert 0.48 < picks.double().mean() / many < 0.52
+
+
 def test_every_language_comes_through(tmp_path):
     whisper = FrozenWhisper(random_whisper(tmp_path / "w.pt", n_vocab=51866))
     assert {row[0] for row in data.LANGUAGE_ROWS} == set(whisper.languages)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Sequence
 import numpy as np
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
-from text.spelling import UNSPACED, strip_unspoken
+from text.spelling import UNSPACED, between_words, strip_unspoken
 
 
 def keep_marks(text: str) -> str:
@@ -64,9 +64,9 @@ def error_rates(sentences: Sequence[tuple[str, str]],  # (language, text)
         reference = strip_unspoken(reference)  # what it was asked to write
         exact += reference == hypothesis
         ref, hyp = (normalizer(language)(text).split() for text in (reference, hypothesis))
-        space = "" if language in UNSPACED else " "
-        letters = space.join(ref)
-        edits += edit_distance(letters, space.join(hyp)), edit_distance(ref, hyp)
+        join = between_words(language).join
+        letters = join(ref)
+        edits += edit_distance(letters, join(hyp)), edit_distance(ref, hyp)
         total += len(letters), len(ref)
     cer, wer = edits / np.maximum(total, 1)
     return ErrorRates(float(cer), float(wer), exact / max(len(sentences), 1))

@@ -9,7 +9,7 @@ import torch
 import data
 from data import Sentence, char_durations, count_frames, words
 from plumbing.errors import BadInput
-from text.spelling import UNSPACED
+from text.spelling import UNSPACED, between_words
 from whisper_decoder import FrozenWhisper
 
 EVERY = 4  # batches: one of them is of long texts, and one of a few words each
@@ -82,25 +82,25 @@ class LongBatches(data.Batches):
         for i, sentence in enumerate(self.sentences):
             numbers[sentence.language].append(i)
         self.of_language = {code: torch.tensor(of_code) for code, of_code in numbers.items()}
+        self.sums_of = {code: self.shares[i].cumsum(0) for code, i in self.of_language.items()}
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
         turn, is_narrow = step % EVERY, self.whisper.max_frames < 5 * self.frames.mean()
         if is_narrow or turn not in (0, EVERY // 2):
             return super().draw(step, rng)
         n, change = (self.n, self.shorten) if turn else (max(1, self.n // EVERY), self.lengthen)
-        picks = data.draw_similar(self.shares, self.frames, n, rng)
+        picks = data.draw_similar(self.sums, self.frames, n, rng)
         sentences = [change(self.sentences[i], rng) for i in picks]
         return [(s, self.rule(s, self.speed)) for s in sentences]
 
     def shorten(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
         """A few words of it, or characters in UNSPACED; itself, if they are held out or signs."""
         language, text = sentence
-        is_unspaced = language in UNSPACED
-        parts = re.split(CUTS[-1], text) if is_unspaced else text.split()
+        parts = re.split(CUTS[-1], text) if language in UNSPACED else text.split()
         draw = lambda n: int(torch.randint(n, (), generator=rng))  # noqa: E731
         n = 1 + draw(min(FEW, len(parts)))
         first = draw(len(parts) - n + 1)
-        few = ("" if is_unspaced else " ").join(parts[first : first + n])
+        few = between_words(language).join(parts[first : first + n])
         short = Sentence(language, few.strip())
         is_usable = any(map(str.isalnum, short.text)) and data.key(short) not in self.held_out
         return short if is_usable else sentence
@@ -109,10 +109,9 @@ class LongBatches(data.Batches):
         """Others of its language behind it, up to a random length that the decoder can hear."""
         language, text = sentence
         longest = max(0.2, torch.rand((), generator=rng).item()) * self.whisper.max_frames
-        others, between = self.of_language[language], "" if language in UNSPACED else " "
-        picks = torch.multinomial(self.shares[others], 100, replacement=True, generator=rng)
-        for i in others[picks].tolist():
-            longer = Sentence(language, text + between + self.sentences[i].text)
+        picks = self.of_language[language][data.draw(self.sums_of[language], 100, rng)]
+        for i in picks.tolist():
+            longer = Sentence(language, text + between_words(language) + self.sentences[i].text)
             frames = count_frames(self.rule(longer, self.speed))
             if frames > longest or not fits(longer, self.whisper, self.speed, self.rule):
                 break

@@ -17,6 +17,11 @@ def strip_unspoken(text: str) -> str:
     return " ".join(re.sub(r"(?<!\S)[-']+", "", text).split())  # nor these before a word
 
 
+def between_words(language: str) -> str:
+    """A blank, or nothing."""
+    return "" if language in UNSPACED else " "
+
+
 def words(text: str, language: str) -> list[str]:
     """What the length rule counts: words, or characters in languages written without spaces."""
     return [c for c in text if c.isalnum()] if language in UNSPACED else letters(text).split()
