@@ -167,9 +167,11 @@ class Study:
         seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
         self.has_voices = self.find_voices({s.language for s in training}, is_pocket)
-        loaded = {path: train.load_checkpoint(path) for path in args.checkpoints}
-        self.flows = {path: sample.load_flow(c, self.device) for path, c in loaded.items()}
-        self.readers = {path: self.find_readers(path, c) for path, c in loaded.items()}
+        self.flows, self.readers = {}, {}
+        for path in args.checkpoints:
+            checkpoint = train.load_checkpoint(path)
+            self.flows[path] = sample.load_flow(checkpoint, self.device)
+            self.readers[path] = self.find_readers(path, checkpoint)
         self.tests = self.make_tests(training, held_out, is_pocket)
 
     def find_voices(self, languages: set[str], is_pocket: bool) -> bool:
@@ -288,7 +290,8 @@ class Study:
         real = join(self.say(self.sentences, seed, make_pocket.VARIANTS, voice)
                     for seed, voice in takes)
         own = self.say(self.held_out, 2)
-        again = lambda v: self.say(self.repeated, 3 + v).x1  # noqa: E731
+        again = lambda v: self.say(self.repeated, 3 + v, make_pocket.VARIANTS,  # noqa: E731
+                                   self.voice).x1
         figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")
         for seed in self.args.seeds:
             yield "real speech", figures | self.student(real, own, seed) | self.measures(

@@ -165,7 +165,7 @@ def test(model: SpeechLM, sounds: list[list[int]], texts: list[str],
     edits = sum(edit_distance(text, write_text(model, sound, letter_of))
                 for sound, text in zip(sounds, texts))
     pairs = [(losses(model, [x])[0].item(), len(sound) - 1)
-             for x, sound in zip(sequences(sounds, texts, alphabet), sounds)]
+             for x, sound in zip(sequences(sounds, texts, alphabet), sounds) if len(sound) > 1]
     nll = sum(loss * n for loss, n in pairs) / sum(n for _, n in pairs)
     return edits / sum(map(len, texts)), math.exp(nll)
 

@@ -55,7 +55,7 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))
         speed = value if kind == "speed" else trained_speed
         low, high = value if kind == "seconds" else (0, math.inf)
-        sentences = data.per_language([s for s in held_out if low <= data.n_frames(s, speed)
+        sentences = data.per_language([s for s in held_out if low <= durations(s, speed).sum()
                                        / data.FRAMES_PER_SECOND < high], n)
         if not sentences:
             raise BadInput(f"no held-out sentence lasts {low} to {high} seconds; give others")

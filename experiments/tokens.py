@@ -1,7 +1,7 @@
 """Sound tokens: a quantiser of WhisperVQ's recipe, and its tokens in the forms of other projects.
 
     python experiments/tokens.py espeak --out out/tokens                  # of real speech
-    python experiments/tokens.py out/mel/ckpt.pt --out out/tokens         # of a flow's speech
+    python experiments/tokens.py out/mel/ckpt.pt --out out/made_tokens    # of a flow's speech
     python experiments/tokens.py espeak --quantiser out/tokens/quantiser.pt --write out/mel/ckpt.pt
 
 The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP(LN(x)), 64

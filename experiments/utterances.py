@@ -104,18 +104,17 @@ def plain_espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
 
 def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: int,
                 is_wanted: Callable = lambda sentence: True) -> list[tuple[data.Sentence, Tensor]]:
-    """Up to n clips of people, equally many a language that there is, and log-mels (M, 2P).
+    """Clips of people and their log-mels (M, 2P), up to n, rounded up to as many a language.
 
     Of 1 to 12 seconds, chosen by a hash, without digits: who knows how they are read?
     """
     entries, notes = recordings.read_manifest(folder, whisper)
-    usable = {s: path for path, s in entries if s and s.language in languages and is_wanted(s)
-              and not any(map(str.isdigit, s.text))}
-    clips, counts, most = [], Counter(), n / max(1, len({s.language for s in usable}))
-    for s in sorted(usable, key=data.hash_share):
+    usable = [(s, path) for path, s in entries if s and s.language in languages and is_wanted(s)
+              and not any(map(str.isdigit, s.text))]
+    clips, counts, most = [], Counter(), n / max(1, len({s.language for s, _ in usable}))
+    for s, path in sorted(usable, key=lambda clip: data.hash_share(clip[0])):
         if counts[s.language] >= most:
             continue
-        path = usable[s]
         try:
             samples = recordings.read_audio(path)
             if 1 <= len(samples) / SAMPLE_RATE <= 12:
@@ -125,8 +124,8 @@ def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: in
             notes.append(f"{path}: {error}")
     if not clips:
         raise BadInput("; ".join([f"{folder} has no usable clip: 1 to 12 seconds in "
-                                  f"{', '.join(sorted(languages))}, no digits, a text that is not "
-                                  "learned from", *notes[:1]]))
+                                  f"{', '.join(sorted(languages))}, no digits, no text that is learned",
+                                  *notes[:1]]))
     print(*(f"note: {note}" for note in notes[:10]), f"{len(clips)} clips of {folder} are the test",
           sep="\n", file=sys.stderr)
     return clips
@@ -178,6 +177,9 @@ def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
     for x1, frames in latents(flow, sentences, solver, voice):
         if isinstance(critic, Ear):
             window = min(x1.shape[1] + SILENT_FRAMES, hears.max_frames)
+            if frames.max() > window:
+                raise BadInput(f"{hears.name} hears at most {window} frames, and a sentence has "
+                               f"{int(frames.max())}; give shorter --data")
             x1 = hears.encode_mel(critic.spectrogram(x1, frames, window))
         encoded += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
     return Speech(sentences, encoded)

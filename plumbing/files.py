@@ -11,7 +11,7 @@ from uuid import uuid4
 import torch
 from tqdm import tqdm
 
-from plumbing.errors import BadInput, first_line
+from plumbing.errors import BadInput, first_line, is_out_of_memory
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -47,8 +47,9 @@ def atomic_write(file: Path, ready: Callable = lambda file: None):
         ready(file)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, where the disk is full
-        if isinstance(error, OSError) and error.errno not in FORBIDDEN | FULL:
-            raise  # a download's
+        if (isinstance(error, OSError) and error.errno not in FORBIDDEN | FULL  # a download's
+                or is_out_of_memory(error)):
+            raise
         why = getattr(error, "strerror", first_line(error))
         way = ("give a place that you may write to" if getattr(error, "errno", None) in FORBIDDEN
                else "make room")
@@ -95,8 +96,9 @@ class Log:
     """A .csv, a row a step. Until `keep` its name is .new, and that of an earlier run stays."""
 
     def __init__(self, path: Path, header: str, n_rows: int):
-        """It goes on after its first n_rows: those before a checkpoint."""
-        rows = path.read_text().splitlines()[1 : n_rows + 1] if n_rows and path.exists() else []
+        """It goes on behind the rows of steps below n_rows: those before a checkpoint."""
+        lines = path.read_text().splitlines() if n_rows and path.exists() else []
+        rows = [row for row in lines[1 : n_rows + 1] if float(row.split(",")[0] or n_rows) < n_rows]
         self.path, self.now = path, path if n_rows else path.with_suffix(".new")
         self.header = header
         with atomic_write(self.now) as part:

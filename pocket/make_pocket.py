@@ -102,7 +102,8 @@ def speak(sentence, variant, speed, pitch):
     """espeak-ng reads the sentence -> 16 kHz samples, float32 in [-1, 1]."""
     voice = f"{VOICES[sentence.language]}+{variant}"
     command = ["espeak-ng", "-b", "1", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout"]
-    wav = subprocess.run([*command, sentence.text], capture_output=True, check=True).stdout
+    command += ["--", sentence.text]  # which may begin with a dash
+    wav = subprocess.run(command, capture_output=True, check=True).stdout
     with wave.open(io.BytesIO(wav)) as clip:
         rate, samples = clip.getframerate(), clip.readframes(10**9)
     return resample(np.frombuffer(samples, np.int16) / np.float32(32768), rate)

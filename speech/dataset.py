@@ -195,11 +195,12 @@ def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> b
             with np.load(folder / f"{name}.npz") as arrays:
                 if len(arrays["frames"]) != sum("why" not in row for row in rows):
                     return False
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        sounds = [folder / row[sound] for row in rows for sound in SOUNDS if sound in row]
+        return {int(row["id"].split("-")[0]) for row in rows} == {*numbers} and all(
+            sound.is_file() for sound in sounds)
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            zipfile.BadZipFile):
         return False
-    sounds = [folder / row[sound] for row in rows for sound in SOUNDS if sound in row]
-    return {int(row["id"].split("-")[0]) for row in rows} == {*numbers} and all(
-        sound.is_file() for sound in sounds)
 
 
 # ---- all shards ------------------------------------------------------------------------------

@@ -179,6 +179,10 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa:
         assert make("a") == before
     np.savez(tmp_path / "a" / "shard-00001.npz", frames=[9], features=np.zeros((9, 128)))
     assert make("a") == before
+    for rows in ('{"why": 1}\n', '[1]\n', '{"why": 1, "id": 2}\n'):
+        (tmp_path / "a" / "shard-00000.jsonl").write_text(rows)
+        np.savez(tmp_path / "a" / "shard-00000.npz", frames=[], features=np.zeros((0, 128)))
+        assert make("a") == before
     for text in ("\n".join(LINES) + "\t", "en\tThe dog sleeps.\n"):
         (tmp_path / "text.tsv").write_text(text)
         with pytest.raises(BadInput, match="was begun with another text"):

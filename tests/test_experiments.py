@@ -180,6 +180,8 @@ def test_espeak_speaks_once_and_in_the_time_there_is(tmp_path, monkeypatch):
     one, same, other, short = (make_pocket.random_samples(TEXTS[0], variants, *args) for args in (
         (0, 10**6), (0, 10**6), (1, 10**6), (0, 14000)))
     assert np.array_equal(one, same) and len(one) != len(other) and len(short) <= 14000 < len(one)
+    dash = make_pocket.random_samples(Sentence("en", "-so what."), variants, 0, 10**6)
+    assert len(dash) > 8000  # said, and no option of espeak-ng
     a, b = (make_pocket.speak_all(TEXTS, variants, seed, tmp_path, "x") for seed in (0, 1))
     monkeypatch.setattr(make_pocket, "random_clip", None)
     again = make_pocket.speak_all(TEXTS, variants, 1, tmp_path, "x")
@@ -284,6 +286,12 @@ def test_people_are_heard_where_the_text_is_new_and_has_no_digits(tmp_path, ear,
     assert [s.text for s in found.sentences] == ["A new one."] and 74 <= len(found.x1[0]) <= 77
     err = capsys.readouterr().err
     assert "It is no sound.wav: no sound in it\n" in err and "\n1 clips of " in err
+    names = [f"{text}wav" for text in seconds if seconds[text] > 1]
+    texts = ["de\tEins.", *(f"en\tNumber {c}." for c in "abc"), "de\tEins."]
+    lines = [f"{name}\t{text}\n" for name, text in zip([*names, "missing.wav"], texts)]
+    (tmp_path / "manifest.tsv").write_text("".join(lines))
+    clips = utterances.human_clips(tmp_path, ear, {"en", "de", "fr"}, 4)
+    assert sorted(s.language for s, _ in clips) == ["de", "en", "en"]  # nor is a text lost with a clip
 
 
 def table(folder, *flags):

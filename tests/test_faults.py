@@ -299,6 +299,13 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
         with pytest.raises(OSError, match=words), atomic_write(tmp_path / "x") as part:
             part.write_text("half")
             raise error
+    with pytest.raises(RuntimeError, match="^can't allocate memory"):  # no full disk
+        with atomic_write(tmp_path / "x") as part:
+            raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+    (tmp_path / "part.csv").write_text("step,loss\n3,1\n4,1\n5,1\n")  # of a log that was gone
+    Log(tmp_path / "part.csv", "step,loss", 5)
+    assert (tmp_path / "part.csv").read_text() == "step,loss\n3,1\n4,1\n"
+    (tmp_path / "part.csv").unlink()
     for wrong in (tmp_path, checkpoint / "x"):  # a folder; below a file
         with pytest.raises(OSError, match="a place that you"), atomic_write(wrong) as part:
             part.write_text("half")

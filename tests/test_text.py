@@ -84,6 +84,9 @@ def test_bad_lines_are_named_and_the_others_read(tmp_path, pocket):
     reasons = ("line 3 is left out: there is no tab", "line 4 is left out: pocket does not know",
                "line 5 is left out: there is no word", "line 8 is left out: --max_lines is 7")
     assert all(words in note for note, words in zip(notes, reasons, strict=True))
+    path.write_text("en\tThe rest.\n" + "".join(f"Swapped {i}.\ten\n" for i in range(500)))
+    notes = sources.read_file(path, None, pocket)[1]
+    assert len(notes) == 11 and notes[-1].endswith("others for 490 more reasons")
 
 
 def test_weights_and_temperature_of_a_mixture(tmp_path, pocket):
@@ -135,7 +138,8 @@ def test_length_rule(language, text, speed, frames):
 
 def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(pocket, monkeypatch):
     shares = {s: 1 + i for i, s in enumerate(data.split(builtin())[1][::10])}
-    plain, batches = (kind(shares, pocket, 8, 0, 1.0, 1.7) for kind in (data.Batches, LongBatches))
+    args = pocket, 8, 0, 1.0, 1.7
+    plain, batches = (kind(shares, *args) for kind in (data.Batches, LongBatches))
     assert [batches[i].sentences for i in range(9)] == [plain[i].sentences for i in range(9)]
     monkeypatch.setattr(pocket, "max_frames", 1500)
     found, again = ([batches[i] for i in range(0, 40, 4)] for _ in range(2))
@@ -151,6 +155,9 @@ def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(po
     assert 800 < frames.max() <= 1500 and frames.min() < 400 < frames.float().mean()
     assert max(len(pocket.encode(s.text, s.language)) for b in found for s in b.sentences) <= 112
     assert sum(len(found[0].shard(rank, 4).sentences) for rank in range(4)) == 4  # none is empty
+    often = LongBatches(dict.fromkeys(shares, 1.0) | {Sentence("en", "So it is."): 1e4}, *args)
+    joined = often.lengthen(next(s for s in shares if s.language == "en"), data.generator(0, 0))
+    assert len(joined.text.split(" So it is.")) > 9  # by their shares
     assert [len(plain[0].shard(rank, 3).sentences) for rank in range(3)] == [2, 2, 2]  # of eight
 
 

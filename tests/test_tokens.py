@@ -95,6 +95,8 @@ def test_a_language_model_learns_tokens_and_their_text():
     model = speech_lm.train_model(versions, texts, alphabet, randn(512, 64), 150, 0)
     cer, perplexity = speech_lm.test(model, versions[0], texts, alphabet)
     assert cer == 0 and 1 <= perplexity < 3
+    again = speech_lm.test(model, [*versions[0], [3]], [*texts, ""], alphabet)  # no pair of sounds
+    assert abs(again[1] - perplexity) < 1e-3
     cer, other = speech_lm.test(model, [[200, 3, 77]] * 8, texts, alphabet)
     assert cer > 0.5 and other > 10 * perplexity
 
@@ -121,6 +123,9 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
         tokens.load_quantiser(tmp_path / "quantiser.pt", judge)
     with pytest.raises(BadInput, match="would be written to one file"):
         tokens.main([ear, "--write", ear, f"{ear}/ckpt.pt"])
+    with pytest.raises(BadInput, match="hears at most 20 frames, and a sentence has"):
+        monkeypatch.setattr(judge, "max_frames", 20)
+        tokens.speak(ear, few, judge, tmp_path)
     with pytest.raises(BadInput, match="no voice of espeak-ng for it; give --data in en, es"):
         tokens.speak("espeak", [Sentence("it", "Ciao.")], pocket, tmp_path)
     with pytest.raises(BadInput, match="is too long for pocket, with which .*mel was trained"):

@@ -29,6 +29,7 @@ from text.spelling import JOINERS, language_code, words
 from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text
+MAX_NOTES = 10  # on the lines of a file
 URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
@@ -208,7 +209,10 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     if next(lines, None):
         left_out[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
     notes = [f"{path}, line {n[0]} is left out{f', and {len(n) - 1} more' * (len(n) > 1)}: {why}"
-             for why, n in left_out.items()] + note_other(others, language)
+             for why, n in left_out.items()]
+    if len(notes) > MAX_NOTES:
+        notes[MAX_NOTES:] = [f"{path}: others for {len(notes) - MAX_NOTES} more reasons"]
+    notes += note_other(others, language)
     if not counts:
         raise BadInput(f"{path} has no usable sentence; {(notes or ['it is empty'])[0]}")
     return counts, notes
