@@ -52,16 +52,15 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: adding lines moves no other line.
+    """Training and held-out sentences, by a hash of each: added lines move no other, but perhaps the
+    one of a tiny set or language that is held out at least.
 
     What differs from a held-out one in signs, blanks and capitals only is dropped. Raises BadInput.
     """
-    shares = [hash_share(s) for s in sentences]
-    # At least one, and one of a language of several; in tiny sets that one may move.
-    limit, order = max(HELD_OUT, min(shares, default=0)), sorted(zip(shares, sentences))
-    last, first = ({s.language: share for share, s in pairs} for pairs in (order, order[::-1]))
-    held_out = [s for share, s in order  # so that the first few are a fair sample
-                if share <= limit or share == first[s.language] < last[s.language]]
+    order = sorted(sentences, key=hash_share)  # so that the first few are a fair sample
+    last, first = ({s.language: s for s in x} for x in (order, order[::-1]))
+    at_least = {*order[:1], *(s for s in first.values() if s != last[s.language])}
+    held_out = [s for s in order if hash_share(s) <= HELD_OUT or s in at_least]
     keys = set(map(key, held_out))  # their own too
     training = [s for s in sentences if key(s) not in keys]
     if not training:
@@ -104,7 +103,7 @@ def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
 
 def count_frames(durations: np.ndarray) -> int:
     """Whole frames that durations (S,) need."""
-    return math.ceil(round(float(durations.sum()), 3))
+    return math.ceil(round(float(durations.sum()), 3))  # no frame more for a rounding error
 
 
 def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
@@ -125,20 +124,20 @@ def characters(text: str) -> Tensor:
     return torch.tensor(rows)
 
 
-def locate_tokens(text: str, language: str,
-                  whisper: FrozenWhisper) -> tuple[Tensor, np.ndarray]:
+def locate_tokens(sentence: Sentence, whisper: FrozenWhisper) -> tuple[Tensor, np.ndarray]:
     """The token in which each character begins (S,); the middle of each token, in characters (N,).
 
     0.5 is the middle of the first character.
     """
+    language, text = sentence
     tokens = whisper.encode(text, language)
     encoding = whisper.tokenizer("en").encoding  # the same for all languages
     token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
     char_ends = np.cumsum([0, *(len(c.encode()) for c in strip_unspoken(text))])
     token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
-    middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, char_ends, range(len(char_ends)))
+    middles = (token_ends + np.append(0, token_ends[:-1])) / 2
     of_char = np.searchsorted(token_ends, char_ends[:-1], side="right")
-    return torch.tensor(tokens)[of_char], middles
+    return torch.tensor(tokens)[of_char], np.interp(middles, char_ends, range(len(char_ends)))
 
 
 def align_frames(durations: np.ndarray, frames: int,
@@ -168,7 +167,7 @@ class Batch(NamedTuple):
         return position < self.cond["frames"][:, None]
 
     def shard(self, rank: int, n_ranks: int) -> "Batch":
-        """Every n_ranks-th item without the rest, so that ranks have equally many; at least one."""
+        """Every n_ranks-th item; what does not divide is left out, but each process has one."""
         n = len(self.sentences)
         part = slice(rank % n, n - n % n_ranks or n, n_ranks)
         cond = {name: x[part] for name, x in self.cond.items()}
@@ -188,8 +187,8 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
-    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # or it is said faster
-    tokens, middles = zip(*(locate_tokens(*item, whisper) for item in zip(texts, codes)))
+    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # else said faster
+    tokens, middles = zip(*(locate_tokens(s, whisper) for s in sentences))
     alignment, token_frames = zip(*map(align_frames, durations, frames, middles))
     token_frames = [F.pad(x.float(), (whisper.n_prompt, 1), value=-1) for x in token_frames]
     cond = dict(
@@ -206,13 +205,13 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
 
 
 def draw(sums: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """n items, (n,), by running sums of their weights (N,); multinomial would pass all N for it."""
+    """n items, (n,), by running sums of their weights (N,): torch.multinomial in log N."""
     uniform = torch.rand(n, generator=rng, dtype=torch.double)
     return torch.searchsorted(sums, uniform * sums[-1])
 
 
 def draw_similar(sums: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
-    """n items as `draw` has them, one of four batches sorted by frames (N,): less padding."""
+    """n items of similar frames (N,), so less padding: a random quarter of 4n that are sorted."""
     picks = draw(sums, 4 * n, rng)
     picks = picks[frames[picks].argsort(stable=True)]
     first = n * int(torch.randint(4, (), generator=rng))
@@ -220,14 +219,14 @@ def draw_similar(sums: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> 
 
 
 class Batches(torch.utils.data.Dataset):
-    """batches[step] is that of a training step, from seed and step alone: made ahead or not."""
+    """batches[step] depends on seed and step alone, so that workers may make it ahead."""
 
     def __init__(self, shares: dict[Sentence, float], whisper: FrozenWhisper, batch_size: int,
                  seed: int, speed: float, speed_range: float):
-        self.sentences, self.whisper, self.n, self.seed = list(shares), whisper, batch_size, seed
+        self.sentences, self.whisper, self.seed = list(shares), whisper, seed
+        self.batch_size, self.speed, self.speed_range = batch_size, speed, speed_range
         self.shares = torch.tensor(list(shares.values()), dtype=torch.double)
         self.sums = self.shares.cumsum(0)
-        self.speed, self.speed_range = speed, speed_range
         self.set_durations(char_durations)
 
     def set_durations(self, durations: Callable) -> None:
@@ -237,14 +236,15 @@ class Batches(torch.utils.data.Dataset):
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
         """The sentences of a step, each with its durations (S,) at the natural pace."""
-        picks = draw_similar(self.sums, self.frames, self.n, rng)
+        picks = draw_similar(self.sums, self.frames, self.batch_size, rng)
         return [(self.sentences[i], self.durations[i]) for i in picks]
 
     def __getitem__(self, step: int) -> Batch:
         rng = generator(self.seed, step)
         sentences, durations = zip(*self.draw(step, rng))
         paces = self.speed_range ** (2 * torch.rand(len(sentences), generator=rng) - 1)
-        return make_batch(sentences, self.whisper, [*map(np.divide, durations, paces.tolist())])
+        durations = [d / pace for d, pace in zip(durations, paces.tolist())]
+        return make_batch(sentences, self.whisper, durations)
 
 
 def generator(seed: int, number: int, device: str | torch.device = "cpu") -> torch.Generator:

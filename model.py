@@ -41,9 +41,9 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def rotations(n: int, width: int, device: torch.device) -> Tensor:
-    """cos and sin by which `rotate` turns n patches, (2, N, width / 2)."""
-    frequencies = 1e4 ** -(torch.arange(width // 2, device=device) / (width // 2))
+def rotations(n: int, head_width: int, device: torch.device) -> Tensor:
+    """cos and sin by which `rotate` turns n patches, (2, N, head_width / 2)."""
+    frequencies = 1e4 ** -(torch.arange(head_width // 2, device=device) / (head_width // 2))
     angles = torch.arange(n, device=device)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -123,7 +123,7 @@ class DiT(nn.Module):
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of time
         nn.init.zeros_(self.order_in.weight)
-        nn.init.zeros_(self.token_out.weight)
+        nn.init.zeros_(self.token_out.weight)  # until `begin`
 
     @torch.no_grad()
     def begin(self, token_out: Tensor, marks: Tensor) -> None:
@@ -152,7 +152,7 @@ class DiT(nn.Module):
     def token_shortcut(self, cond: dict) -> Tensor:
         """What the token of each frame adds to the endpoint, past all blocks, (B, T, C).
 
-        It passes no network that is narrower than Whisper.
+        The network may be narrower than Whisper; this path is not.
         """
         which = cond["alignment"].long()[:, :, None].expand(-1, -1, self.config.channels)
         said = self.token_out(cond["tokens"]).gather(1, which)

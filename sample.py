@@ -172,7 +172,7 @@ def main(argv=None) -> None:
         if args.wav:
             write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])
     cer, wer, exact = error_rates(texts, hypotheses)
-    end = "".join(f"\nwrote {path}: {len(texts)} texts" for path in (args.wav, args.out) if path)
+    end = "".join(f"\nwrote {to}: {len(texts)} texts" for to in (args.wav, args.out) if to)
     others = len([*args.wav.glob("*.wav")]) - len(texts) if args.wav and args.wav.is_dir() else 0
     end += f"\nnote: {others} older .wav files are there too" * (others > 0)
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}{end}")

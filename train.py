@@ -17,7 +17,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
@@ -31,7 +31,7 @@ from plumbing.report import report
 from speech.align import durations_by
 from speech.ear import Ear, Room, room_of_step
 from text.error_rates import cer_by_language, error_rates
-from text.long import LongBatches
+from text.long import MixedBatches
 from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper
 
@@ -44,15 +44,15 @@ LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = flag("out", "folder for ckpt.pt and log.csv")
+    out_dir: str = flag("out", "folder for ckpt.pt, log.csv and result.txt")
     whisper: str = flag("pocket", "pocket, an official name, or a checkpoint file")
     latent: str = flag("features", "or mel: spectrograms, heard in random rooms", choices=LATENTS)
     data: tuple = flag(("builtin",), "sources of text, see docs/usage.md")
-    speech: str = flag("", "folder of recordings to learn from as well, see speech/")
+    speech: str = flag("", "folder of recordings to learn from as well, see docs/usage.md")
     max_lines: int = flag(10**6, "lines of a file that are read", 1)
     temperature: float = flag(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speed: float = flag(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = flag(0.0, "in training; 0: the critic's own, 1.7, of mel 1.25", 0, 10)
+    speed_range: float = flag(0.0, "in training; 0: the critic's own", 0, 10)
     depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0, 65)
     steps: int = flag(900, "training steps", 1)
     batch_size: int = flag(24, "sentences per step, on all GPUs together", 1, 10**5)
@@ -62,7 +62,7 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
     ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
     flow_weight: float = flag(0.3, "weight of the flow loss (not with --speech)", 0)
-    drop_text: float = flag(0.1, "share of items without text, for guidance", 0, 1)
+    drop_text: float = flag(0.1, "share of items without text and language, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
     seed: int = flag(0, "of everything random", 0, 2**31)
@@ -161,9 +161,9 @@ def evaluate(run: "Run", held_out: list) -> dict:
             result[f"val_{name}_{steps}step"] = rate
         for code, cer in cer_by_language(sentences, hypotheses).items():
             result[f"val_cer_{steps}step_{code}"] = cer
-    shuffled = hypotheses[1:] + hypotheses[:1]  # chance: for another sentence, if there is one
-    result["cer_shuffled_text"] = error_rates(sentences, shuffled).cer if shuffled[1:] else math.nan
-    return result | dict(evaluation_seconds=time.time() - start)
+    shuffled = hypotheses[1:] + hypotheses[:1]  # of 4 steps, for another sentence
+    chance = error_rates(sentences, shuffled).cer if len(sentences) > 1 else math.nan
+    return result | dict(cer_shuffled_text=chance, evaluation_seconds=time.time() - start)
 
 
 def show_samples(run: "Run", held_out: list) -> None:
@@ -221,10 +221,11 @@ class Run:
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint.pop(name))  # training needs the memory
 
-    def transcribe_samples(self, sentences: Sequence[data.Sentence], *args) -> list[str]:
-        """What the critic reads of the averaged network; args go to `round_trips`."""
+    def transcribe_samples(self, sentences: Sequence[data.Sentence],
+                           solver: Solver = Solver()) -> list[str]:
+        """What the critic reads of what the averaged network says."""
         durations = [self.durations(s, self.config.speed) for s in sentences]
-        trips = round_trips(self.ema, self.whisper, sentences, durations, *args)
+        trips = round_trips(self.ema, self.whisper, sentences, durations, solver)
         return [trip.read.text for trip in trips]
 
 
@@ -253,7 +254,7 @@ def load_checkpoint(path: Path) -> dict:
 # ---- the run ---------------------------------------------------------------------------------
 
 
-def train(run: Run, batches: data.Batches, held_out: list, objective: Callable = objective,
+def train(run: Run, batches: Dataset, held_out: list, objective: Callable = objective,
           rank: int = 0, n_ranks: int = 1) -> None:
     """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
     config, whisper, device, start = run.config, run.whisper, run.whisper.device, time.time()
@@ -309,12 +310,12 @@ def main(argv=None) -> dict:
         shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
                                   config.max_lines)
         training, held_out = data.split(list(shares))
-        batches = LongBatches({s: shares[s] for s in training}, whisper, config.batch_size,
+        batches = MixedBatches({s: shares[s] for s in training}, whisper, config.batch_size,
                               config.seed, config.speed, config.speed_range or whisper.speed_range,
                               held_out=held_out)
         if config.speech:
-            from speech.recordings import join
-            batches, run_objective, rhythm, notes = join(batches, held_out, config, notes)
+            from speech.recordings import with_recordings
+            batches, run_objective, rhythm, notes = with_recordings(batches, held_out, config, notes)
     run = Run(config, whisper, rhythm, shares)
     if checkpoint:
         run.load(checkpoint)

@@ -62,7 +62,7 @@ class FrozenWhisper:
     def silence_x1(self) -> Tensor:
         """What the encoder makes of silence (P, E)."""
         samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
-        # The same wherever it is asked for first, also inside devices.mixed_precision.
+        # In full precision, also where it is first asked for inside devices.mixed_precision.
         with torch.autocast(self.device.type, enabled=False), sdpa_kernel(KERNELS):
             return self.encode_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
@@ -113,11 +113,12 @@ class FrozenWhisper:
 
     @cached_property
     def token_direction(self) -> Tensor:
-        """W (E, E): where a frame shows a token, known from the frozen weights alone.
+        """W₀ (E, E): where a frame shows a token, known from the frozen weights alone.
 
         Attention to a frame x adds W_out W_value x to a state, and the product of that with e, the
-        embedding of a token, is its logit: it grows along W e = (W_out W_value)^T e, which is the
-        path from value to logit of Elhage et al. 2021 ("OV circuit"), summed over the layers.
+        embedding of a token, is its logit: it grows along (W_out W_value)^T e, which is the path
+        from value to logit of Elhage et al. 2021 ("OV circuit"), here summed over the layers, with
+        the gains of the LayerNorms in front of both, and scaled: W₀ e is about as long as e.
         """
         decoder = self.model.decoder
         paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
@@ -192,19 +193,19 @@ class FrozenWhisper:
             x = x + block.mlp(block.mlp_ln(x))
         return decoder.ln(x)
 
-    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
+    def nll(self, states: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of language and text, nats per token, (B, L - 1, E), (B, L) -> (B,).
 
-        Speech shows its language: without that token a flow speaks Mandarin that Whisper takes for
+        Speech shows its language: were its token not predicted, a flow's Mandarin would pass for
         German.
         """
         mask = targets[:, 1:] >= 0  # position i predicts token i + 1
         mask[:, : self.n_prompt - 1] = False
         mask[:, 0] = self.model.is_multilingual  # <|startoftranscript|> predicts the language
         rows, log_count = self.row_of[targets[:, 1:][mask]], self.row_count.log()
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round small losses away
+        with torch.autocast(states.device.type, enabled=False):  # bf16 would round small losses away
             # k equal rows weigh k exp(logit) in the softmax, and the target is one of them.
-            logits = F.linear(x[mask].float(), self.rows, log_count)  # (predicted tokens, R)
+            logits = F.linear(states[mask].float(), self.rows, log_count)  # (predicted tokens, R)
             per_token = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
         return mean_per_item(per_token, mask)
 

@@ -30,7 +30,7 @@ from model import DiT, DiTConfig  # noqa: E402
 from plumbing.devices import choose_device, has_bf16, mixed_precision  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import room_of_step  # noqa: E402
-from text.long import LongBatches  # noqa: E402
+from text.long import MixedBatches  # noqa: E402
 from text.sources import load_data  # noqa: E402
 
 # n_mels, width, heads, encoder layers, decoder layers, n_vocab of the official checkpoints
@@ -135,7 +135,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
     n, span, n_languages = args.batch_size[0], args.words[0], args.languages[0]
     shares = load_data(args.data, whisper, temperature=config.temperature)[0]
     sentences = choose(data.split(list(shares))[0], span, n_languages)
-    kind = LongBatches if span == ALL else data.Batches  # with long and short texts, or neither
+    kind = MixedBatches if span == ALL else data.Batches  # with long and short texts, or neither
     batches = kind({s: shares[s] for s in sentences}, whisper, n, 0, 1.0, whisper.speed_range)
     times, frames = Counter(), []
 

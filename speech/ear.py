@@ -59,7 +59,7 @@ class Ear(FrozenWhisper):
         self.channels = self.dims.n_mels
 
     def directions(self) -> tuple[Tensor, Tensor]:
-        """None: which spectrogram a token has, the weights do not tell, (M, E), (P, M)."""
+        """Zeros, (M, E), (P, M): which spectrogram a token has, the weights do not tell."""
         zeros = partial(torch.zeros, device=self.device)
         return zeros(self.channels, self.dims.n_text_state), zeros(self.max_frames, self.channels)
 
@@ -92,8 +92,8 @@ class Ear(FrozenWhisper):
         """How hard the text is to read where the encoder hears x1 in a random room.
 
         x1 (B, T, M) -> the loss, nll + lens_weight * lens, and nll alone, (B,) each. The window is
-        hardly longer than the speech, which begins after a short random delay. That moves the
-        tokens' frames; that a room's uneven pace moves them too is neglected.
+        hardly longer than the speech, which in a room begins after a random delay of up to 240 ms.
+        That moves the tokens' frames; that a room's uneven pace moves them too is neglected.
         """
         window, middles = min(x1.shape[1] + SILENT_FRAMES, self.max_frames), batch.token_frames
         mel = self.spectrogram(x1, batch.cond["frames"], window)
@@ -110,12 +110,12 @@ class Ear(FrozenWhisper):
         return nll + room.lens_weight * self.lens(heard, batch.targets, middles), nll
 
     def lens(self, heard: Tensor, targets: Tensor, token_frames: Tensor) -> Tensor:
-        """How badly the frozen W alone tells tokens apart, (B, T, E), (B, L), (B, L) -> (B,).
+        """How badly the frozen W₀ alone tells tokens apart, (B, T, E), (B, L), (B, L) -> (B,).
 
         Cross-entropy in nats per token: the mean of what is heard near a token, less the mean of
-        all, against the directions W e of all tokens of the batch (of this process's share). A
-        decoder guesses so well from the words so far that it hardly listens to a flow that begins;
-        W knows no words so far. In real speech, too, tokens lie there (experiments/lens.py).
+        all, against W₀ e of all tokens of the batch (of this process's share). An official decoder
+        guesses so well from the words so far that it hardly listens to an untrained flow; here
+        there are no words so far. In real speech, too, tokens lie there (experiments/lens.py).
         """
         mask = token_frames >= 0  # of text tokens
         distance = torch.arange(heard.shape[1], device=heard.device) - token_frames[..., None]
@@ -123,8 +123,8 @@ class Ear(FrozenWhisper):
         tokens, which = targets[mask].unique(return_inverse=True)
         with torch.autocast(heard.device.type, enabled=False):  # texts differ little at first
             told = (near @ heard.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, E)
-            directions = F.linear(self.embed(tokens), self.token_direction)
-            logits = (told - told.mean(0)) @ directions.T / directions.shape[1] ** 0.5
+            shown = F.linear(self.embed(tokens), self.token_direction)  # W₀ e
+            logits = (told - told.mean(0)) @ shown.T / shown.shape[1] ** 0.5
         return mean_per_item(F.cross_entropy(logits, which, reduction="none"), mask)
 
 

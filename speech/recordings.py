@@ -208,7 +208,7 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
 # ---- training --------------------------------------------------------------------------------
 
 
-class Batches(torch.utils.data.Dataset):
+class RecordingBatches(torch.utils.data.Dataset):
     """Batches of recordings, at last by turns with those of text: data.Batches for both."""
 
     def __init__(self, recordings: Sequence[Recording], text: data.Batches, n_steps: int):
@@ -220,7 +220,7 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> data.Batch:
         if step >= SPEECH_ALONE * self.n_steps and step % 2:
             return self.text[step // 2]  # all kinds of its batches come
-        rng, n = data.generator(self.text.seed, step), self.text.n
+        rng, n = data.generator(self.text.seed, step), self.text.batch_size
         batch = [self.recordings[i] for i in data.draw_similar(self.sums, self.frames, n, rng)]
         sentences, x1, durations = zip(*batch)
         return data.make_batch(sentences, self.text.whisper, durations, x1)
@@ -243,7 +243,7 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
     return TEXT_WEIGHT * nll.mean(), nll, t * math.nan
 
 
-def join(text: data.Batches, held_out: Sequence[Sentence], config,
+def with_recordings(text: data.Batches, held_out: Sequence[Sentence], config,
          notes: Sequence[str] = ()) -> tuple:
     """Batches of text, train.Config -> batches of recordings and text, objective, rhythm, notes.
 
@@ -254,4 +254,4 @@ def join(text: data.Batches, held_out: Sequence[Sentence], config,
     text.set_durations(Rhythm(**rhythm).durations)
     if not {r.sentence.language for r in recordings} & {s.language for s in text.sentences}:
         more.append("text and recordings have no language in common")
-    return Batches(recordings, text, config.steps), objective, rhythm, [*notes, *more]
+    return RecordingBatches(recordings, text, config.steps), objective, rhythm, [*notes, *more]

@@ -406,7 +406,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     assert re.match(r"\| tiny \| 2 \| .* \| 4 \| 3-4 \| \d\.\d \| 2 \|", capsys.readouterr().out)
     kinds, args.words = [], ["all"]  # the batches of train.py
     with monkeypatch.context() as patch:
-        patch.setattr(benchmark, "LongBatches", lambda *args: (
+        patch.setattr(benchmark, "MixedBatches", lambda *args: (
             kinds.append("long"), benchmark.data.Batches(*args))[1])
         benchmark.measure_training("tiny", False, args)
     assert kinds == ["long"] and "| all |" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Runs of train.py in several processes, in official shapes, in many languages."""
 import itertools
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -123,3 +124,9 @@ def test_matrix_products_are_bf16_where_that_is_faster(monkeypatch, cpu, width, 
         assert (x @ x).dtype == (torch.bfloat16 if fast else torch.float32)
         assert torch.backends.cuda.flash_sdp_enabled() != fast
     assert (x @ x).dtype == torch.float32 and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_readme_says_how_long_the_files_are():
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 7 and rows == [
+        (name, str(len((ROOT / name).read_text().splitlines()))) for name, _ in rows]

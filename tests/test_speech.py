@@ -202,7 +202,7 @@ def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken
 def join(folder, whisper, speed=1.0):
     config = train.Config(speech=str(folder), steps=16, batch_size=4, speed=speed)
     shares = {Sentence("en", text): 1.0 for text in TEXTS} | {Sentence("fr", "Il dort."): 1.0}
-    return recordings.join(data.Batches(shares, whisper, 4, 0, speed, 1.0), [], config)
+    return recordings.with_recordings(data.Batches(shares, whisper, 4, 0, speed, 1.0), [], config)
 
 
 def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):

@@ -20,7 +20,7 @@ from plumbing.errors import BadInput
 from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
 from text import sources
 from text.error_rates import edit_distance, error_rates
-from text.long import LongBatches, fits, split_long
+from text.long import MixedBatches, fits, split_long
 from text.sources import builtin, load_data, make_sentence
 from text.spelling import strip_unspoken
 from whisper_decoder import FrozenWhisper
@@ -139,7 +139,7 @@ def test_length_rule(language, text, speed, frames):
 def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(pocket, monkeypatch):
     shares = {s: 1 + i for i, s in enumerate(data.split(builtin())[1][::10])}
     args = pocket, 8, 0, 1.0, 1.7
-    plain, batches = (kind(shares, *args) for kind in (data.Batches, LongBatches))
+    plain, batches = (kind(shares, *args) for kind in (data.Batches, MixedBatches))
     assert [batches[i].sentences for i in range(9)] == [plain[i].sentences for i in range(9)]
     monkeypatch.setattr(pocket, "max_frames", 1500)
     found, again = ([batches[i] for i in range(0, 40, 4)] for _ in range(2))
@@ -155,7 +155,7 @@ def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(po
     assert 800 < frames.max() <= 1500 and frames.min() < 400 < frames.float().mean()
     assert max(len(pocket.encode(s.text, s.language)) for b in found for s in b.sentences) <= 112
     assert sum(len(found[0].shard(rank, 4).sentences) for rank in range(4)) == 4  # none is empty
-    often = LongBatches(dict.fromkeys(shares, 1.0) | {Sentence("en", "So it is."): 1e4}, *args)
+    often = MixedBatches(dict.fromkeys(shares, 1.0) | {Sentence("en", "So it is."): 1e4}, *args)
     joined = often.lengthen(next(s for s in shares if s.language == "en"), data.generator(0, 0))
     assert len(joined.text.split(" So it is.")) > 9  # by their shares
     assert [len(plain[0].shard(rank, 3).sentences) for rank in range(3)] == [2, 2, 2]  # of eight
@@ -163,7 +163,7 @@ def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(po
 
 def test_every_fourth_batch_has_a_few_words_of_sentences(pocket, monkeypatch):
     shares = {s: 1.0 for s in data.split(builtin())[0][::9]} | {Sentence("en", "Well - no. You"): 9e3}
-    batches = LongBatches(shares, pocket, 8, 0, 1.0, 1.7, held_out=[Sentence("en", "well, no")])
+    batches = MixedBatches(shares, pocket, 8, 0, 1.0, 1.7, held_out=[Sentence("en", "well, no")])
     monkeypatch.setattr(pocket, "max_frames", 1500)
     found = [s for i in range(2, 400, 4) for s in batches[i].sentences]
     assert found == [s for i in range(2, 400, 4) for s in batches[i].sentences]
@@ -184,7 +184,7 @@ def test_every_fourth_batch_has_a_few_words_of_sentences(pocket, monkeypatch):
 def test_training_never_draws_held_out_words(tmp_path, monkeypatch):
     def stop(shares, *args, held_out):
         raise BadInput(f"{[{*shares}, {*held_out}] == [*map(set, data.split(builtin()))]}")
-    monkeypatch.setattr(train, "LongBatches", stop)
+    monkeypatch.setattr(train, "MixedBatches", stop)
     with pytest.raises(BadInput, match="True"):
         train.main(["--out_dir", str(tmp_path)])
 
@@ -256,14 +256,14 @@ def test_every_language_comes_through(tmp_path):
         owner = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]  # of each byte
         starts = np.cumsum([0, *(len(c.encode()) for c in said)])
         owner = owner[len(owner) - starts[-1] :]  # without the blank in front
-        (found, middles), chars = data.locate_tokens(text, code, whisper), data.characters(text)
+        (found, middles), chars = data.locate_tokens(Sentence(code, text), whisper), data.characters(text)
         assert found.tolist() == [owner[i] for i in starts[:-1]], code
         assert len(middles) == len(tokens) and (np.diff([0, *middles, len(said)]) > 0).all(), code
         spelled = bytes((x - 1) % 256 for row in chars[:, :-1].tolist() for x in row if x)
         assert spelled.decode() == "".join(c.lower()[0] for c in said)
     numbers = [data.characters(text)[0].tolist() for text in ("a", "A")]
     assert numbers[0][:-1] == numbers[1][:-1] and numbers[0][-1] == 0 and numbers[1][-1] == 1025
-    assert data.locate_tokens("The dog sleeps.", "en", whisper)[1].tolist() == [1.5, 5, 10.5, 14.5]
+    assert data.locate_tokens(Sentence("en", "The dog sleeps."), whisper)[1].tolist() == [1.5, 5, 10.5, 14.5]
 
 
 @pytest.mark.parametrize("text, code, written", [

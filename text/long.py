@@ -63,13 +63,13 @@ def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
     return joined
 
 
-class LongBatches(data.Batches):
-    """`data.Batches`, of which every fourth has sentences in a row, about as many words in all, and
-    every fourth a few words of a sentence.
+class MixedBatches(data.Batches):
+    """`data.Batches`, but of four in a row the first has long texts, of a quarter as many items, and
+    the third a few words of each sentence.
 
     Long and short texts are rare. A flow that never learned them repeats itself after ten seconds,
     and says a lonely word twice. Where Whisper hears no more than five sentences at once, as pocket
-    does, there are no such ones.
+    does, all batches are as they were.
     """
 
     def __init__(self, *args, held_out: Sequence[Sentence] = ()):
@@ -85,10 +85,11 @@ class LongBatches(data.Batches):
         self.sums_of = {code: self.shares[i].cumsum(0) for code, i in self.of_language.items()}
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
-        turn, is_narrow = step % EVERY, self.whisper.max_frames < 5 * self.frames.mean()
-        if is_narrow or turn not in (0, EVERY // 2):
+        turn, hears_few = step % EVERY, self.whisper.max_frames < 5 * self.frames.mean()
+        if hears_few or turn not in (0, EVERY // 2):
             return super().draw(step, rng)
-        n, change = (self.n, self.shorten) if turn else (max(1, self.n // EVERY), self.lengthen)
+        size = self.batch_size
+        n, change = (size, self.shorten) if turn else (max(1, size // EVERY), self.lengthen)
         picks = data.draw_similar(self.sums, self.frames, n, rng)
         sentences = [change(self.sentences[i], rng) for i in picks]
         return [(s, self.rule(s, self.speed)) for s in sentences]
