@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from experiments.student import Speech  # noqa: E402
-from experiments.utterances import Voice, encode, espeak, generate  # noqa: E402
+from experiments.student import Speech, letters  # noqa: E402
+from experiments.utterances import Voice, encode, espeak, generate, people  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.errors import BadInput, first_line, guard  # noqa: E402
@@ -334,6 +334,7 @@ def main(argv=None) -> None:
     add("--sentences", type=int, default=2000)
     add("--steps", type=int, default=1500)
     add("--seed", type=int, default=0)
+    add("--recordings", type=Path, help="a folder of recordings to test on, too")
     add("--quantiser", type=Path, help="one that is there already")
     add("--write", nargs="*", default=[], help="espeak or checkpoints whose tokens are written")
     add("--form", choices=["ichigo", "speechless"], default="ichigo")
@@ -358,6 +359,9 @@ def main(argv=None) -> None:
         with atomic_write(args.out / "quantiser.pt") as part:
             torch.save(dict(quantiser=quantiser.state_dict(), whisper=whisper.fingerprint), part)
     tests = {f"{args.source}, held out": speak(args.source, held_out, whisper, work, 2)}
+    if args.recordings:
+        languages, known = {s.language for s in training}, {*map(letters, training)}
+        tests["people"] = people(args.recordings, languages, known, whisper)
     if args.whisper == "pocket":
         tests["real speech"] = real_test(whisper, whisper.languages)
     print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most")

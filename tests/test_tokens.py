@@ -142,6 +142,10 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
     speech_lm.main([features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2",
                     "--languages", "en", "--data", "en=builtin", "--recordings", str(tmp_path)])
     assert tested[0] == ["a cat"]  # the other was learned from
+    capsys.readouterr()
+    tokens.main([features, "--quantiser", str(tmp_path / "quantiser.pt"), "--recordings",
+                 str(tmp_path)])
+    assert "\npeople: " in capsys.readouterr().out
     speed.main([features, ear, "--device", "cpu"])
     out = capsys.readouterr().out
     assert out.count("one token after the other | ") == 4 and "wav, 4 steps | 2 |" in out
