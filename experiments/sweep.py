@@ -47,7 +47,8 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
     readers = [sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
                for value in values]
     slowest = min(values) if kind == "speed" else trained_speed
-    held_out = [s for s in split_of(checkpoint["config"], whisper)[1] if fits(s, whisper, slowest, durations)
+    held_out = [s for s in split_of(checkpoint["config"], whisper)[1]
+                if fits(s, whisper, slowest, durations)
                 and all(s.language in reader.languages for reader in readers)]
     if not held_out:
         raise BadInput(f"no held-out sentence can be heard at all of {kind} {values}; give others")
@@ -55,7 +56,8 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))
         speed = value if kind == "speed" else trained_speed
         low, high = value if kind == "seconds" else (0, math.inf)
-        sentences = data.per_language([s for s in held_out if low <= durations(s, speed).sum()
+        frames = [data.count_frames(durations(s, speed)) for s in held_out]
+        sentences = data.per_language([s for s, x in zip(held_out, frames) if low <= x
                                        / data.FRAMES_PER_SECOND < high], n)
         if not sentences:
             raise BadInput(f"no held-out sentence lasts {low} to {high} seconds; give others")

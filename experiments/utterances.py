@@ -123,9 +123,9 @@ def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: in
         except BadInput as error:
             notes.append(f"{path}: {error}")
     if not clips:
-        raise BadInput("; ".join([f"{folder} has no usable clip: 1 to 12 seconds in "
-                                  f"{', '.join(sorted(languages))}, no digits, no text that is learned",
-                                  *notes[:1]]))
+        why = (f"{folder} has no usable clip: 1 to 12 seconds in {', '.join(sorted(languages))}, "
+               "no digits, no text that is learned")
+        raise BadInput("; ".join([why, *notes[:1]]))
     print(*(f"note: {note}" for note in notes[:10]), f"{len(clips)} clips of {folder} are the test",
           sep="\n", file=sys.stderr)
     return clips
