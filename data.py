@@ -52,15 +52,16 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: added lines move no other, but perhaps the
-    one of a tiny set or language that is held out at least.
+    """Training and held-out sentences, by a hash of each: added lines move no other, but perhaps
+    the one of a tiny set or language that is held out at least.
 
     What differs from a held-out one in signs, blanks and capitals only is dropped. Raises BadInput.
     """
-    order = sorted(sentences, key=hash_share)  # so that the first few are a fair sample
+    shares = {s: hash_share(s) for s in sentences}
+    order = sorted(sentences, key=shares.get)  # so that the first few are a fair sample
     last, first = ({s.language: s for s in x} for x in (order, order[::-1]))
     at_least = {*order[:1], *(s for s in first.values() if s != last[s.language])}
-    held_out = [s for s in order if hash_share(s) <= HELD_OUT or s in at_least]
+    held_out = [s for s in order if shares[s] <= HELD_OUT or s in at_least]
     keys = set(map(key, held_out))  # their own too
     training = [s for s in sentences if key(s) not in keys]
     if not training:

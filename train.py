@@ -311,11 +311,12 @@ def main(argv=None) -> dict:
                                   config.max_lines)
         training, held_out = data.split(list(shares))
         batches = MixedBatches({s: shares[s] for s in training}, whisper, config.batch_size,
-                              config.seed, config.speed, config.speed_range or whisper.speed_range,
-                              held_out=held_out)
+                               config.seed, config.speed,
+                               config.speed_range or whisper.speed_range, held_out=held_out)
         if config.speech:
             from speech.recordings import with_recordings
-            batches, run_objective, rhythm, notes = with_recordings(batches, held_out, config, notes)
+            batches, run_objective, rhythm, notes = with_recordings(batches, held_out, config,
+                                                                    notes)
     run = Run(config, whisper, rhythm, shares)
     if checkpoint:
         run.load(checkpoint)

@@ -203,7 +203,7 @@ class FrozenWhisper:
         mask[:, : self.n_prompt - 1] = False
         mask[:, 0] = self.model.is_multilingual  # <|startoftranscript|> predicts the language
         rows, log_count = self.row_of[targets[:, 1:][mask]], self.row_count.log()
-        with torch.autocast(states.device.type, enabled=False):  # bf16 would round small losses away
+        with torch.autocast(states.device.type, enabled=False):  # bf16 rounds small losses away
             # k equal rows weigh k exp(logit) in the softmax, and the target is one of them.
             logits = F.linear(states[mask].float(), self.rows, log_count)  # (predicted tokens, R)
             per_token = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]

@@ -26,7 +26,7 @@ from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write, fingerprint
 from speech.align import Rhythm, align_characters, fit_rhythm, spelling
 from speech.sound import resample
-from text.sources import make_sentence, way_to_utf8
+from text.sources import MAX_NOTES, make_sentence, way_to_utf8
 from whisper_decoder import FrozenWhisper
 
 try:
@@ -38,7 +38,6 @@ SPEECH_ALONE = 0.75  # share of the run, at its beginning, that has recordings o
 TEXT_WEIGHT = 0.2  # of the cross-entropy, in the other steps of text
 SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
-MAX_NOTES = 10
 MAX_SECONDS = 3600  # of a recording; a Whisper hears 30
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of recordings that no manifest names
 

@@ -291,7 +291,9 @@ def test_people_are_heard_where_the_text_is_new_and_has_no_digits(tmp_path, ear,
     lines = [f"{name}\t{text}\n" for name, text in zip([*names, "missing.wav"], texts)]
     (tmp_path / "manifest.tsv").write_text("".join(lines))
     clips = utterances.human_clips(tmp_path, ear, {"en", "de", "fr"}, 4)
-    assert sorted(s.language for s, _ in clips) == ["de", "en", "en"]  # nor is a text lost with a clip
+    assert sorted(s.language for s, _ in clips) == ["de", "en", "en"]  # no text goes with its clip
+    few = utterances.human_clips(tmp_path, ear, {"en", "de", "fr"}, 2)
+    assert sorted(s.language for s, _ in few) == ["de", "en"]  # as many of each
 
 
 def table(folder, *flags):

@@ -64,8 +64,8 @@ def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
 
 
 class MixedBatches(data.Batches):
-    """`data.Batches`, but of four in a row the first has long texts, of a quarter as many items, and
-    the third a few words of each sentence.
+    """`data.Batches`, but of four in a row the first has long texts, a quarter as many, and the
+    third a few words of each sentence.
 
     Long and short texts are rare. A flow that never learned them repeats itself after ten seconds,
     and says a lonely word twice. Where Whisper hears no more than five sentences at once, as pocket

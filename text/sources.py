@@ -29,7 +29,7 @@ from text.spelling import JOINERS, language_code, words
 from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text
-MAX_NOTES = 10  # on the lines of a file
+MAX_NOTES = 10  # on the lines of a file, on recordings
 URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
