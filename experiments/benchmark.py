@@ -109,7 +109,7 @@ def timed(function: Callable, times: Counter, part: str, device: torch.device) -
 
 
 def choose(sentences: list, span: str, n_languages: int) -> list:
-    """Sentences of so many words, as in "1-4", or all, of the first languages by code; 0: of all."""
+    """Sentences of so many words, as in "1-4", or all, of the first languages by code, 0: all."""
     codes = sorted({s.language for s in sentences})
     shortest, _, longest = span.replace(ALL, "1-1000").partition("-")
     if not (shortest.isdecimal() and longest.isdecimal()):
@@ -169,8 +169,9 @@ def measure_training(name: str, bf16: bool, args) -> None:
     form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
     parts = " | ".join(f"{1000 * times[part] / args.steps:.0f}" for part in PARTS)
     print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | {n} | {span} | "
-          f"{seconds:.1f} | {n_languages} | {held(frozen, trained):.1f} | {peak_memory(device):.1f} |"
-          f" {1000 * times.total() / args.steps:.0f} | {parts} |", flush=True)
+          f"{seconds:.1f} | {n_languages} | {held(frozen, trained):.1f} | "
+          f"{peak_memory(device):.1f} | {1000 * times.total() / args.steps:.0f} | {parts} |",
+          flush=True)
 
 
 def main(argv=None) -> None:

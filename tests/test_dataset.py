@@ -45,7 +45,8 @@ def test_every_text_is_in_the_set_or_named(make, tmp_path, capsys, pocket):  # n
     assert [r["text"] for r in rows[1:6]] == [line.split("\t")[1] for line in LINES[4:9]]
     assert rows[6]["text"] + rows[7]["text"] == "a" * 300
     assert [(r["id"][7:], r["why"][:8]) for r in rest] == [("1", "pocket d"), ("2", "there is")]
-    assert "fr: 1 written\n" in (out := capsys.readouterr().out) and "1 left out, the first 00000001, 'xx'" in out
+    out = capsys.readouterr().out
+    assert "fr: 1 written\n" in out and "1 left out, the first 00000001, 'xx'" in out
     for row in rows:  # the reader of docs/usage.md
         shard = np.load(tmp_path / "a" / row["shard"])
         end = shard["frames"][: row["index"] + 1].sum()
@@ -126,10 +127,13 @@ def test_texts_of_another_script_are_noted(make, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--part", "9/8"], "--part '9/8' cannot be used; 2/8 is the second"),
-    (["--part", "two"], "--part 'two' cannot be used"), (["--best_of", "0"], "--best_of 0 cannot be used; 1 to 100"),
-    (["--speed", "20"], "--speed 20.0 cannot be used"), (["--seed", "3"], "with --seed 0, not with --seed 3"),
+    (["--part", "two"], "--part 'two' cannot be used"),
+    (["--best_of", "0"], "--best_of 0 cannot be used; 1 to 100"),
+    (["--speed", "20"], "--speed 20.0 cannot be used"),
+    (["--seed", "3"], "with --seed 0, not with --seed 3"),
     (["--max_cer", "5"], "--max_cer 5.0 cannot be used; 0 to 1, 0.05 is 5 %"),
-    (["--max_cer", "nan"], "--max_cer nan cannot"), (["--language", "fr"], "with no --language, not"),
+    (["--max_cer", "nan"], "--max_cer nan cannot"),
+    (["--language", "fr"], "with no --language, not"),
     (["--write", "mel"], "have no sound"),
     (["--wav", "x"], "have no sound"), (["--steps", "2"], "with --steps 4, not with --steps 2"),
     (["--write", "mp3"], "invalid choice: 'mp3'")])

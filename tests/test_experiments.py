@@ -236,7 +236,8 @@ def test_no_sentence_is_both_learned_and_set_aside(monkeypatch):
     x1 = [torch.randn(2 * len(s.text), 3, generator=rng(n)) for n, s in enumerate(sentences)]
     text_of, vary, loss = {id(x): s.text for x, s in zip(x1, sentences)}, student.vary, \
         student.student_loss
-    monkeypatch.setattr(student, "vary", lambda x, rng: (learned.add(text_of[id(x)]), vary(x, rng))[1])
+    monkeypatch.setattr(student, "vary",
+                        lambda x, rng: (learned.add(text_of[id(x)]), vary(x, rng))[1])
     monkeypatch.setattr(student, "student_loss", lambda network, x1, texts: (
         aside.update(text_of.get(id(x)) for x in x1), loss(network, x1, texts))[1])
     student.train_student(student.Speech(sentences, x1), {"a": 1, "b": 2}, 0, 20)

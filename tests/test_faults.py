@@ -302,8 +302,8 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     with pytest.raises(RuntimeError, match="^can't allocate memory"):  # no full disk
         with atomic_write(tmp_path / "x") as part:
             raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
-    (tmp_path / "part.csv").write_text("step,loss\n3,1\n4,1\n5,1\n")  # of a log that was gone
-    Log(tmp_path / "part.csv", "step,loss", 5)
+    (tmp_path / "part.csv").write_text("step,loss\n3,1\n\0,1\n4,1\n5,1\n")
+    Log(tmp_path / "part.csv", "step,loss", 5)  # of a log that was gone, and is damaged
     assert (tmp_path / "part.csv").read_text() == "step,loss\n3,1\n4,1\n"
     (tmp_path / "part.csv").unlink()
     for wrong in (tmp_path, checkpoint / "x"):  # a folder; below a file
@@ -486,7 +486,8 @@ def test_a_rank_without_torchrun_hides_no_error(pocket, monkeypatch):
 
 def test_headers_of_tables_and_empty_columns_are_no_sentences(pocket, tmp_path):
     (tmp_path / "t.tsv").write_text("client_id\tpath\tSentence\tlocale\n1\ta.mp3\tThe dog.\ten\n"
-                                    "language\ttext\nen\t\npath\tThe text.\nword\ttext\nOne column.\n"
+                                    "language\ttext\nen\t\npath\tThe text.\nword\ttext\n"
+                                    "One column.\n"
                                     "en\tText\n")
     counts, notes = read_file(tmp_path / "t.tsv", "en", pocket)
     assert [s.text for s in counts] == ["en", "The text.", "One column.", "Text"]

@@ -21,7 +21,7 @@ def real(pocket):  # noqa: F811
 
 def test_languages_that_no_clip_has(pocket):  # noqa: F811
     assert {s.language for s in tokens.real_test(pocket, ["de", "it"]).sentences} == {"de"}
-    with pytest.raises(BadInput, match="pocket can hear no clip of pocket's test in it; give --rec"):
+    with pytest.raises(BadInput, match="pocket can hear no clip of pocket's test in it; give --"):
         tokens.real_test(pocket, ["it"])
 
 
