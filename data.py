@@ -1,6 +1,7 @@
 """Text in, batches out: sentences, hold-out split, length rule, characters over frames, batches.
 
-B batch, S characters, T latent frames, L prompt + text + end tokens, C channels.
+B batch, S characters, U units (characters; those of several tokens in as many parts), T latent
+frames, L prompt + text + end tokens, C channels.
 """
 import hashlib
 import math
@@ -125,35 +126,31 @@ def characters(text: str) -> Tensor:
     return torch.tensor(rows)
 
 
-def locate_tokens(sentence: Sentence, whisper: FrozenWhisper) -> tuple[Tensor, np.ndarray]:
-    """The token in which each character begins (S,); the middle of each token, in characters (N,).
+def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
+               whisper: FrozenWhisper) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A text over its frames, by how long its characters last (S,), in any measure.
 
-    0.5 is the middle of the first character.
+    -> chars (U, BYTES + 1) and token (U,) of each unit; where in the text each frame is, in units
+    (T,); the frame in the middle of each of N tokens (N,).
     """
     language, text = sentence
-    tokens = whisper.encode(text, language)
+    tokens = torch.tensor(whisper.encode(text, language))
     encoding = whisper.tokenizer("en").encoding  # the same for all languages
-    token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
-    char_ends = np.cumsum([0, *(len(c.encode()) for c in strip_unspoken(text))])
+    token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens.tolist()])
+    char_ends = np.cumsum([len(c.encode()) for c in strip_unspoken(text)])  # in bytes
     token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
-    middles = (token_ends + np.append(0, token_ends[:-1])) / 2
-    of_char = np.searchsorted(token_ends, char_ends[:-1], side="right")
-    return torch.tensor(tokens)[of_char], np.interp(middles, char_ends, range(len(char_ends)))
-
-
-def align_frames(durations: np.ndarray, frames: int,
-                 middles: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Where in the text each frame is, in characters (T,); the frame of each token's middle (N,).
-
-    From how long characters last (S,), in any unit, and the middles of tokens, in characters (N,).
-    """
-    ends = np.cumsum([0, *durations]) / np.sum(durations) * frames
-    where = np.interp(np.arange(frames) + 0.5, ends, range(len(ends)))
-    return torch.tensor(where).float(), torch.tensor(np.interp(middles, range(len(ends)), ends))
+    ends = np.union1d(char_ends, token_ends[token_ends > 0])  # of units
+    of_token, of_char = (np.searchsorted(x, ends) for x in (token_ends, char_ends))
+    times = np.cumsum([0, *(durations / np.bincount(of_char))[of_char]])  # at which they end
+    times *= frames / times[-1]
+    where = np.interp(np.arange(frames) + 0.5, times, range(len(times)))
+    middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, [0, *ends], times)
+    return (characters(text)[of_char], tokens[of_token],
+            torch.tensor(where).float(), torch.tensor(middles).float())
 
 
 class Batch(NamedTuple):
-    """Padded items; before `to`, cond holds token ids (B, S), (B,) in place of embeddings."""
+    """Padded items; before `to`, cond holds token ids (B, U), (B,) in place of embeddings."""
 
     sentences: list[Sentence]
     cond: dict[str, Tensor]  # what model.DiT takes
@@ -189,11 +186,11 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
     frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # else said faster
-    tokens, middles = zip(*(locate_tokens(s, whisper) for s in sentences))
-    alignment, token_frames = zip(*map(align_frames, durations, frames, middles))
-    token_frames = [F.pad(x.float(), (whisper.n_prompt, 1), value=-1) for x in token_frames]
+    chars, tokens, alignment, token_frames = zip(
+        *(align_text(*item, whisper) for item in zip(sentences, durations, frames)))
+    token_frames = [F.pad(x, (whisper.n_prompt, 1), value=-1) for x in token_frames]
     cond = dict(
-        chars=pad_sequence([characters(text) for text in texts], True),
+        chars=pad_sequence(chars, True),
         tokens=pad_sequence(tokens, True),
         alignment=pad_sequence(alignment, True),
         frames=torch.tensor(frames),

@@ -4,8 +4,9 @@ Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows
 sounds in it, as in ZipVoice (arXiv 2506.13053), and how far that has come; Whisper's embedding of
 its token also goes straight into the endpoint.
 
-B batch, S characters, T latent frames (50 per second), C latent channels, D model width, H heads,
-N = ceil(T / patch) patches, E width of the frozen token embeddings.
+B batch, U units of text (characters; those of several tokens in as many parts), T latent frames (50
+per second), C latent channels, D model width, H heads, N = ceil(T / patch) patches, E width of the
+frozen token embeddings.
 """
 import math
 from dataclasses import dataclass
@@ -95,9 +96,9 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """model(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
 
-    cond["chars"]     (B, S, BYTES + 1)  ids of each one's UTF-8 bytes, and CAPITAL; 0: none
-    cond["tokens"]    (B, S, E)          Whisper's own embedding of the token of each character
-    cond["alignment"] (B, T)             where in the text each frame is, in characters
+    cond["chars"]     (B, U, BYTES + 1)  ids of the character's UTF-8 bytes, and CAPITAL; 0: none
+    cond["tokens"]    (B, U, E)          Whisper's own embedding of the token
+    cond["alignment"] (B, T)             where in the text each frame is, in units
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
     cond["language"]  (B, E)             Whisper's own embedding of the language token
     cond["drop"]      (B,)               True: ignore text and language (for guidance)
@@ -110,8 +111,8 @@ class DiT(nn.Module):
         self.latent_in = nn.Linear(patch * config.channels, width)
         self.token_in = nn.Linear(config.embedding, width)
         self.char_in = nn.Embedding(CAPITAL + 1, width, padding_idx=0)
-        self.char_conv = nn.Conv1d(width, width, 9, padding=4)  # a character and its neighbours
-        self.phase_in = nn.Linear(2, width)  # how far a character has come
+        self.char_conv = nn.Conv1d(width, width, 9, padding=4)  # a unit and its neighbours
+        self.phase_in = nn.Linear(2, width)  # how far a unit has come
         self.order_in = nn.Linear(patch * width, width, bias=False)
         self.time_in = mlp(width, width, width)
         self.language_in = nn.Linear(config.embedding, width)
@@ -132,8 +133,8 @@ class DiT(nn.Module):
         self.marks.copy_(marks)
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
-        """Each character, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
-        text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, S, D)
+        """Each unit, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
+        text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, U, D)
         text = text * cond["chars"].any(2, keepdim=True)  # not the bias of token_in from padding
         text = text + F.silu(self.char_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))

@@ -162,7 +162,8 @@ def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(po
 
 
 def test_every_fourth_batch_has_a_few_words_of_sentences(pocket, monkeypatch):
-    shares = {s: 1.0 for s in data.split(builtin())[0][::9]} | {Sentence("en", "Well - no. You"): 9e3}
+    shares = {s: 1.0 for s in data.split(builtin())[0][::9]}
+    shares |= {Sentence("en", "Well - no. You"): 9e3}
     batches = MixedBatches(shares, pocket, 8, 0, 1.0, 1.7, held_out=[Sentence("en", "well, no")])
     monkeypatch.setattr(pocket, "max_frames", 1500)
     found = [s for i in range(2, 400, 4) for s in batches[i].sentences]
@@ -203,15 +204,27 @@ def test_long_texts_are_split_and_nothing_is_lost(pocket, language, text):
     assert batch.cond["frames"].max() == pocket.max_frames
 
 
-def test_alignment_gives_every_character_its_share():
-    where = [1 / 4, 3 / 4, *(1 + np.arange(1, 12, 2) / 12)]
-    found = data.align_frames(np.array([1, 3]), 8, np.array([0.5, 1, 1.5]))
-    assert np.allclose(found[0], where) and np.allclose(found[1], [1, 2, 5])
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """Random weights, with the tokens of all languages."""
+    path = tmp_path_factory.mktemp("official") / "w.pt"
+    return FrozenWhisper(random_whisper(path, n_vocab=51866))
+
+
+def test_every_unit_of_a_text_has_its_share_of_the_frames(official):
+    def align(text, durations, n):
+        return data.align_text(Sentence("zh", text), np.array(durations), n, official)
+
+    # A letter of two tokens: each has half of its frames.
+    chars, tokens, where, middles = align("a河", [2, 6], 16)
+    assert tokens.tolist() == official.encode("a河", "zh") and middles.tolist() == [2, 7, 13]
+    assert torch.equal(chars, data.characters("a河")[[0, 1, 1]])
+    assert np.allclose(where[[0, 3, 4, 9, 10, 15]], np.array([3, 21, 26, 46, 50, 70]) / 24)
     for n in (7, 50, 129):
-        found = data.align_frames(np.array([3, 0, 1, 6, 2]), n, np.zeros(0))[0]
-        assert len(found) == n and (found.diff() > 0).all() and 4 < found[-1] < 5
-        shares = np.bincount(found.long()) / n
-        assert np.allclose(shares, np.array([3, 0, 1, 6, 2]) / 12, atol=1 / n)
+        where = align("dogs河", [3, 0, 1, 6, 2], n)[2]
+        assert len(where) == n and (where.diff() > 0).all()
+        assert np.allclose(np.bincount(where.long()) / n, np.array([3, 0, 1, 6, 1, 1]) / 12,
+                           atol=1 / n)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(pocket):
@@ -242,28 +255,32 @@ def test_a_draw_is_that_of_multinomial_also_of_more_items_than_it_takes():
     assert 0.48 < picks.double().mean() / many < 0.52
 
 
-def test_every_language_comes_through(tmp_path):
-    whisper = FrozenWhisper(random_whisper(tmp_path / "w.pt", n_vocab=51866))
-    assert {row[0] for row in data.LANGUAGE_ROWS} == set(whisper.languages)
+def test_every_language_comes_through(official):
+    assert {row[0] for row in data.LANGUAGE_ROWS} == set(official.languages)
     for code, _, _, text in data.LANGUAGE_ROWS:
-        sentence = make_sentence(text, code, whisper)
-        pieces = split_long(sentence, whisper)  # Georgian and Burmese: a token a byte
+        sentence = make_sentence(text, code, official)
+        pieces = split_long(sentence, official)  # Georgian and Burmese: a token a byte
         assert "".join(p.text for p in pieces).replace(" ", "") == text.replace(" ", ""), code
         assert 2 < data.n_frames(sentence) / data.FRAMES_PER_SECOND < 12, code
-        said, tokens = strip_unspoken(text), whisper.encode(text, code)
-        assert whisper.tokenizer(code).decode(tokens).strip() == said
-        encoding = whisper.tokenizer(code).encoding
-        owner = [t for t in tokens for _ in encoding.decode_single_token_bytes(t)]  # of each byte
-        starts = np.cumsum([0, *(len(c.encode()) for c in said)])
-        owner = owner[len(owner) - starts[-1] :]  # without the blank in front
-        (found, middles), chars = data.locate_tokens(Sentence(code, text), whisper), data.characters(text)
-        assert found.tolist() == [owner[i] for i in starts[:-1]], code
-        assert len(middles) == len(tokens) and (np.diff([0, *middles, len(said)]) > 0).all(), code
+        said, tokens = strip_unspoken(text), official.encode(text, code)
+        assert official.tokenizer(code).decode(tokens).strip() == said
+        encoding = official.tokenizer(code).encoding
+        ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
+        of_token = [t for t, n in enumerate(np.diff([0, *ends])) for _ in range(n)]  # of each byte
+        of_char = [i for i, c in enumerate(said) for _ in c.encode()]
+        units = [*dict.fromkeys(zip(of_token[len(of_token) - len(of_char) :], of_char))]
+        found = data.align_text(sentence, np.ones(len(said)), 9 * len(units), official)
+        chars, middles = data.characters(said), found[3].tolist()
+        assert found[1].tolist() == [tokens[t] for t, _ in units], code
+        assert torch.equal(found[0], chars[[i for _, i in units]]), code
+        assert len(middles) == len(tokens), code
+        assert (np.diff([0, *middles, 9 * len(units)]) > 0).all(), code
         spelled = bytes((x - 1) % 256 for row in chars[:, :-1].tolist() for x in row if x)
         assert spelled.decode() == "".join(c.lower()[0] for c in said)
     numbers = [data.characters(text)[0].tolist() for text in ("a", "A")]
     assert numbers[0][:-1] == numbers[1][:-1] and numbers[0][-1] == 0 and numbers[1][-1] == 1025
-    assert data.locate_tokens(Sentence("en", "The dog sleeps."), whisper)[1].tolist() == [1.5, 5, 10.5, 14.5]
+    middles = data.align_text(Sentence("en", "The dog sleeps."), np.ones(15), 30, official)[3]
+    assert middles.tolist() == [3, 10, 21, 29]
 
 
 @pytest.mark.parametrize("text, code, written", [
@@ -289,6 +306,7 @@ def test_error_rates():
     assert found == (4 / (16 + 4), 1 / (4 + 4), 0)
     assert error_rates(sentences, [sentences[0].text, "老师"]) == (2 / 20, 2 / 8, 1 / 2)
     # Whisper's normaliser blanks marks, and with them the vowels of India and the tones of Thai.
-    for code, text, read, cer in (("hi", "यह की है।", "यह का है", 1 / 8), ("th", "ที่นี่", "ทูนู", 4 / 6),
+    for code, text, read, cer in (("hi", "यह की है।", "यह का है", 1 / 8),
+                                  ("th", "ที่นี่", "ทูนู", 4 / 6),
                                   ("fr", "Cafe\u0301, là!", "café là", 0)):
         assert error_rates([Sentence(code, text)], [read]).cer == cer
