@@ -19,7 +19,8 @@ import sample
 import train
 from data import Sentence
 from experiments import (
-    bars, benchmark, engine, lens, look, pace, realism, rooms, seeds, student, sweep, utterances,
+    bars, benchmark, engine, lens, look, pace, prompts, realism, rooms, seeds, student, sweep,
+    utterances,
 )
 from plumbing.errors import BadInput
 from plumbing.files import Log
@@ -295,6 +296,29 @@ def test_people_are_heard_where_the_text_is_new_and_has_no_digits(tmp_path, ear,
     assert sorted(s.language for s, _ in clips) == ["de", "en", "en"]  # no text goes with its clip
     few = utterances.human_clips(tmp_path, ear, {"en", "de", "fr"}, 2)
     assert sorted(s.language for s, _ in few) == ["de", "en"]  # as many of each
+
+
+def test_prompts_of_a_clone_are_a_file_for_training(tmp_path, capsys):
+    for name, text in {"Norwegian (Bokmål, Norway)_nb-NO/1.txt": "1\tHei.\n2\tHei.\n\n",
+                       "Chinese (Cantonese)_zh-HK/1.txt": "\ufeff你好。\n", "Test_test/1.txt": "x",
+                       "English (UK)_en-GB/2.txt": f"4\tCafe\u0301 12.\n{'a' * 200}\nNo\n",
+                       "English (USA)_en-US/1.txt": f"No\n5\t{'b ' * 31}\n"}.items():
+        (file := tmp_path / "clone/prompts" / name).parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8")
+
+    def written(*flags):
+        prompts.main([str(tmp_path / "clone"), "--out", str(tmp_path / "p.tsv"), *flags])
+        return (tmp_path / "p.tsv").read_text("utf-8").splitlines()
+
+    long = "en\t" + " ".join("b" * 31)
+    assert written() == ["en\tCafé 12.", "en\tNo", long, "no\tHei.", "yue\t你好。"]
+    assert "5 prompts in 3 languages" in capsys.readouterr().out
+    assert written("--languages", "en") == ["en\tCafé 12.", "en\tNo", long]
+    assert written("--short") == ["en\tNo", long, "no\tHei.", "yue\t你好。"]
+    with pytest.raises(BadInput, match="no prompts are in xx; there are en, no, yue"):
+        written("--languages", "xx")
+    with pytest.raises(BadInput, match="has no prompts/LANGUAGE_xx-YY"):
+        prompts.main([str(tmp_path)])
 
 
 def table(folder, *flags):
