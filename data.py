@@ -141,7 +141,8 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
     ends = np.union1d(char_ends, token_ends[token_ends > 0])  # of units
     of_token, of_char = (np.searchsorted(x, ends) for x in (token_ends, char_ends))
-    times = np.cumsum([0, *(durations / np.bincount(of_char))[of_char]])  # at which they end
+    shares = durations / np.bincount(of_char)  # of a unit: all of a character last equally long
+    times = np.cumsum([0, *shares[of_char]])
     times *= frames / times[-1]
     where = np.interp(np.arange(frames) + 0.5, times, range(len(times)))
     middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, [0, *ends], times)

@@ -171,7 +171,7 @@ def show_samples(run: "Run", held_out: list) -> None:
     order = torch.randperm(len(held_out), generator=data.generator(run.config.seed, run.step))
     sentences = list({held_out[i].language: held_out[i] for i in order.tolist()}.values())[:5]
     pairs = zip(sentences, run.transcribe_samples(sentences))
-    lines = [f"  {s.language}  {s.text}  ->  {text}" for s, text in pairs]
+    lines = [f"  {s.language}  {s.text}  ->  {text[:3 * len(s.text)]}" for s, text in pairs]
     tqdm.write("\n".join([f"step {run.step}", *lines]), file=sys.stdout)
 
 

@@ -56,10 +56,11 @@ def test_samples_are_of_five_languages_and_others_each_time(capsys):
     shown = []
     for step in (63, 126, 189):  # as many steps as sentences, and more
         train.show_samples(SimpleNamespace(step=step, config=train.Config(), transcribe_samples=(
-            lambda found: [s.text.upper() for s in found])), held_out)
+            lambda found: [9 * s.text.upper() for s in found])), held_out)  # it repeats itself
         first, *lines = capsys.readouterr().out.splitlines()
         assert first == f"step {step}" and len({line.split()[0] for line in lines}) == 5
-        assert all(line == f"  {line[2]}  {line[5:8]}  ->  {line[5:8].upper()}" for line in lines)
+        assert all(line == f"  {line[2]}  {line[5:8]}  ->  {3 * line[5:8].upper()}"
+                   for line in lines)
         shown += lines
     assert len({*shown}) > 10
 
