@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import BYTES, CAPITAL
 from plumbing.errors import BadInput
-from text.spelling import UNSPACED, letters, strip_unspoken, words
+from text.spelling import JOINERS, UNSPACED, letters, strip_unspoken, words
 from whisper_decoder import FrozenWhisper
 
 POCKET = Path(__file__).parent / "pocket"
@@ -91,8 +91,8 @@ def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
         raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
     language, text = sentence
     weight = dict(L=1.0, M=1.0, N=DIGIT)  # letters, their marks, digits
-    kinds = [unicodedata.category(c)[0] for c in strip_unspoken(text)]
-    weights = np.array([weight.get(kind, BLANK) for kind in kinds])
+    weights = np.array([0.0 if c in JOINERS else weight.get(unicodedata.category(c)[0], BLANK)
+                        for c in strip_unspoken(text)])
     pace = PACE.get(language, DEFAULT_CHARACTERS if language in UNSPACED else DEFAULT_WORDS)
     # A digit is said as a word.
     n_words = sum(max(1, sum(map(str.isdigit, word))) for word in words(text, language))
@@ -131,7 +131,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     """A text over its frames, by how long its characters last (S,), in any measure.
 
     -> chars (U, BYTES + 1) and token (U,) of each unit; where in the text each frame is, in units
-    (T,); the frame in the middle of each of N tokens (N,).
+    (T,), which leaves out units that are shorter than a frame; the middle of each token, in frames.
     """
     language, text = sentence
     tokens = torch.tensor(whisper.encode(text, language))
@@ -139,7 +139,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens.tolist()])
     char_ends = np.cumsum([len(c.encode()) for c in strip_unspoken(text)])  # in bytes
     token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
-    ends = np.union1d(char_ends, token_ends[token_ends > 0])  # of units
+    ends = np.union1d(char_ends, token_ends)  # of units
     of_token, of_char = (np.searchsorted(x, ends) for x in (token_ends, char_ends))
     shares = durations / np.bincount(of_char)  # of a unit: all of a character last equally long
     times = np.cumsum([0, *shares[of_char]])

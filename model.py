@@ -111,7 +111,7 @@ class DiT(nn.Module):
         self.latent_in = nn.Linear(patch * config.channels, width)
         self.token_in = nn.Linear(config.embedding, width)
         self.char_in = nn.Embedding(CAPITAL + 1, width, padding_idx=0)
-        self.char_conv = nn.Conv1d(width, width, 9, padding=4)  # a unit and its neighbours
+        self.unit_conv = nn.Conv1d(width, width, 9, padding=4)  # a unit and its neighbours
         self.phase_in = nn.Linear(2, width)  # how far a unit has come
         self.order_in = nn.Linear(patch * width, width, bias=False)
         self.time_in = mlp(width, width, width)
@@ -136,7 +136,7 @@ class DiT(nn.Module):
         """Each unit, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
         text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, U, D)
         text = text * cond["chars"].any(2, keepdim=True)  # not the bias of token_in from padding
-        text = text + F.silu(self.char_conv(text.transpose(1, 2))).transpose(1, 2)
+        text = text + F.silu(self.unit_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
         which, phase = alignment.long(), math.pi * alignment.frac()  # (B, T)
         text = text.gather(1, which[:, :, None].expand(-1, -1, text.shape[-1]))

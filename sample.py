@@ -67,7 +67,7 @@ def load_flow(checkpoint: dict, device: torch.device) -> Flow:
 
 def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
     """A text -> parts that fit the decoder, each with its durations (S,), as the flags say."""
-    speed = min(max(args.speed * pace(text, args.seed, args.rooms), 0.1), 10)
+    speed = pace(text, args.speed, args.seed, args.rooms)
     parts = split_long(text, whisper, speed, durations)
     return [(part, durations(part, speed)) for part in parts]
 

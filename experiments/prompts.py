@@ -22,7 +22,7 @@ def read_prompts(folder: Path) -> list[tuple[str, str]]:
     """Language and text of each prompt, in the order of languages, equal ones once."""
     prompts = {}
     for file in sorted(folder.glob("prompts/*/*.txt")):
-        if locale := re.search(r"_(([a-z]{2})-[A-Z]{2})$", file.parent.name):  # and not Test_test
+        if locale := re.search(r"_(([a-z]{2})-[A-Z]{2})$", file.parent.name):  # no rs_SR, Test_test
             code = WHISPER_CODES.get(locale[1], locale[2])
             for line in file.read_text("utf-8-sig").splitlines():  # number<TAB>text, or text
                 text = unicodedata.normalize("NFC", line.split("\t")[-1]).strip()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from model import mlp  # noqa: E402
 from text.error_rates import edit_distance, error_rates  # noqa: E402
-from text.spelling import between_words  # noqa: E402
+from text import spelling  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 VALIDATION = 0.1  # share of a student's sentences that say when it has learned enough
@@ -49,7 +49,7 @@ def resample(x1: Tensor, times) -> Tensor:
 def letters(sentence) -> str:
     """What the student writes: words in lower case, no punctuation."""
     language, text = sentence
-    return between_words(language).join(data.words(text.lower(), language))
+    return spelling.between_words(language).join(spelling.letters(text.lower()).split())
 
 
 class Block(nn.Module):

@@ -301,7 +301,11 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
                            + ", ".join(make_pocket.VOICES))
         mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, Voice(amount))
         return Speech(sentences, encode(mels, whisper))
-    flow = sample.load_flow(train.load_checkpoint(Path(source)), whisper.device)
+    checkpoint = train.load_checkpoint(Path(source))
+    if unlearned := {s.language for s in sentences} - {*checkpoint["origin"]["languages"]}:
+        raise BadInput(f"{source} never learned {', '.join(sorted(unlearned))}; give --data in "
+                       + ", ".join(checkpoint["origin"]["languages"]))
+    flow = sample.load_flow(checkpoint, whisper.device)
     critic = flow.critic
     is_heard = isinstance(critic, Ear)  # and by any Whisper with as many bands
     same, other = ((critic.dims.n_mels, whisper.dims.n_mels) if is_heard else
@@ -350,7 +354,14 @@ def main(argv=None) -> None:
     training, held_out = data.split(list(load_data(args.data, whisper)[0]))
     held_out = data.per_language(held_out, 100)
     training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
-    work = args.out / "speech"
+    work, tests = args.out / "speech", {}
+    for source in {*args.write} - {"espeak"}:
+        train.load_checkpoint(Path(source))  # it fails now, not after the work
+    if args.recordings:
+        languages, known = {s.language for s in training}, {*map(letters, training)}
+        tests["people"] = people(args.recordings, languages, known, whisper)
+    if args.whisper == "pocket":
+        tests["real speech"] = real_test(whisper, whisper.languages)
     if args.quantiser:
         quantiser = load_quantiser(args.quantiser, whisper)
     else:
@@ -358,12 +369,7 @@ def main(argv=None) -> None:
         quantiser = train_quantiser(speech, whisper, args.steps, args.seed)
         with atomic_write(args.out / "quantiser.pt") as part:
             torch.save(dict(quantiser=quantiser.state_dict(), whisper=whisper.fingerprint), part)
-    tests = {f"{args.source}, held out": speak(args.source, held_out, whisper, work, 2)}
-    if args.recordings:
-        languages, known = {s.language for s in training}, {*map(letters, training)}
-        tests["people"] = people(args.recordings, languages, known, whisper)
-    if args.whisper == "pocket":
-        tests["real speech"] = real_test(whisper, whisper.languages)
+    tests[f"{args.source}, held out"] = speak(args.source, held_out, whisper, work, 2)
     print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most")
     for name, speech in tests.items():
         figures = judge(quantiser, speech, whisper)

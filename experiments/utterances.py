@@ -42,9 +42,9 @@ class Voice(NamedTuple):
     strength: dict[str, float] = VOICE
     has_pace: bool = True
 
-    def pace(self, sentence: data.Sentence, seed: int) -> float:
-        """How much faster a seed says a sentence."""
-        return sound.pace(sentence, seed, self.has_pace * self.amount)
+    def pace(self, sentence: data.Sentence, speed: float, seed: int) -> float:
+        """How fast a seed says a sentence."""
+        return sound.pace(sentence, speed, seed, self.has_pace * self.amount)
 
 
 def n_samples(whisper: FrozenWhisper) -> int:
@@ -162,7 +162,7 @@ def latents(flow: Flow, sentences: list, solver: Solver,
     """The flow says some sentences at a time -> x1 (B, T, its channels), lengths (B,)."""
     whisper, seed = flow.critic, solver.seed
     for group in parts(sentences, whisper):
-        durations = [flow.durations(s, flow.speed * voice.pace(s, seed)) for s in group]
+        durations = [flow.durations(s, voice.pace(s, flow.speed, seed)) for s in group]
         batch = data.make_batch(group, whisper, durations).to(whisper)
         x1 = last(train.generate(flow.model, whisper, batch, solver))
         yield (sound.another_voice(x1, batch, whisper, seed, voice.amount, voice.strength),

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from data import Sentence, char_durations
-from text.spelling import strip_unspoken
+from text.spelling import JOINERS, strip_unspoken
 
 PAUSE, EDGE = " ", "\n"  # between words; before the first and after the last character
 ROUNDS = 10  # of Viterbi training
@@ -40,11 +40,12 @@ def is_letter(c: str) -> bool:
 def spelling(text: str) -> tuple[str, list[int]]:
     """What is heard of a text: letters, a pause between words; their places among S (N,).
 
-    Of the signs between two words the first is the pause, and the others take no time.
+    Of the signs between two words the first is the pause; the others, and joiners, take no time.
     """
-    heard = "".join(c if is_letter(c) else PAUSE for c in symbols(text))
+    heard = "".join(c if is_letter(c) or c in JOINERS else PAUSE for c in symbols(text))
     n = len(heard.rstrip(PAUSE))  # recordings end with the last word
     places = [i for i in range(n) if heard[i] != PAUSE or i and heard[i - 1] != PAUSE]
+    places = [i for i in places if heard[i] not in JOINERS]
     return "".join(heard[i] for i in places), places
 
 

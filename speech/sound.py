@@ -46,11 +46,11 @@ def another_voice(x1: Tensor, batch: Batch, ear: Ear, seed: int, amount: float,
     return moved
 
 
-def pace(sentence: Sentence, seed: int, amount: float) -> float:
-    """How much faster a seed says a sentence, by up to a quarter: nobody keeps one pace."""
+def pace(sentence: Sentence, speed: float, seed: int, amount: float) -> float:
+    """How fast a seed says a sentence, up to a quarter from its speed: nobody keeps one pace."""
     rng = sentence_generator(sentence, seed + 10**6)  # else its vocal tract and pace go together
     share = torch.rand((), generator=rng).item()
-    return 1.25 ** (amount * (2 * share - 1))
+    return min(max(speed * 1.25 ** (amount * (2 * share - 1)), 0.1), 10)
 
 
 def griffin_lim(mel: Tensor, rounds: int = 60) -> Tensor:

@@ -134,6 +134,7 @@ def test_every_letter_has_a_frame():
 def test_digits_last_as_long_as_they_are_spoken():
     assert data.n_frames(data.Sentence("en", "It was in 1984.")) == data.n_frames(
         data.Sentence("en", "It was in one nine eight four."))
+    assert data.char_durations(data.Sentence("fa", "می\u200cخواهم"))[2] == 0  # a joiner
     durations = data.char_durations(data.Sentence("en", "Ah, 5 é."))
     assert np.allclose(durations / durations[0], [1, 1, 0.5, 0.5, 4, 0.5, 1, 0.5])
 

@@ -61,6 +61,7 @@ def test_viterbi_finds_the_best_of_all_paths():
 def test_letters_are_found_in_speech_that_nobody_aligned():
     places = [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert align.spelling('¡"Ah", he: l\'Été 天.. !') == ("ah he l été 天", places)
+    assert align.spelling("می\u200cخواهم") == ("میخواهم", [0, 1, 3, 4, 5, 6, 7])  # one word
     rng, sentences, x1, durations = np.random.default_rng(0), [], [], []
     look = {c: rng.normal(size=16) for c in "abcdefgh "}  # the same wherever a letter stands
     for _ in range(60):

@@ -286,7 +286,7 @@ def test_every_language_comes_through(official):
 @pytest.mark.parametrize("text, code, written", [
     ('He said: "yes" (twice).', "en", "He said yes twice."), ("- no -", "en", "no"),
     ("a+b=c #1 [x]", "en", "a b c 1 x"), ("rock'n'roll", "en", "rock'n'roll"),
-    ("老师，喝茶", "zh", "老师，喝茶")])
+    ("老师，喝茶", "zh", "老师，喝茶"), ("a ♀ or ♫ ☀", "en", "a or ☀")])
 def test_targets_are_what_decode_can_write(pocket, text, code, written):
     task = DecodingTask(pocket.model, DecodingOptions(language=code, without_timestamps=True))
     tokenizer, row = pocket.tokenizer(code), pocket.target_tokens([text, "a " * 20], [code] * 2)[0]

@@ -130,6 +130,13 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
         tokens.speak("espeak", [Sentence("it", "Ciao.")], pocket, tmp_path)
     with pytest.raises(BadInput, match="is too long for pocket, with which .*mel was trained"):
         tokens.speak(ear, [Sentence("en", "The dog sleeps. " * 20)], judge, tmp_path)
+    with pytest.raises(BadInput, match="never learned it; give --data in de, en"):
+        tokens.speak(ear, [Sentence("it", "Ciao.")], pocket, tmp_path)
+    for study, flag in (tokens, ["--write"]), (speech_lm, []):
+        with monkeypatch.context() as patch, pytest.raises(BadInput, match="no checkpoint .*nix"):
+            patch.setattr(study, "speak", None)  # before the work
+            study.main([ear, *flag, str(tmp_path / "nix"), "--quantiser",
+                        str(tmp_path / "quantiser.pt")])
     speech_lm.main([ear, features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2",
                     "--chance"])
     out = capsys.readouterr().out

@@ -5,7 +5,7 @@ import unicodedata
 from whisper.tokenizer import TO_LANGUAGE_CODE
 
 # Signs that `whisper.decode` never writes (suppress_tokens). Between words they become a blank.
-SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』♩♪♫♬♭♮♯]"""
+SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』\u2640-\u267f]"""
 PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
