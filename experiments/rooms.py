@@ -25,7 +25,7 @@ from model import bounded  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import ROOM, Ear, Room  # noqa: E402
-from text.sources import load_data  # noqa: E402
+from text.sources import load_sentences  # noqa: E402
 
 RATE = 0.1  # of Adam, on x1
 JUDGE = ROOT / "pocket" / "judge.pt"
@@ -75,7 +75,7 @@ def main(argv=None) -> dict[str, tuple[float, float]]:
     if ear.channels != judge.channels:
         raise BadInput(f"{args.whisper} hears {ear.channels} bins and {args.judge} {judge.channels}"
                        "; give a judge that hears as many")
-    held_out = data.split(list(load_data(args.data, ear)[0]))[1]
+    held_out = data.split(load_sentences(args.data, ear))[1]
     longest = data.FRAMES_PER_SECOND * args.longest
     short = [s for s in held_out if data.n_frames(s) <= longest]
     if not short or args.sentences < 1 or args.steps < 1:

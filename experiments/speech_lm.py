@@ -37,7 +37,7 @@ from experiments.tokens import (  # noqa: E402
 from experiments.utterances import people  # noqa: E402
 from model import mlp, rotate, rotations  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from text.sources import load_data  # noqa: E402
+from text.sources import load_sentences  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 TEXT, END = N_CODES, N_CODES + 1  # marks behind the sound tokens; letters follow
@@ -204,7 +204,8 @@ def main(argv=None) -> None:
     whisper = FrozenWhisper(args.whisper)
     quantiser = load_quantiser(args.quantiser, whisper)
     codes = [whisper.check_language(code) for code in args.languages or whisper.languages]
-    training = data.split([s for s in load_data(args.data, whisper)[0] if s.language in codes])[0]
+    training = data.split([s for s in load_sentences(args.data, whisper)
+                           if s.language in codes])[0]
     sentences = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     texts = [letters(s) for s in sentences]
     alphabet = {c: END + 1 + i for i, c in enumerate(sorted(set("".join(map(letters, training)))))}

@@ -47,7 +47,7 @@ from pocket.clips import spoken_clips  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from text.error_rates import error_rates  # noqa: E402
 from text.long import fits  # noqa: E402
-from text.sources import load_data  # noqa: E402
+from text.sources import load_sentences  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_CODES, CODE_DIM, PER_SECOND = 512, 64, 25
@@ -351,7 +351,7 @@ def main(argv=None) -> None:
         raise BadInput(f"--write {' '.join(args.write)} would be written to one file; give other "
                        "folders, or call twice")
     whisper = FrozenWhisper(args.whisper)
-    training, held_out = data.split(list(load_data(args.data, whisper)[0]))
+    training, held_out = data.split(load_sentences(args.data, whisper))
     held_out = data.per_language(held_out, 100)
     training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     work, tests = args.out / "speech", {}

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ from speech import recordings
 from speech.recordings import read_audio, soundfile
 from test_roundtrip import FLAGS, ROOT, pocket, random_whisper, runs  # noqa: F401
 from text.error_rates import error_rates
-from text.sources import builtin, load_data, make_sentence, read_file, read_texts
+from text.sources import (
+    builtin, load_data, make_sentence, read_file, read_texts, split_of,
+)
 from text.spelling import strip_unspoken
 from whisper_decoder import FrozenWhisper
 
@@ -497,6 +500,14 @@ def test_headers_of_tables_and_empty_columns_are_no_sentences(pocket, tmp_path):
     (tmp_path / "t.txt").write_text("Yes.\n" * 9)
     with pytest.raises(BadInput, match=r"1 different sentences \('Yes.'\) are too few"):
         load_data([f"en={tmp_path}/t.txt"], pocket)
+
+
+def test_studies_say_what_of_a_text_cannot_be_used(pocket, tmp_path, capsys):
+    (tmp_path / "t.tsv").write_text("en\tYes.\nen\tNo.\nenn\tWell.\n")
+    config = asdict(train.Config())
+    for sources in ([str(tmp_path / "t.tsv")], None):
+        found = split_of(config | dict(data=[str(tmp_path / "t.tsv")]), pocket, sources)
+        assert sum(map(len, found)) == 2 and "'enn'" in capsys.readouterr().err
 
 
 def test_of_every_language_a_sentence_is_held_out():

@@ -1,6 +1,6 @@
 """Where text comes from: the built-in sentences, files, folders of files, URLs, Tatoeba.
 
-train.py and the studies call `load_data`; sample.py calls `read_texts`.
+train.py calls `load_data`, studies `load_sentences` or `split_of`, sample.py `read_texts`.
 """
 import bz2
 import gzip
@@ -373,10 +373,16 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
     return dict(shares), notes
 
 
+def load_sentences(sources: Sequence[str], whisper: FrozenWhisper, *settings) -> list[Sentence]:
+    """The sentences of `load_data`; its notes are printed."""
+    shares, notes = load_data(sources, whisper, *settings)
+    print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+    return list(shares)
+
+
 def split_of(config: dict, whisper: FrozenWhisper,
              sources: Sequence[str] | None = None) -> tuple[list[Sentence], list[Sentence]]:
     """Training and held-out text of a checkpoint, by its config, or of other sources; texts are cut
     as they were in its training, or what it learned would be held out."""
-    shares, _ = load_data(sources or config["data"], whisper, config["speed"],
-                          max_lines=config["max_lines"])
-    return split(list(shares))
+    settings = config["speed"], 1.0, config["max_lines"]
+    return split(load_sentences(sources or config["data"], whisper, *settings))
