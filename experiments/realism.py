@@ -432,9 +432,9 @@ def main(argv=None) -> dict:
     sources = [study.real_rows()] if args.real and study.has_voices else []
     for i, path in enumerate(args.checkpoints):
         sources.append(study.generated_rows(path, shuffle=args.real and i == 0))
-    for name, figures in (row for source in sources for row in source):
-        rows.setdefault(name, []).append(figures)
-        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
+    for name, cells in (row for source in sources for row in source):
+        rows.setdefault(name, []).append(cells)
+        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in cells.items()), flush=True)
         with atomic_write(Path(f"{args.out}.md")) as part:
             part.write_text(markdown(rows), "utf-8")
     print(markdown(rows))

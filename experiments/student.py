@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 from model import mlp  # noqa: E402
-from text.error_rates import edit_distance, error_rates  # noqa: E402
 from text import spelling  # noqa: E402
+from text.error_rates import edit_distance, error_rates  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 VALIDATION = 0.1  # share of a student's sentences that say when it has learned enough
