@@ -360,7 +360,7 @@ def test_schedules_of_a_run(pocket):
     most = [max(room_of_step(step, 100, data.generator(0, i)).amount for i in range(200))
             for step in (8, 23, 50)]
     lens = [room_of_step(step, 99, torch.Generator()).lens_weight for step in (0, 11, 33, 98)]
-    np.testing.assert_allclose(lens, [20, 40 / 3, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(lens, [5, 10 / 3, 0, 0], atol=1e-9)
     assert most[0] == 0 and 0.45 < most[1] <= 0.5 and 0.9 < most[2] < 1
     assert train.Run(train.Config(), pocket).model.config.width == pocket.channels  # depth 0
     ema, model = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))

@@ -26,7 +26,7 @@ SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise the of
 ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
 RAMP = (0.08, 0.38)  # of a run, while rooms grow: first the flow learns to be read at all
-LENS = 20.0  # weight of `Ear.lens` at first; it fades in the first third of a run
+LENS = 5.0  # weight of nll * `Ear.lens` at first; it fades in the first third of a run
 NEAR = 6  # frames: how far from its middle a token may be told, a standard deviation
 VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --rooms`
 
@@ -91,9 +91,10 @@ class Ear(FrozenWhisper):
                   room: Room | None = None) -> tuple[Tensor, Tensor]:
         """How hard the text is to read where the encoder hears x1 in a random room.
 
-        x1 (B, T, M) -> the loss, nll + lens_weight * lens, and nll alone, (B,) each. The window is
-        hardly longer than the speech, which in a room begins after a random delay of up to 240 ms.
-        That moves the tokens' frames; that a room's uneven pace moves them too is neglected.
+        x1 (B, T, M) -> the loss, nll + lens_weight * nll * lens, and nll alone, (B,) each; there nll
+        is a constant: what the decoder reads needs no lens. The window is hardly longer than the
+        speech, which in a room begins after a random delay of up to 240 ms. That moves the tokens'
+        frames; that a room's uneven pace moves them too is neglected.
         """
         window, middles = min(x1.shape[1] + SILENT_FRAMES, self.max_frames), batch.token_frames
         mel = self.spectrogram(x1, batch.cond["frames"], window)
@@ -107,7 +108,8 @@ class Ear(FrozenWhisper):
         nll = self.nll(states, batch.targets)
         if not (room and room.lens_weight):
             return nll, nll
-        return nll + room.lens_weight * self.lens(heard, batch.targets, middles), nll
+        lens = self.lens(heard, batch.targets, middles)
+        return nll + room.lens_weight * nll.detach() * lens, nll
 
     def lens(self, heard: Tensor, targets: Tensor, token_frames: Tensor) -> Tensor:
         """How badly the frozen W₀ alone tells tokens apart, (B, T, E), (B, L), (B, L) -> (B,).

@@ -45,7 +45,12 @@ def test_ear_without_a_room_hears_what_whisper_hears(ear):
     late = middles + (middles >= 0) * shift / 2
     assert shift > 9 and (ear.lens(heard, targets, middles) - ear.lens(
         heard, targets, late)).abs().max() > 1e-3
-    close(loss, nll + 2 * ear.lens(heard, targets, late))
+    close(loss, nll + 2 * nll * ear.lens(heard, targets, late))
+    x = x1.clone().requires_grad_()
+    loss, nll = ear.text_loss(x, batch, Room(1.0, rng.manual_seed(0), nothing, 2.0))
+    heard = ear.encode_mel(ear.spectrogram(x, frames, 140).roll(shift, 2))
+    expected = nll + 2 * nll.detach() * ear.lens(heard, targets, late)  # a constant factor
+    close(*(torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for y in (loss, expected)))
     losses = [ear.text_loss(x1, batch, Room(1.0, torch.Generator().manual_seed(seed)))[1]
               for seed in (0, 0, 1)]
     assert torch.equal(*losses[:2]) and (losses[0] - losses[2]).abs().max() > 0.01
