@@ -134,9 +134,9 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     (T,), which leaves out units that are shorter than a frame; the middle of each token, in frames.
     """
     language, text = sentence
-    tokens = torch.tensor(whisper.encode(text, language))
+    tokens = whisper.encode(text, language)
     encoding = whisper.tokenizer("en").encoding  # the same for all languages
-    token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens.tolist()])
+    token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
     char_ends = np.cumsum([len(c.encode()) for c in strip_unspoken(text)])  # in bytes
     token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
     ends = np.union1d(char_ends, token_ends)  # of units
@@ -146,7 +146,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     times *= frames / times[-1]
     where = np.interp(np.arange(frames) + 0.5, times, range(len(times)))
     middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, [0, *ends], times)
-    return (characters(text)[of_char], tokens[of_token],
+    return (characters(text)[of_char], torch.tensor(tokens)[of_token],
             torch.tensor(where).float(), torch.tensor(middles).float())
 
 

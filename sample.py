@@ -8,7 +8,6 @@
 """
 from plumbing.errors import BadInput, guard  # at once: see there
 import argparse
-import sys
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -30,7 +29,7 @@ from speech.align import durations_by
 from speech.sound import another_voice, pace, wav_files, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
-from text.sources import read_texts
+from text.sources import print_notes, read_texts
 from train import LATENTS, RoundTrip, generate, load_checkpoint, round_trips
 from whisper_decoder import FrozenWhisper
 
@@ -154,7 +153,7 @@ def main(argv=None) -> None:
         make_folder(file.parent)
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
-    print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+    print_notes(notes)
     parts = [cut(text, durations, whisper, args) for text in texts]
     trips = make(*zip(*chain(*parts)), args.solver)
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None) for trip in trips]

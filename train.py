@@ -167,7 +167,7 @@ def evaluate(run: "Run", held_out: list) -> dict:
 
 
 def show_samples(run: "Run", held_out: list) -> None:
-    """One held-out sentence of each of up to five languages, others each time, with 4 steps."""
+    """A held-out sentence of each of up to five languages, others each time; loops are cut."""
     order = torch.randperm(len(held_out), generator=data.generator(run.config.seed, run.step))
     sentences = list({held_out[i].language: held_out[i] for i in order.tolist()}.values())[:5]
     pairs = zip(sentences, run.transcribe_samples(sentences))

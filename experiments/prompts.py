@@ -35,7 +35,7 @@ def read_prompts(folder: Path) -> list[tuple[str, str]]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("folder", type=Path, help="of the clone")
     add("--out", type=Path, default=Path("prompts.tsv"), help="(default: %(default)s)")

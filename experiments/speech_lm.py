@@ -29,10 +29,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import train  # noqa: E402
 from experiments.student import Speech, edit_distance, letters, resample  # noqa: E402
 from experiments.tokens import (  # noqa: E402
-    N_CODES, Quantiser, load_quantiser, real_test, speak, tokenise,
+    N_CODES, Quantiser, check_sources, load_quantiser, real_test, speak, tokenise,
 )
 from experiments.utterances import people  # noqa: E402
 from model import mlp, rotate, rotations  # noqa: E402
@@ -211,8 +210,7 @@ def main(argv=None) -> None:
     alphabet = {c: END + 1 + i for i, c in enumerate(sorted(set("".join(map(letters, training)))))}
     real = (people(args.recordings, {*codes}, {*map(letters, training)}, whisper)
             if args.recordings else real_test(whisper, codes))
-    for source in {*args.sources} - {"espeak"}:
-        train.load_checkpoint(Path(source))  # it fails now, not after the rows before
+    check_sources(args.sources, sentences)
     heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on real speech | on what it learned from | perplexity "
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)

@@ -290,6 +290,22 @@ def write_rows(rows: list[dict], folder: Path, name: str) -> Path:
 # ---- the command -----------------------------------------------------------------------------
 
 
+def open_source(source: str, sentences: list) -> dict:
+    """A checkpoint that has learned the languages of the sentences. Raises BadInput."""
+    checkpoint = train.load_checkpoint(Path(source))
+    learned = checkpoint["origin"]["languages"]
+    if unlearned := {s.language for s in sentences} - {*learned}:
+        raise BadInput(f"{source} never learned {', '.join(sorted(unlearned))}; give --data in "
+                       + ", ".join(learned))
+    return checkpoint
+
+
+def check_sources(sources: Sequence[str], sentences: list) -> None:
+    """Raises BadInput now and not after the work."""
+    for source in {*sources} - {"espeak"}:
+        open_source(source, sentences)
+
+
 def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed: int = 0,
           amount: float = 0.0) -> Speech:
     """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
@@ -301,11 +317,7 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
                            + ", ".join(make_pocket.VOICES))
         mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, Voice(amount))
         return Speech(sentences, encode(mels, whisper))
-    checkpoint = train.load_checkpoint(Path(source))
-    if unlearned := {s.language for s in sentences} - {*checkpoint["origin"]["languages"]}:
-        raise BadInput(f"{source} never learned {', '.join(sorted(unlearned))}; give --data in "
-                       + ", ".join(checkpoint["origin"]["languages"]))
-    flow = sample.load_flow(checkpoint, whisper.device)
+    flow = sample.load_flow(open_source(source, sentences), whisper.device)
     critic = flow.critic
     is_heard = isinstance(critic, Ear)  # and by any Whisper with as many bands
     same, other = ((critic.dims.n_mels, whisper.dims.n_mels) if is_heard else
@@ -355,8 +367,7 @@ def main(argv=None) -> None:
     held_out = data.per_language(held_out, 100)
     training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     work, tests = args.out / "speech", {}
-    for source in {*args.write} - {"espeak"}:
-        train.load_checkpoint(Path(source))  # it fails now, not after the work
+    check_sources(args.write, training)
     if args.recordings:
         languages, known = {s.language for s in training}, {*map(letters, training)}
         tests["people"] = people(args.recordings, languages, known, whisper)

@@ -29,7 +29,7 @@ from sample import Flow  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
 from speech.recordings import log_mel, speech_span  # noqa: E402
-from text.sources import MAX_NOTES  # noqa: E402
+from text.sources import MAX_NOTES, print_notes  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_PEOPLE = 250  # clips of a test, at most
@@ -127,8 +127,8 @@ def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: in
         why = (f"{folder} has no usable clip: 1 to 12 seconds in {', '.join(sorted(languages))}, "
                "no digits, no text that is learned")
         raise BadInput("; ".join([why, *notes[:1]]))
-    print(*(f"note: {note}" for note in notes[:MAX_NOTES]),
-          f"{len(clips)} clips of {folder} are the test", sep="\n", file=sys.stderr)
+    print_notes(notes[:MAX_NOTES])
+    print(f"{len(clips)} clips of {folder} are the test", file=sys.stderr)
     return clips
 
 

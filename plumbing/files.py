@@ -98,9 +98,8 @@ class Log:
     def __init__(self, path: Path, header: str, n_rows: int):
         """It goes on behind the rows of steps below n_rows: those before a checkpoint."""
         lines = path.read_text().splitlines() if n_rows and path.exists() else []
-        steps = [row.partition(",")[0] for row in lines]
-        rows = [row for step, row in zip(steps[: n_rows + 1], lines)
-                if step.isdecimal() and int(step) < n_rows]
+        rows = [row for row in lines[1 : n_rows + 1]
+                if (step := row.partition(",")[0]).isdecimal() and int(step) < n_rows]
         self.path, self.now = path, path if n_rows else path.with_suffix(".new")
         self.header = header
         with atomic_write(self.now) as part:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import sys
 import zipfile
 from collections import Counter
 from importlib.util import find_spec
@@ -37,7 +36,7 @@ from plumbing.files import atomic_write, locked, make_folder
 from speech.sound import griffin_lim, write_samples
 from text.error_rates import error_rates
 from text.sources import (
-    kind, lines_of, local_file, note_english, note_other, other_language, read_line,
+    kind, lines_of, local_file, note_english, note_other, other_language, print_notes, read_line,
 )
 from whisper_decoder import FrozenWhisper
 
@@ -310,8 +309,7 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
     as_english = (line for line, _, code in read_lines(args.text_file, args.language)
                   if code == "en" != args.language)
-    for note in note_english(as_english) + note_other(others, args.language):
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(note_english(as_english) + note_other(others, args.language))
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
     settings = dict(language=args.language, text=digest.hexdigest()[:16],
                     checkpoint=weights.hexdigest()[:16],

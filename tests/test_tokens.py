@@ -21,7 +21,8 @@ def real(pocket):  # noqa: F811
 
 def test_languages_that_no_clip_has(pocket):  # noqa: F811
     assert {s.language for s in tokens.real_test(pocket, ["de", "it"]).sentences} == {"de"}
-    with pytest.raises(BadInput, match="pocket can hear no clip of pocket's test in it; give --"):
+    with pytest.raises(BadInput,
+                       match="pocket can hear no clip of pocket's test in it; give --rec"):
         tokens.real_test(pocket, ["it"])
 
 
@@ -132,6 +133,8 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
         tokens.speak(ear, [Sentence("en", "The dog sleeps. " * 20)], judge, tmp_path)
     with pytest.raises(BadInput, match="never learned it; give --data in de, en"):
         tokens.speak(ear, [Sentence("it", "Ciao.")], pocket, tmp_path)
+    with pytest.raises(BadInput, match="never learned it"):
+        tokens.check_sources(["espeak", ear], [Sentence("it", "Ciao.")])
     for study, flag in (tokens, ["--write"]), (speech_lm, []):
         with monkeypatch.context() as patch, pytest.raises(BadInput, match="no checkpoint .*nix"):
             patch.setattr(study, "speak", None)  # before the work

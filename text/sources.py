@@ -373,10 +373,16 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
     return dict(shares), notes
 
 
-def load_sentences(sources: Sequence[str], whisper: FrozenWhisper, *settings) -> list[Sentence]:
+def print_notes(notes: Iterable[str]) -> None:
+    """A line each, beside the results."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def load_sentences(sources: Sequence[str], whisper: FrozenWhisper, **settings) -> list[Sentence]:
     """The sentences of `load_data`; its notes are printed."""
-    shares, notes = load_data(sources, whisper, *settings)
-    print(*(f"note: {note}\n" for note in notes), sep="", end="", file=sys.stderr)
+    shares, notes = load_data(sources, whisper, **settings)
+    print_notes(notes)
     return list(shares)
 
 
@@ -384,5 +390,5 @@ def split_of(config: dict, whisper: FrozenWhisper,
              sources: Sequence[str] | None = None) -> tuple[list[Sentence], list[Sentence]]:
     """Training and held-out text of a checkpoint, by its config, or of other sources; texts are cut
     as they were in its training, or what it learned would be held out."""
-    settings = config["speed"], 1.0, config["max_lines"]
-    return split(load_sentences(sources or config["data"], whisper, *settings))
+    return split(load_sentences(sources or config["data"], whisper, speed=config["speed"],
+                                max_lines=config["max_lines"]))
