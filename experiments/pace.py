@@ -3,7 +3,7 @@
     python experiments/pace.py          # prints code, ISO 639-3, pace; needs espeak-ng
 
 The sentences were written for this project. The file has other paces for en, es, de, fr, zh (of
-pocket's own clips, in many voices) and ja (6.3, of the same sentence in kana).
+pocket's own clips, in many voices) and ja (6.3, of the same sentence in kana); nn has nb's.
 """
 import argparse
 import io
@@ -18,10 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 
-# Whisper's code -> espeak-ng's voice, where they differ; "" where it cannot read the usual
-# spelling: kanji (ja; measured on kana: 6.3), vowels that are not written (he), syllables that it
-# drops or spells (th, my). Other voices are missing; nn borrows that of nb.
-VOICES = {"zh": "cmn-latn-pinyin", "no": "nb", "nn": "nb", "ja": "", "he": "", "th": "", "my": ""}
 # Letters that espeak-ng names in place of reading them, and how it reads them.
 RESPELLED = {"as": {"\u09af\u09bc": "\u09df", "\u09a2\u09bc": "\u09f0"},
              "mt": {"l-": "l", "is-s": "iss"}}
@@ -47,7 +43,7 @@ def main() -> None:
         said = text
         for sign, letters in RESPELLED.get(code, {}).items():
             said = said.replace(sign, letters)
-        spoken = seconds(said, VOICES.get(code, code))
+        spoken = seconds(said, make_pocket.voice_of(code))
         pace = f"{len(data.words(text, code)) / spoken:.1f}" if spoken else "-"
         print(code, iso, pace)
 

@@ -175,12 +175,11 @@ class Study:
         self.tests = self.make_tests(training, held_out, is_pocket)
 
     def find_voices(self, languages: set[str], is_pocket: bool) -> bool:
-        """Whether espeak-ng can say all the text."""
-        if voiceless := languages - set(make_pocket.VOICES):
-            print("note: no row of real speech, as make_pocket.py has no voice for "
-                  + ", ".join(sorted(voiceless)))
-        elif self.args.real or self.args.measures or not is_pocket:
-            make_pocket.need_espeak()
+        """Whether espeak-ng is needed, and can say all the text."""
+        if not (self.args.real or self.args.measures or not is_pocket):
+            return False
+        if voiceless := make_pocket.voiceless(languages):
+            print("note: no row of real speech, as espeak-ng cannot read " + ", ".join(voiceless))
         return not voiceless
 
     def make_tests(self, training: list, held_out: list, is_pocket: bool) -> dict[str, Speech]:

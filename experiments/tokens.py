@@ -45,7 +45,7 @@ from plumbing.files import atomic_write  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech.ear import Ear  # noqa: E402
-from text.error_rates import error_rates  # noqa: E402
+from text.error_rates import cer_by_language, error_rates  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import load_sentences  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
@@ -224,7 +224,10 @@ def tokenise(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> li
 
 @torch.no_grad()
 def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[str, float]:
-    """Use and entropy of the codes, and the CER of what the decoder reads, before and after."""
+    """Use and entropy of the codes, and the CER of what the decoder reads, before and after.
+
+    The CER of all, and that of each language.
+    """
     counts = torch.tensor(sum(tokenise(quantiser, speech, whisper), [])).bincount(minlength=N_CODES)
     share = counts / counts.sum()
     figures = dict(codes=int((counts > 0).sum()),
@@ -240,7 +243,9 @@ def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[
                 row[:n] = x[:n]
             codes = [s.language for s in speech.sentences[i : i + 16]]
             read += [r.text for r in whisper.transcribe(whole, codes)]
+        by_language = cer_by_language(speech.sentences, read)
         figures[f"cer_{name}"] = error_rates(speech.sentences, read).cer
+        figures |= {f"cer_{name}_{code}": cer for code, cer in by_language.items()}
     return figures
 
 
@@ -310,11 +315,8 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
           amount: float = 0.0) -> Speech:
     """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
     if source == "espeak":
-        make_pocket.need_espeak()
-        if voiceless := {s.language for s in sentences} - {*make_pocket.VOICES}:
-            raise BadInput("make_pocket.py has no voice of espeak-ng for "
-                           f"{', '.join(sorted(voiceless))}; give --data in "
-                           + ", ".join(make_pocket.VOICES))
+        if voiceless := make_pocket.voiceless({s.language for s in sentences}):
+            raise BadInput(f"espeak-ng cannot read {', '.join(voiceless)}; give --data in others")
         mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, Voice(amount))
         return Speech(sentences, encode(mels, whisper))
     flow = sample.load_flow(open_source(source, sentences), whisper.device)
@@ -384,8 +386,10 @@ def main(argv=None) -> None:
     print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most")
     for name, speech in tests.items():
         figures = judge(quantiser, speech, whisper)
-        print(f"{name}: {figures['codes']} codes used, entropy {figures['entropy']:.2f} bits, CER "
-              f"{figures['cer_plain']:.2%} before, {figures['cer_quantised']:.2%} after")
+        print(f"{name}: {figures['codes']} codes used, entropy {figures['entropy']:.2f} bits")
+        for code in ("", *(f"_{code}" for code in sorted({s.language for s in speech.sentences}))):
+            plain, quantised = (figures[f"cer_{x}{code}"] for x in ("plain", "quantised"))
+            print(f"  CER{code.replace('_', ' ')}: {plain:.2%} before, {quantised:.2%} after")
     for source in args.write:
         tokens = tokenise(quantiser, speak(source, training, whisper, work), whisper)
         rows = [row(args.form, i, s.text, t) for i, (s, t) in enumerate(zip(training, tokens))]

@@ -48,7 +48,9 @@ DIMS = ModelDimensions(
 )  # 256 positions are 5.12 s
 MEL_FRAMES = 2 * DIMS.n_audio_ctx
 LANGUAGES = ("en", "es", "de", "fr", "zh")
-VOICES = {"en": "en", "es": "es", "de": "de", "fr": "fr-fr", "zh": "cmn-latn-pinyin"}
+# espeak-ng's voices that are not named as Whisper's codes; "" where it cannot read the usual
+# spelling: kanji (ja), vowels that are not written (he), syllables that it drops or spells (th, my).
+VOICES = {"zh": "cmn-latn-pinyin", "nn": "nb", "ja": "", "he": "", "th": "", "my": ""}
 VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph zac david john "
             "pablo Andy").split()
 HELD_OUT_VARIANTS = ("m8", "f5", "Andrea", "edward")  # heard in no training clip
@@ -98,9 +100,22 @@ def join_words(words, language):
 # ---- speech ----------------------------------------------------------------------------------
 
 
+def voice_of(language):
+    """espeak-ng's voice of a language; "" if it cannot read it."""
+    return VOICES.get(language, language)
+
+
+def voiceless(languages):
+    """Those that espeak-ng, which must be there, cannot read."""
+    need_espeak()
+    command = ["espeak-ng", "-q", "-v"]  # fails where there is no such voice
+    return [code for code in sorted(languages) if not voice_of(code)
+            or subprocess.run([*command, voice_of(code), "a"], capture_output=True).returncode]
+
+
 def speak(sentence, variant, speed, pitch):
     """espeak-ng reads the sentence -> 16 kHz samples, float32 in [-1, 1]."""
-    voice = f"{VOICES[sentence.language]}+{variant}"
+    voice = f"{voice_of(sentence.language)}+{variant}"
     command = ["espeak-ng", "-b", "1", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout"]
     command += ["--", sentence.text]  # which may begin with a dash
     wav = subprocess.run(command, capture_output=True, check=True).stdout

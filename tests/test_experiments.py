@@ -183,6 +183,7 @@ def test_espeak_speaks_once_and_in_the_time_there_is(tmp_path, monkeypatch):
     assert np.array_equal(one, same) and len(one) != len(other) and len(short) <= 14000 < len(one)
     dash = make_pocket.random_samples(Sentence("en", "-so what."), variants, 0, 10**6)
     assert len(dash) > 8000  # said, and no option of espeak-ng
+    assert make_pocket.voiceless({"zh", "ru", "nn", "ja", "xx"}) == ["ja", "xx"]
     a, b = (make_pocket.speak_all(TEXTS, variants, seed, tmp_path, "x") for seed in (0, 1))
     monkeypatch.setattr(make_pocket, "random_clip", None)
     again = make_pocket.speak_all(TEXTS, variants, 1, tmp_path, "x")

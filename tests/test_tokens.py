@@ -8,6 +8,7 @@ from data import Sentence
 from experiments import speech_lm, speed, tokens
 from experiments.student import Speech
 from plumbing.errors import BadInput
+from pocket import make_pocket
 from speech.recordings import soundfile
 from test_roundtrip import close, pocket, randn, runs  # noqa: F401
 from whisper_decoder import FrozenWhisper
@@ -55,6 +56,9 @@ def test_a_quantiser_learns_and_padding_changes_nothing(pocket, real):  # noqa: 
             for q in (before, after)]
     assert loss[1] < 0.2 * loss[0]
     figures, worse = (tokens.judge(quantiser, real, pocket) for quantiser in (after, before))
+    german = Speech(*zip(*(pair for pair in zip(*real) if pair[0].language == "de")))
+    only = tokens.judge(after, german, pocket)
+    assert only["cer_quantised"] == only["cer_quantised_de"] == figures["cer_quantised_de"]
     assert figures["cer_plain"] < 0.05 and figures["cer_quantised"] < 0.2 < worse["cer_quantised"]
     assert figures["codes"] > 30 and 3 < figures["entropy"] <= 9
     with pytest.raises(BadInput, match="63 frames of speech are too few for codes of 64"):
@@ -118,6 +122,7 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
                  "speechless"])
     out = capsys.readouterr().out
     assert "real speech: " in out and "speechless_features." in out and ": 2 rows" in out
+    assert "\n  CER: " in out and "\n  CER en: " in out
     with pytest.raises(BadInput, match="is no quantiser of pocket .'whisper'.; "):
         tokens.main([ear, "--quantiser", str(runs[0] / "mel" / "ckpt.pt")])
     with pytest.raises(BadInput, match="is no quantiser of pocket/judge.pt .it is of another.; "):
@@ -127,8 +132,9 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
     with pytest.raises(BadInput, match="hears at most 20 frames, and a sentence has"):
         monkeypatch.setattr(judge, "max_frames", 20)
         tokens.speak(ear, few, judge, tmp_path)
-    with pytest.raises(BadInput, match="no voice of espeak-ng for it; give --data in en, es"):
-        tokens.speak("espeak", [Sentence("it", "Ciao.")], pocket, tmp_path)
+    monkeypatch.setattr(make_pocket, "need_espeak", lambda: None)
+    with pytest.raises(BadInput, match="espeak-ng cannot read ja; give --data in others"):
+        tokens.speak("espeak", [Sentence("ja", "犬が眠る。")], pocket, tmp_path)
     with pytest.raises(BadInput, match="is too long for pocket, with which .*mel was trained"):
         tokens.speak(ear, [Sentence("en", "The dog sleeps. " * 20)], judge, tmp_path)
     with pytest.raises(BadInput, match="never learned it; give --data in de, en"):
