@@ -53,8 +53,8 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: added lines move no other, but perhaps
-    the one of a tiny set or language that is held out at least.
+    """Training and held-out sentences, by a hash of each: added lines move no other, except where
+    a tiny set or language must hold out one.
 
     What differs from a held-out one in signs, blanks and capitals only is dropped. Raises BadInput.
     """
@@ -151,7 +151,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
 
 
 class Batch(NamedTuple):
-    """Padded items; before `to`, cond holds token ids (B, U), (B,) in place of embeddings."""
+    """Padded items; before `to`, cond's tokens (B, U) and language (B,) are ids, not embeddings."""
 
     sentences: list[Sentence]
     cond: dict[str, Tensor]  # what model.DiT takes
@@ -234,7 +234,7 @@ class Batches(torch.utils.data.Dataset):
         self.frames = torch.tensor([d.sum() for d in self.durations])
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
-        """The sentences of a step, each with its durations (S,) at the natural pace."""
+        """The sentences of a step, each with its durations (S,) at `self.speed`."""
         picks = draw_similar(self.sums, self.frames, self.batch_size, rng)
         return [(self.sentences[i], self.durations[i]) for i in picks]
 

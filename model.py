@@ -28,7 +28,7 @@ class DiTConfig:
     depth: int = 4  # layers and heads; the width follows
     patch: int = 4  # frames per patch, 20 ms each
     bound: str = "sphere"  # endpoint: sphere: mean 0, variance 1 in every frame; tanh: +-REACH
-    max_frames: int = 1500  # P
+    max_frames: int = 1500  # positions of Whisper's window (P)
 
     @property
     def width(self) -> int:
@@ -138,7 +138,7 @@ class DiT(nn.Module):
         text = text * cond["chars"].any(2, keepdim=True)  # not the bias of token_in from padding
         text = text + F.silu(self.unit_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
-        which, phase = alignment.long(), math.pi * alignment.frac()  # (B, T)
+        which, phase = alignment.long(), math.pi * alignment.frac()  # (B, N * patch)
         text = text.gather(1, which[:, :, None].expand(-1, -1, text.shape[-1]))
         text = text + self.phase_in(torch.stack([phase.cos(), phase.sin()], 2))
         text = torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)

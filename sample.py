@@ -26,7 +26,7 @@ from plumbing.files import make_folder
 from plumbing.flags import Parser, path
 from speech import dataset
 from speech.align import durations_by
-from speech.sound import another_voice, pace, wav_files, write_wav
+from speech.sound import another_voice, pace, wav_files, write_manifest, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
 from text.sources import print_notes, read_texts
@@ -170,6 +170,8 @@ def main(argv=None) -> None:
             show_forming(model, whisper, *parts[0][0], args)
         if args.wav:
             write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])
+    if args.wav and args.wav not in files:
+        write_manifest(files, texts)
     cer, wer, exact = error_rates(texts, hypotheses)
     end = "".join(f"\nwrote {to}: {len(texts)} texts" for to in (args.wav, args.out) if to)
     others = len([*args.wav.glob("*.wav")]) - len(texts) if args.wav and args.wav.is_dir() else 0

@@ -52,7 +52,7 @@ class Config:
     max_lines: int = flag(10**6, "lines of a file that are read", 1)
     temperature: float = flag(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speed: float = flag(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = flag(0.0, "in training; 0: the critic's own", 0, 10)
+    speed_range: float = flag(0.0, "paces from 1 / x to x; 0: the critic's own", 0, 10)
     depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0, 65)
     steps: int = flag(900, "training steps", 1)
     batch_size: int = flag(24, "sentences per step, on all GPUs together", 1, 10**5)
@@ -208,7 +208,7 @@ class Run:
             torch.save(states, file)
 
     def load(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint; BadInput if a flag not CHANGEABLE, Whisper or text differ."""
+        """Go on from a checkpoint; BadInput if Whisper, text or a flag not CHANGEABLE differs."""
         for name, now in asdict(self.config).items():
             if name not in CHANGEABLE and (before := checkpoint["config"][name]) != now:
                 raise BadInput(f"{self.path} was trained with --{name} {before!r}, not {now!r}; "
@@ -258,7 +258,7 @@ def train(run: Run, batches: Dataset, held_out: list, objective: Callable = obje
           rank: int = 0, n_ranks: int = 1) -> None:
     """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
     config, whisper, device, start = run.config, run.whisper, run.whisper.device, time.time()
-    loader = DataLoader(batches, None, sampler=range(run.step, config.steps),
+    loader = DataLoader(batches, batch_size=None, sampler=range(run.step, config.steps),
                         **devices.workers(device, n_ranks))
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
     log = Log(run.path.with_name("log.csv"), LOG, run.step) if rank == 0 else None

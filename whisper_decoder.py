@@ -33,7 +33,7 @@ class FrozenWhisper:
     """A Whisper whose weights never change: pocket, an official name, or a checkpoint file."""
 
     bound = "sphere"  # of the endpoint, see model.DiTConfig
-    speed_range = 1.7  # in training: so many times slower or faster
+    speed_range = 1.7  # in training: up to so many times slower or faster
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         self.name, self.device = name, torch.device(device)
@@ -128,7 +128,7 @@ class FrozenWhisper:
     def directions(self) -> tuple[Tensor, Tensor]:
         """Where x1 leans at first, `model.DiT.begin`: W (C, E) and marks of time (P, C).
 
-        What the encoder makes of silence shows when a frame is, so that the next is soon found.
+        Silence is encoded differently in every frame: such marks help attention to go on in time.
         """
         marks = self.silence_x1 - self.silence_x1.mean(0)
         return self.token_direction, marks / (2 * marks.square().mean().sqrt())
@@ -164,7 +164,7 @@ class FrozenWhisper:
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """What the decoder sees of x1 and silence behind it, (B, T, C), (B,) -> (B, P, E)."""
         # Whisper cannot be told where speech ends: silence fills its window, in training too.
-        speech = self.model.encoder.ln_post(x1.float())
+        speech = self.model.encoder.ln_post(x1.float())  # norms again what guidance bent
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
@@ -227,7 +227,7 @@ class FrozenWhisper:
                         tokens: Tensor) -> tuple[list[str], None]:
         """Those that are given, or Whisper's guess, written into tokens (B, n_prompt) too.
 
-        DecodingTask's own knows one language a batch: 42 languages would need 42 calls.
+        DecodingTask's own knows one language a batch, so each language would need its own call.
         """
         guesses = self.model.detect_language(features)[1] if None in languages else languages
         codes = [code or max(guess, key=guess.get) for code, guess in zip(languages, guesses)]

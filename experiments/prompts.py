@@ -24,7 +24,11 @@ def read_prompts(folder: Path) -> list[tuple[str, str]]:
     for file in sorted(folder.glob("prompts/*/*.txt")):
         if locale := re.search(r"_(([a-z]{2})-[A-Z]{2})$", file.parent.name):  # no rs_SR, Test_test
             code = WHISPER_CODES.get(locale[1], locale[2])
-            for line in file.read_text("utf-8-sig").splitlines():  # number<TAB>text, or text
+            try:
+                lines = file.read_text("utf-8-sig").splitlines()
+            except UnicodeError as error:
+                raise BadInput(f"{file} is not UTF-8 ({error}); fetch the clone again") from error
+            for line in lines:  # number<TAB>text, or text
                 text = unicodedata.normalize("NFC", line.split("\t")[-1]).strip()
                 if 0 < len(text) <= LONGEST:
                     prompts[code, text] = None

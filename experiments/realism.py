@@ -45,13 +45,12 @@ from experiments.student import (  # noqa: E402
     Speech, greedy_cer, language_accuracy, letters, student_cer, train_student,
 )
 from experiments.utterances import (  # noqa: E402
-    Voice, encode, espeak, even, generate, latents, n_samples, parts, people,
+    Voice, encode, espeak, even, generate, latents, n_samples, parts, people, real_test,
 )
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
 from pocket import make_pocket  # noqa: E402
-from pocket.clips import spoken_clips  # noqa: E402
 from sample import Flow  # noqa: E402
 from speech import sound  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
@@ -185,14 +184,11 @@ class Study:
     def make_tests(self, training: list, held_out: list, is_pocket: bool) -> dict[str, Speech]:
         """Real speech that students read, of sentences that none of them learns."""
         tests, languages = {}, {s.language for s in training}
+        known = {letters(s) for s in training}
         if self.args.recordings:
-            known = {letters(s) for s in training}
             tests["human"] = people(self.args.recordings, languages, known, self.whisper)
         if is_pocket:
-            shipped = zip(*(pair for pair in spoken_clips(self.whisper)
-                            if pair[0].language in languages))
-            sentences, mels = map(list, shipped)
-            tests["student"] = Speech(sentences, encode(mels, self.whisper))
+            tests["student"] = real_test(self.whisper, languages, known)
         elif self.has_voices:
             tests["student"] = self.say(per_language(held_out, N_TEST), 2,
                                         make_pocket.HELD_OUT_VARIANTS)

@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from experiments.student import Speech, edit_distance, letters, resample  # noqa: E402
 from experiments.tokens import (  # noqa: E402
-    N_CODES, Quantiser, check_sources, load_quantiser, real_test, speak, tokenise,
+    N_CODES, Quantiser, check_sources, load_quantiser, speak, tokenise,
 )
-from experiments.utterances import people  # noqa: E402
+from experiments.utterances import people, real_test  # noqa: E402
 from model import mlp, rotate, rotations  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from text.sources import load_sentences  # noqa: E402
@@ -208,9 +208,10 @@ def main(argv=None) -> None:
     sentences = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     texts = [letters(s) for s in sentences]
     alphabet = {c: END + 1 + i for i, c in enumerate(sorted(set("".join(map(letters, training)))))}
-    real = (people(args.recordings, {*codes}, {*map(letters, training)}, whisper)
-            if args.recordings else real_test(whisper, codes))
-    check_sources(args.sources, sentences)
+    known = {*map(letters, training)}
+    real = (people(args.recordings, {*codes}, known, whisper)
+            if args.recordings else real_test(whisper, codes, known))
+    check_sources(args.sources, sentences, whisper)
     heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on real speech | on what it learned from | perplexity "
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)

@@ -37,13 +37,14 @@ import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech, letters  # noqa: E402
-from experiments.utterances import Voice, encode, espeak, generate, people  # noqa: E402
+from experiments.utterances import (  # noqa: E402
+    Voice, encode, espeak, generate, people, real_test,
+)
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.errors import BadInput, first_line, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
 from pocket import make_pocket  # noqa: E402
-from pocket.clips import spoken_clips  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from text.error_rates import cer_by_language, error_rates  # noqa: E402
 from text.long import fits  # noqa: E402
@@ -295,31 +296,14 @@ def write_rows(rows: list[dict], folder: Path, name: str) -> Path:
 # ---- the command -----------------------------------------------------------------------------
 
 
-def open_source(source: str, sentences: list) -> dict:
-    """A checkpoint that has learned the languages of the sentences. Raises BadInput."""
+def open_source(source: str, sentences: list, whisper: FrozenWhisper) -> sample.Flow:
+    """A checkpoint that can say the sentences, and is understood by the Whisper; else BadInput."""
     checkpoint = train.load_checkpoint(Path(source))
     learned = checkpoint["origin"]["languages"]
     if unlearned := {s.language for s in sentences} - {*learned}:
         raise BadInput(f"{source} never learned {', '.join(sorted(unlearned))}; give --data in "
                        + ", ".join(learned))
-    return checkpoint
-
-
-def check_sources(sources: Sequence[str], sentences: list) -> None:
-    """Raises BadInput now and not after the work."""
-    for source in {*sources} - {"espeak"}:
-        open_source(source, sentences)
-
-
-def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed: int = 0,
-          amount: float = 0.0) -> Speech:
-    """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
-    if source == "espeak":
-        if voiceless := make_pocket.voiceless({s.language for s in sentences}):
-            raise BadInput(f"espeak-ng cannot read {', '.join(voiceless)}; give --data in others")
-        mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, Voice(amount))
-        return Speech(sentences, encode(mels, whisper))
-    flow = sample.load_flow(open_source(source, sentences), whisper.device)
+    flow = sample.load_flow(checkpoint, whisper.device)
     critic = flow.critic
     is_heard = isinstance(critic, Ear)  # and by any Whisper with as many bands
     same, other = ((critic.dims.n_mels, whisper.dims.n_mels) if is_heard else
@@ -330,17 +314,31 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
     if long := [s.text for s in sentences if not fits(s, critic, flow.speed, flow.durations)]:
         raise BadInput(f"{long[0][:60]!r} is too long for {critic.name}, with which {source} was "
                        "trained; give shorter --data")
-    return generate(flow, sentences, Solver(seed=seed), Voice(amount * is_heard), whisper)
+    return flow
 
 
-def real_test(whisper: FrozenWhisper, languages: Sequence[str]) -> Speech:
-    """The spoken test sentences of pocket, in voices that nothing heard."""
-    clips = [clip for clip in spoken_clips(whisper) if clip[0].language in languages]
-    if not clips:
-        raise BadInput(f"{whisper.name} can hear no clip of pocket's test in {', '.join(languages)}"
-                       "; give --recordings")
-    sentences, mels = map(list, zip(*clips))
-    return Speech(sentences, encode(mels, whisper))
+def check_espeak(sentences: list) -> None:
+    """Raises BadInput if espeak-ng cannot say them."""
+    if voiceless := make_pocket.voiceless({s.language for s in sentences}):
+        raise BadInput(f"espeak-ng cannot read {', '.join(voiceless)}; give --data in others")
+
+
+def check_sources(sources: Sequence[str], sentences: list, whisper: FrozenWhisper) -> None:
+    """Raises BadInput now and not after the work."""
+    for source in {*sources}:
+        check_espeak(sentences) if source == "espeak" else open_source(source, sentences, whisper)
+
+
+def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed: int = 0,
+          amount: float = 0.0) -> Speech:
+    """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
+    if source == "espeak":
+        check_espeak(sentences)
+        mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, Voice(amount))
+        return Speech(sentences, encode(mels, whisper))
+    flow = open_source(source, sentences, whisper)
+    voice = Voice(amount * isinstance(flow.critic, Ear))
+    return generate(flow, sentences, Solver(seed=seed), voice, whisper)
 
 
 def main(argv=None) -> None:
@@ -368,19 +366,23 @@ def main(argv=None) -> None:
     training, held_out = data.split(load_sentences(args.data, whisper))
     held_out = data.per_language(held_out, 100)
     training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
-    work, tests = args.out / "speech", {}
-    check_sources(args.write, training)
+    work, tests, file = args.out / "speech", {}, args.out / "quantiser.pt"
+    if file.exists() and not args.quantiser:
+        raise BadInput(f"{file} is there already; --quantiser {file} uses it; or give another "
+                       "--out")
+    check_sources([*args.write, args.source], [*training, *held_out], whisper)
+    known = {*map(letters, training)}
     if args.recordings:
-        languages, known = {s.language for s in training}, {*map(letters, training)}
+        languages = {s.language for s in training}
         tests["people"] = people(args.recordings, languages, known, whisper)
     if args.whisper == "pocket":
-        tests["real speech"] = real_test(whisper, whisper.languages)
+        tests["real speech"] = real_test(whisper, whisper.languages, known)
     if args.quantiser:
         quantiser = load_quantiser(args.quantiser, whisper)
     else:
         speech = speak(args.source, training, whisper, work, 7)  # what a model learns: other takes
         quantiser = train_quantiser(speech, whisper, args.steps, args.seed)
-        with atomic_write(args.out / "quantiser.pt") as part:
+        with atomic_write(file) as part:
             torch.save(dict(quantiser=quantiser.state_dict(), whisper=whisper.fingerprint), part)
     tests[f"{args.source}, held out"] = speak(args.source, held_out, whisper, work, 2)
     print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most")

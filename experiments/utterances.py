@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Collection, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from experiments.student import Speech, letters, resample  # noqa: E402
 from flow import Solver, last  # noqa: E402
 from plumbing.errors import BadInput  # noqa: E402
 from pocket import make_pocket  # noqa: E402
-from pocket.clips import mel_from_bytes  # noqa: E402
+from pocket.clips import mel_from_bytes, spoken_clips  # noqa: E402
 from sample import Flow  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
@@ -135,6 +135,19 @@ def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: in
 def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
     """As the critic hears people say what no student learns; known: letters of what they do."""
     clips = human_clips(folder, whisper, languages, N_PEOPLE, lambda s: letters(s) not in known)
+    sentences, mels = map(list, zip(*clips))
+    return Speech(sentences, encode(mels, whisper))
+
+
+def real_test(whisper: FrozenWhisper, languages: Collection[str],
+              known: Collection[str] = ()) -> Speech:
+    """The spoken test sentences of pocket, in voices that nothing heard; known: letters of what is
+    learned, which no test has."""
+    clips = [clip for clip in spoken_clips(whisper) if clip[0].language in languages
+             and letters(clip[0]) not in known]
+    if not clips:
+        raise BadInput(f"{whisper.name} can hear no clip of pocket's test that is not learned in "
+                       f"{', '.join(sorted(languages))}; give --recordings")
     sentences, mels = map(list, zip(*clips))
     return Speech(sentences, encode(mels, whisper))
 

@@ -81,7 +81,7 @@ def guard(main: Callable) -> None:
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
-        why = ("out of memory; try fewer sentences or steps at once; in training a smaller "
+        why = ("out of memory; try fewer or shorter texts at once; in training a smaller "
                "--batch_size (also with --resume, if there is a checkpoint), or anew --depth")
     except KeyboardInterrupt:
         why = "stopped; what is written is whole"

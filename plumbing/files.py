@@ -86,6 +86,9 @@ def locked(folder: Path, rank: int = 0, part: str = ""):
                 flock(lock, LOCK_EX | LOCK_NB)
         except BlockingIOError as error:
             raise BadInput(f"another run writes to {folder}; give another folder") from error
+        except OSError as error:  # of a cluster, perhaps
+            print(f"note: {folder} cannot be locked ({error.strerror}), so see to it that no other "
+                  "run writes there", file=sys.stderr)
         for name in OURS if not part else ():
             for half in folder.glob(f"{name}.*.tmp"):
                 half.unlink()

@@ -49,7 +49,7 @@ DIMS = ModelDimensions(
 MEL_FRAMES = 2 * DIMS.n_audio_ctx
 LANGUAGES = ("en", "es", "de", "fr", "zh")
 # espeak-ng's voices that are not named as Whisper's codes; "" where it cannot read the usual
-# spelling: kanji (ja), vowels that are not written (he), syllables that it drops or spells (th, my).
+# spelling: kanji (ja), vowels that are not written (he), syllables it drops or spells (th, my).
 VOICES = {"zh": "cmn-latn-pinyin", "nn": "nb", "ja": "", "he": "", "th": "", "my": ""}
 VARIANTS = ("m1 m2 m3 m4 m5 m6 m7 f1 f2 f3 f4 Annie Michael Lee linda paul steph zac david john "
             "pablo Andy").split()
@@ -164,14 +164,22 @@ def speak_all(sentences, variants, seed, work, name, workers=2):
     with ThreadPoolExecutor(workers) as pool:
         for start in tqdm(shards, desc=f"speaking {name}", unit="shard"):
             path = work / f"{name}_{key}_{start:06d}.npz"
-            if not path.exists():
+            if (made := read_clips(path)) is None:
                 part = sentences[start : start + SHARD]
                 made = list(pool.map(lambda s: random_clip(s, variants, seed), part))
                 with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
                     np.savez(file, *made)
-            with np.load(path) as shard:
-                clips += [shard[f"arr_{i}"] for i in range(len(shard.files))]
+            clips += made
     return clips
+
+
+def read_clips(path):
+    """The clips of a shard; None if there is none, or a damaged one."""
+    try:
+        with np.load(path) as shard:
+            return [shard[f"arr_{i}"] for i in range(len(shard.files))]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def takes(sentence):

@@ -18,6 +18,7 @@ import os
 import re
 import zipfile
 from collections import Counter
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -33,7 +34,8 @@ from flow import Solver
 from plumbing import flags
 from plumbing.errors import BadInput
 from plumbing.files import atomic_write, locked, make_folder
-from speech.sound import griffin_lim, write_samples
+from speech.recordings import log_mel
+from speech.sound import griffin_lim, is_whole_wav, write_samples
 from text.error_rates import error_rates
 from text.sources import (
     kind, lines_of, local_file, note_english, note_other, other_language, print_notes, read_line,
@@ -41,6 +43,8 @@ from text.sources import (
 from whisper_decoder import FrozenWhisper
 
 TEXTS_A_SHARD = 200
+READ_AT_ONCE = 16  # sounds
+SEED_STEP = 1000  # between the seeds that --best_of tries, so that no other --seed tries them too
 SOUNDS = ("wav", "flac")
 KINDS = ("features", "mel", *SOUNDS)
 SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # see FrozenWhisper.transcribe
@@ -60,7 +64,8 @@ def add_flags(add: Callable) -> None:
     add("--write", nargs="+", action="extend", default=[], choices=KINDS,
         help="to the FOLDER (default: features)")
     add("--best_of", type=int, default=1, help="so many seeds are tried, the best read is written")
-    add("--max_cer", type=float, help="what is read worse, 0.05 is 5 %%, is left out of the FOLDER")
+    add("--max_cer", type=float, help="what is read worse, 0.05 is 5 %%, is left out of the FOLDER;"
+        " where sounds are written they have to be read as well")
     add("--part", default="1/1", help="2/8: the second of eight processes that write the FOLDER")
 
 
@@ -106,7 +111,7 @@ def write_npz(path: Path, trips: Sequence, text_of: np.ndarray) -> None:
 
 class Piece(NamedTuple):
     row: dict  # of the manifest
-    arrays: dict[str, Tensor]  # what --write names; of sounds, the log-mel
+    arrays: dict[str, Tensor]  # what --write names; of sounds, the log-mel, and later the samples
 
 
 def describe(trip, seed: int, whisper: FrozenWhisper, kinds: Sequence[str]) -> Piece:
@@ -140,38 +145,56 @@ def best_pieces(pieces: list, make: Make, solvers: Sequence[Solver], whisper: Fr
     return [best[i] for i in range(len(pieces))]
 
 
-def write_sound(path: Path, mel: Tensor, whisper: FrozenWhisper) -> None:
-    """A log-mel (n, M) as .wav, or as .flac by soundfile."""
-    samples = griffin_lim(mel.float().T.to(whisper.device))
+def read_sounds(pieces: Sequence[Piece], whisper: FrozenWhisper) -> None:
+    """Log-mels -> samples, and what is read in these: `cer_sound` of each row."""
+    for piece in pieces:
+        mel = piece.arrays["mel"].float().T.to(whisper.device)
+        piece.arrays["samples"] = griffin_lim(mel).cpu()
+    for start in range(0, len(pieces), READ_AT_ONCE):
+        group = pieces[start : start + READ_AT_ONCE]
+        mels = torch.cat([log_mel(piece.arrays["samples"], whisper) for piece in group])
+        codes = [piece.row["language"] for piece in group]
+        read = whisper.transcribe(whisper.features_of_mel(mels.to(whisper.device)), codes)
+        for piece, result in zip(group, read):
+            sentence = Sentence(piece.row["language"], piece.row["text"])
+            piece.row["cer_sound"] = round(error_rates([sentence], [result.text]).cer, 4)
+
+
+def write_sound(path: Path, samples: Tensor) -> None:
+    """Samples (n,) as .wav, or as .flac by soundfile."""
     if path.suffix == ".wav":
         return write_samples(path, samples)
     import soundfile
     samples = samples / samples.abs().max().clamp(min=1)
     with atomic_write(path) as part:
-        soundfile.write(part, samples.cpu().numpy(), 16000, format="FLAC")
+        soundfile.write(part, samples.numpy(), 16000, format="FLAC")
 
 
 def make_shard(name: str, lines: Sequence, first: int, args, kinds: Sequence[str],
                whisper: FrozenWhisper, cut: Cut, make: Make) -> None:
     """Lines of text, the number of the first -> a shard on the disk."""
     ids, texts, left_out = cut_texts(lines, first, cut, whisper)
-    solvers = [args.solver._replace(seed=args.seed + i) for i in range(args.best_of)]
+    solvers = [args.solver._replace(seed=args.seed + SEED_STEP * i) for i in range(args.best_of)]
     pieces = [piece._replace(row=dict(id=id_of) | piece.row)
               for id_of, piece in zip(ids, best_pieces(texts, make, solvers, whisper, kinds))]
-    limit = math.inf if args.max_cer is None else args.max_cer
-    left_out += [piece.row | dict(why=f"its CER is over --max_cer {limit:g}")
-                 for piece in pieces if piece.row["cer"] > limit]
-    good = [piece for piece in pieces if piece.row["cer"] <= limit]
-    write_shard(name, args.out, good, left_out, whisper, kinds)
+    if {*kinds} & {*SOUNDS}:
+        read_sounds(pieces, whisper)
+    limit, good = math.inf if args.max_cer is None else args.max_cer, []
+    for piece in pieces:
+        if max(piece.row["cer"], piece.row.get("cer_sound", 0)) <= limit:
+            good.append(piece)
+        else:
+            left_out.append(piece.row | dict(why=f"its CER is over --max_cer {limit:g}"))
+    write_shard(name, args.out, good, left_out, kinds)
 
 
-def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dict], whisper,
+def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dict],
                 kinds: Sequence[str]) -> None:
     """Its arrays and sounds, and last its rows: then it is whole."""
     for sound in [kind for kind in SOUNDS if kind in kinds]:
         for piece in pieces:
             piece.row[sound] = f"{sound}/{name[6:]}/{piece.row['id']}.{sound}"
-            write_sound(folder / piece.row[sound], piece.arrays["mel"], whisper)
+            write_sound(folder / piece.row[sound], piece.arrays["samples"])
     arrays = {key: np.concatenate([piece.arrays[key] for piece in pieces])
               for key in set(kinds) - {*SOUNDS} if pieces}
     if set(kinds) - {*SOUNDS}:
@@ -194,9 +217,12 @@ def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> b
             with np.load(folder / f"{name}.npz") as arrays:
                 if len(arrays["frames"]) != sum("why" not in row for row in rows):
                     return False
-        sounds = [folder / row[sound] for row in rows for sound in SOUNDS if sound in row]
-        return {int(row["id"].split("-")[0]) for row in rows} == {*numbers} and all(
-            sound.is_file() for sound in sounds)
+        for row in rows:
+            if "wav" in row and not is_whole_wav(folder / row["wav"], row["frames"]):
+                return False
+            if "flac" in row and not (folder / row["flac"]).stat().st_size:
+                return False
+        return {int(row["id"].split("-")[0]) for row in rows} == {*numbers}
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
             zipfile.BadZipFile):
         return False
@@ -253,11 +279,14 @@ def check_settings(folder: Path, settings: dict) -> None:
             part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
 
 
-def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> str:
-    """manifest.jsonl and left_out.jsonl of all shards -> what is in them, in words."""
+def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> tuple[int, str]:
+    """manifest.jsonl and left_out.jsonl of all shards -> how many pieces, what is in them."""
     seconds, kept, left_out, first = 0.0, Counter(), Counter(), {}
-    for file in folder.rglob("*.tmp"):
-        file.unlink(missing_ok=True)  # of a run that was killed
+    with suppress(BadInput), ExitStack() as parts:
+        for lock in folder.glob(".lock-*"):  # no part is still at work
+            parts.enter_context(locked(folder, part=lock.name[len(".lock"):]))
+        for file in folder.rglob("*.tmp"):
+            file.unlink(missing_ok=True)  # of a run that was killed
     with (atomic_write(folder / "manifest.jsonl") as good, open(good, "wb") as manifest,
           atomic_write(folder / "left_out.jsonl") as bad, open(bad, "wb") as rest):
         for line in chain.from_iterable(open(folder / f"{name}.jsonl", "rb") for name in names):
@@ -279,7 +308,7 @@ def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> str:
     if rest[10:]:
         lines.append(f"and others for {len(rest) - 10} more reasons, see left_out.jsonl")
     lines.append(f"wrote {folder}: {kept.total()} pieces of text, {seconds / 3600:.2f} hours")
-    return "\n".join(lines)
+    return kept.total(), "\n".join(lines)
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -294,7 +323,11 @@ def parse_part(text: str) -> tuple[int, int]:
 def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make: Make) -> str:
     """All shards of this part that are not there yet -> what there is then, in words."""
     folder, (part, n_parts) = args.out, parse_part(args.part)
-    kinds = sorted(set(args.write or ["features"]))
+    kinds, trained = sorted(set(args.write or ["features"])), checkpoint["origin"]["languages"]
+    if args.language:
+        args.language = whisper.check_language(args.language)
+        if args.language not in trained:
+            print_notes([f"{args.ckpt} was not trained in {args.language!r}"])
     digest, n_texts, n = hashlib.sha256(), 0, TEXTS_A_SHARD
     others = Counter()  # not a list: there may be millions
     for name in args.text_file:
@@ -340,6 +373,9 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
                 f"{folder}, and the part that ends last writes manifest.jsonl")
     try:
         with locked(folder):
-            return merge(folder, [*shards], checkpoint["origin"]["languages"])
+            n_pieces, said = merge(folder, [*shards], trained)
     except BadInput:
         return f"part {args.part} is done; another part is just writing manifest.jsonl"
+    if not n_pieces:
+        raise BadInput(f"nothing of the set could be kept\n{said}")
+    return said

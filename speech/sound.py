@@ -85,6 +85,8 @@ def wav_files(path: Path | None, n: int) -> list[Path]:
         return [path]
     if path and (path.exists() or path.suffix) and not path.is_dir():
         raise BadInput(f"--wav {path} is neither FILE.wav nor a folder")
+    if path and (path / "manifest.tsv").exists() and not (path / "0000.wav").exists():
+        raise BadInput(f"--wav {path} has recordings, with a manifest.tsv; give another folder")
     return [path / f"{i:04d}.wav" for i in range(n)] if path else []
 
 
@@ -95,6 +97,13 @@ def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:
     write_samples(path, griffin_lim(torch.cat(mels, 1)))
 
 
+def write_manifest(files: Sequence[Path], texts: Sequence[Sentence]) -> None:
+    """Which file of a folder says what, as `train.py --speech FOLDER` reads it."""
+    lines = (f"{file.name}\t{code}\t{text}\n" for file, (code, text) in zip(files, texts))
+    with atomic_write(files[0].with_name("manifest.tsv")) as part:
+        part.write_text("".join(lines), "utf-8")
+
+
 def write_samples(path: Path, samples: Tensor) -> None:
     """Samples (n,) -> 16 kHz, 16 bit, one channel; whole or not at all."""
     samples = 32767 * samples / samples.abs().max().clamp(min=1)  # nothing is cut off
@@ -103,3 +112,8 @@ def write_samples(path: Path, samples: Tensor) -> None:
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
         file.writeframes(samples.round().short().cpu().numpy().tobytes())
+
+
+def is_whole_wav(path: Path, frames: int) -> bool:
+    """Whether a .wav of so many latent frames has the length of what `write_samples` wrote."""
+    return path.stat().st_size == 44 + 2 * 2 * HOP_LENGTH * frames  # header, bytes a sample, hops

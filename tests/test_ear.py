@@ -11,8 +11,10 @@ from whisper.audio import log_mel_spectrogram
 
 import data
 from data import Sentence
+from plumbing.errors import BadInput
 from speech import sound
 from speech.ear import MEL_STD, NEAR, ROOM, Ear, Room, random_room
+from speech.recordings import read_manifest
 from test_roundtrip import (  # noqa: F401
     SENTENCES, batch_of, cer_of, close, ear, randn, runs, sampled, spoken,
 )
@@ -143,6 +145,12 @@ def test_sound(ear, runs, tmp_path):
         samples, frames = read_wav(tmp_path / "new" / f"000{i}.wav"), f["frames"][f["text_of"] == i]
         assert len(samples) == 320 * frames.sum() and samples.std() > 1e-3
         assert len(frames) == n_pieces
+    entries, _ = read_manifest(tmp_path / "new", ear)
+    assert [(path.name, s.text) for path, s in entries] == [
+        (f"000{i}.wav", text.strip()) for i, text in enumerate(texts)]
+    (tmp_path / "new" / "0000.wav").unlink()
+    with pytest.raises(BadInput, match="new has recordings, with a manifest.tsv; give another"):
+        sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))
     voices = [sampled(tmp_path, run, "Yes.", "--wav", str(wav), "--rooms", amount, "--seed", seed)
               for amount, seed in (("0", "0"), ("1", "0"), ("1", "0"), ("1", "1"))]
     assert len(read_wav(wav)) == 320 * voices[-1]["frames"][0]

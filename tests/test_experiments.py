@@ -188,6 +188,11 @@ def test_espeak_speaks_once_and_in_the_time_there_is(tmp_path, monkeypatch):
     monkeypatch.setattr(make_pocket, "random_clip", None)
     again = make_pocket.speak_all(TEXTS, variants, 1, tmp_path, "x")
     assert all(map(np.array_equal, b, again)) and not any(map(np.array_equal, a, b))
+    monkeypatch.undo()
+    for file in tmp_path.glob("x_*.npz"):
+        file.write_bytes(file.read_bytes()[:-99])  # a copy that broke off
+    again = make_pocket.speak_all(TEXTS, variants, 1, tmp_path, "x")
+    assert all(map(np.array_equal, b, again))
     text = next(text for code, *_, text in data.LANGUAGE_ROWS if code == "fi")
     assert abs(len(data.words(text, "fi")) / pace.seconds(text, "fi") / data.PACE["fi"] - 1) < 0.1
 
@@ -320,6 +325,9 @@ def test_prompts_of_a_clone_are_a_file_for_training(tmp_path, capsys):
     assert written("--short") == ["en\tNo", long, "no\tHei.", "yue\t你好。"]
     with pytest.raises(BadInput, match="no prompts are in xx; there are en, no, yue"):
         written("--languages", "xx")
+    file.write_bytes("1\tcafé".encode("latin-1"))
+    with pytest.raises(BadInput, match=f"{file.name} is not UTF-8 .*; fetch the clone again"):
+        prompts.main([str(tmp_path / "clone")])
     with pytest.raises(BadInput, match="has no prompts/LANGUAGE_xx-YY"):
         prompts.main([str(tmp_path)])
 

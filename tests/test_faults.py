@@ -1,5 +1,6 @@
 """What users and systems do wrong: one sentence, nothing lost, nothing silent."""
 import bz2
+import errno
 import gzip
 import io
 import math
@@ -19,7 +20,7 @@ import tqdm
 import data
 import sample
 import train
-from plumbing import devices
+from plumbing import devices, files
 from plumbing.errors import BadInput, guard
 from plumbing.files import Log, atomic_write, locked
 from plumbing.flags import parse_flags
@@ -44,6 +45,7 @@ from whisper_decoder import FrozenWhisper
     ("Kund*innen, l'eau, well-known", "Kundinnen, l'eau, well-known"),
     ("The \u200b dog\u200b has\u00a0a so\u00adft\tbed.\r", "The dog has a soft bed."),
     ("¿DÓNDE ESTÁ LA CIA?", "¿Dónde está la cia?"), ("The USA sleeps.",) * 2,
+    ("NATO ", "NATO"), ("THE\u00a0DOG", "The dog"),
     ("Wait--what", "Wait what"), ("e\u200b\u0301 a", "é a"),
 ])
 def test_a_text_is_what_whisper_can_write(pocket, text, written):
@@ -55,7 +57,7 @@ def test_a_text_is_what_whisper_can_write(pocket, text, written):
 @pytest.mark.parametrize("text, words", [
     ("\u200d", "no word"), ("\u0301", "no word"), ("(?!)", "no word"),
     ("caf\udce9", "no UTF-8; give UTF-8"), ("T\0h\0e\0", "no text; `iconv"),
-    ("he\tשלום.", "belong in a .tsv"), ("x" * 20001, "20,001 characters are too many")])
+    ("he\tשלום.", "belong in a .tsv"), ("x" * 20001, "more than 20,000 characters; cut it")])
 def test_what_is_no_text_is_refused(pocket, text, words):
     with pytest.raises(BadInput, match=words):
         make_sentence(text, "en", pocket)
@@ -319,6 +321,14 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     with locked(tmp_path), pytest.raises(BadInput, match="another run writes to"):
         with locked(tmp_path):
             pass
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    def cannot(*_):
+        raise OSError(errno.ENOLCK, "No locks available")  # as some clusters have it
+    monkeypatch.setattr(files, "flock", cannot)
+    with locked(tmp_path):
+        assert "cannot be locked (No locks available), so see to" in capsys.readouterr().err
 
 
 def test_a_first_checkpoint_that_cannot_be_written_leaves_an_earlier_run_alone(

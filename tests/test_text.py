@@ -305,6 +305,8 @@ def test_error_rates():
     found = error_rates(sentences, ["the color is blue", "老师喝茶"])
     assert found == (4 / (16 + 4), 1 / (4 + 4), 0)
     assert error_rates(sentences, [sentences[0].text, "老师"]) == (2 / 20, 2 / 8, 1 / 2)
+    fillers = [Sentence("en", "Hmm."), Sentence("en", "Uh, uh.")]  # which Whisper's deletes
+    assert error_rates(fillers, ["", "uh uh"]).cer == 3 / (3 + 5)
     # Whisper's normaliser blanks marks, and with them the vowels of India and the tones of Thai.
     for code, text, read, cer in (("hi", "यह की है।", "यह का है", 1 / 8),
                                   ("th", "ที่นี่", "ทูนู", 4 / 6),

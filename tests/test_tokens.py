@@ -6,7 +6,7 @@ import torch
 
 from data import Sentence
 from experiments import speech_lm, speed, tokens
-from experiments.student import Speech
+from experiments.student import Speech, letters
 from plumbing.errors import BadInput
 from pocket import make_pocket
 from speech.recordings import soundfile
@@ -21,9 +21,11 @@ def real(pocket):  # noqa: F811
 
 
 def test_languages_that_no_clip_has(pocket):  # noqa: F811
-    assert {s.language for s in tokens.real_test(pocket, ["de", "it"]).sentences} == {"de"}
-    with pytest.raises(BadInput,
-                       match="pocket can hear no clip of pocket's test in it; give --rec"):
+    german = tokens.real_test(pocket, ["de", "it"]).sentences
+    assert {s.language for s in german} == {"de"}
+    rest = tokens.real_test(pocket, ["de"], {*map(letters, german[:5])}).sentences
+    assert rest == [s for s in german if letters(s) not in map(letters, german[:5])]
+    with pytest.raises(BadInput, match="pocket can hear no clip .* not learned in it; give --rec"):
         tokens.real_test(pocket, ["it"])
 
 
@@ -109,20 +111,26 @@ def test_a_language_model_learns_tokens_and_their_text():
 def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
     ear, features = (str(runs[0] / name) for name in ("mel", "features"))
     few = [Sentence("en", "The dog sleeps."), Sentence("de", "Die Sonne scheint.")]
-    monkeypatch.setattr(tokens.data, "per_language", lambda *_: few)
+    held_out, judge_it, judged, known = [Sentence("fr", "Le chien dort.")], tokens.judge, [], []
+    monkeypatch.setattr(tokens.data, "per_language", lambda _, n: held_out if n == 100 else few)
+    monkeypatch.setattr(tokens, "judge", lambda quantiser, speech, whisper: judged.append(
+        speech.sentences) or judge_it(quantiser, speech, whisper))
     speech = tokens.speak(features, few, pocket, tmp_path)
     judge = FrozenWhisper("pocket/judge.pt")
     heard = [tokens.speak(ear, few, whisper, tmp_path).x1[0] for whisper in (pocket, judge)]
     assert heard[0].shape == heard[1].shape and (heard[0] - heard[1]).abs().mean() > 0.1
     with pytest.raises(BadInput, match="whose features are not those of pocket/judge.pt"):
         tokens.speak(features, few, judge, tmp_path)
-    monkeypatch.setattr(tokens, "real_test", lambda *_: speech)
+    monkeypatch.setattr(tokens, "real_test", lambda *args: known.append(args[2]) or speech)
     monkeypatch.setattr(speech_lm, "real_test", tokens.real_test)
     tokens.main([ear, "--steps", "2", "--out", str(tmp_path), "--write", features, "--form",
                  "speechless"])
     out = capsys.readouterr().out
     assert "real speech: " in out and "speechless_features." in out and ": 2 rows" in out
     assert "\n  CER: " in out and "\n  CER en: " in out
+    assert judged == [few, held_out] and known == [{"the dog sleeps", "die sonne scheint"}]
+    with pytest.raises(BadInput, match="quantiser.pt is there already; --quantiser .* uses it"):
+        tokens.main([ear, "--out", str(tmp_path)])
     with pytest.raises(BadInput, match="is no quantiser of pocket .'whisper'.; "):
         tokens.main([ear, "--quantiser", str(runs[0] / "mel" / "ckpt.pt")])
     with pytest.raises(BadInput, match="is no quantiser of pocket/judge.pt .it is of another.; "):
@@ -140,7 +148,7 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
     with pytest.raises(BadInput, match="never learned it; give --data in de, en"):
         tokens.speak(ear, [Sentence("it", "Ciao.")], pocket, tmp_path)
     with pytest.raises(BadInput, match="never learned it"):
-        tokens.check_sources(["espeak", ear], [Sentence("it", "Ciao.")])
+        tokens.check_sources([ear], [Sentence("it", "Ciao.")], pocket)
     for study, flag in (tokens, ["--write"]), (speech_lm, []):
         with monkeypatch.context() as patch, pytest.raises(BadInput, match="no checkpoint .*nix"):
             patch.setattr(study, "speak", None)  # before the work
@@ -150,6 +158,7 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
                     "--chance"])
     out = capsys.readouterr().out
     assert out.count("% | ") == 6 and f"| {ear}, with other texts | " in out
+    assert len(known[1]) > 20000  # letters of all that may be learned
     for name in "ab":
         soundfile.write(tmp_path / f"{name}.wav", randn(24000).numpy() / 10, 16000)
     (tmp_path / "manifest.tsv").write_text("a.wav\ten\tA cat.\nb.wav\ten\tThe dog sleeps.\n")

@@ -63,7 +63,10 @@ def error_rates(sentences: Sequence[tuple[str, str]],  # (language, text)
     for (language, reference), hypothesis in zip(sentences, hypotheses, strict=True):
         reference = strip_unspoken(reference)  # what it was asked to write
         exact += reference == hypothesis
-        ref, hyp = (normalizer(language)(text).split() for text in (reference, hypothesis))
+        normalize = normalizer(language)
+        if not normalize(reference):  # of fillers alone, such as "Hmm.", which English's deletes
+            normalize = normalizer("")
+        ref, hyp = (normalize(text).split() for text in (reference, hypothesis))
         join = between_words(language).join
         letters = join(ref)
         edits += edit_distance(letters, join(hyp)), edit_distance(ref, hyp)

@@ -50,7 +50,7 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     """Unicode NFC, white space one blank, nothing invisible; BadInput says what cannot be used."""
     code = whisper.check_language(language)
     if len(text) > MAX_CHARACTERS:
-        raise BadInput(f"{len(text):,} characters are too many; at most {MAX_CHARACTERS:,}, cut it")
+        raise BadInput(f"it has more than {MAX_CHARACTERS:,} characters; cut it into several lines")
     if re.search("[\ud800-\udfff]", text):
         raise BadInput("there is a byte in it that is no UTF-8; give UTF-8")
     if "\0" in text:
@@ -60,9 +60,9 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
         raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
         text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
+    text = " ".join(unicodedata.normalize("NFC", text).split())
     if text.isupper() and " " in text:  # Whisper writes what is said
         text = re.sub(r"[^\W\d_]", lambda first: first[0].upper(), text.lower(), count=1)
-    text = " ".join(unicodedata.normalize("NFC", text).split())
     if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")
     return Sentence(code, text)
@@ -334,8 +334,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
               temperature: float = 1.0, max_lines: int = 10**6) -> tuple[dict, list[str]]:
     """Sources, see `read_pools` -> {Sentence: its share of the draws}, notes.
 
-    A source's weight, as in 0.5*builtin, is its share. In each, a language's is the number of its
-    sentences to the power of 1 / temperature. Texts that are too long are split.
+    Weights, as in 0.5*builtin, are relative to each other. In each source, a language's share is
+    the number of its sentences to the power of 1 / temperature. Texts that are too long are split.
     """
     pools, notes = read_pools(sources, whisper, max_lines)
     if "builtin" in sources and whisper.name != "pocket":
