@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from experiments.student import Speech, edit_distance, letters, resample  # noqa: E402
 from experiments.tokens import (  # noqa: E402
-    N_CODES, Quantiser, check_sources, load_quantiser, speak, tokenise,
+    N_CODES, Quantiser, check_sources, load_quantiser, note_unheard, speak, tokenise,
 )
 from experiments.utterances import people, real_test  # noqa: E402
 from model import mlp, rotate, rotations  # noqa: E402
@@ -212,6 +212,7 @@ def main(argv=None) -> None:
     real = (people(args.recordings, {*codes}, known, whisper)
             if args.recordings else real_test(whisper, codes, known))
     check_sources(args.sources, sentences, whisper)
+    note_unheard(quantiser, sentences)
     heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on real speech | on what it learned from | perplexity "
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)

@@ -48,7 +48,7 @@ from pocket import make_pocket  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from text.error_rates import cer_by_language, error_rates  # noqa: E402
 from text.long import fits  # noqa: E402
-from text.sources import load_sentences  # noqa: E402
+from text.sources import load_sentences, print_notes  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_CODES, CODE_DIM, PER_SECOND = 512, 64, 25
@@ -72,6 +72,8 @@ class Quantised(NamedTuple):
 
 class Quantiser(nn.Module):
     """Features of speech -> tokens -> features."""
+
+    languages: Sequence[str] = ()  # of the speech that it was trained on
 
     def __init__(self, whisper: FrozenWhisper):
         super().__init__()
@@ -183,6 +185,7 @@ def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: in
                        "more sentences")
     torch.manual_seed(seed)
     quantiser = Quantiser(whisper).train()
+    quantiser.languages = sorted({s.language for s in speech.sentences})
     optimizer = torch.optim.AdamW(quantiser.parameters(), RATE, (0.9, 0.98))
     frames = torch.tensor([float(len(x)) for x in speech.x1])
     sums = torch.ones(len(frames), dtype=torch.double).cumsum(0)  # all are drawn equally often
@@ -211,10 +214,25 @@ def load_quantiser(path: Path, whisper: FrozenWhisper) -> Quantiser:
         if saved["whisper"] != whisper.fingerprint:
             raise ValueError("it is of another")
         quantiser.load_state_dict(saved["quantiser"])
+        quantiser.languages = saved["languages"]
     except Exception as error:
         raise BadInput(f"{path} is no quantiser of {whisper.name} ({first_line(error)}); "
                        "experiments/tokens.py makes one where --quantiser is left out") from error
     return quantiser
+
+
+def save_quantiser(quantiser: Quantiser, path: Path, whisper: FrozenWhisper) -> None:
+    """For `load_quantiser`."""
+    with atomic_write(path) as part:
+        torch.save(dict(quantiser=quantiser.state_dict(), whisper=whisper.fingerprint,
+                        languages=quantiser.languages), part)
+
+
+def note_unheard(quantiser: Quantiser, sentences: Sequence) -> None:
+    """Print the languages that its tokens will not carry."""
+    if unheard := {s.language for s in sentences} - {*quantiser.languages}:
+        print_notes([f"the quantiser never heard {', '.join(sorted(unheard))}, only "
+                     f"{', '.join(quantiser.languages)}; what it never heard, it hardly carries"])
 
 
 @torch.no_grad()
@@ -225,10 +243,8 @@ def tokenise(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> li
 
 @torch.no_grad()
 def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[str, float]:
-    """Use and entropy of the codes, and the CER of what the decoder reads, before and after.
-
-    The CER of all, and that of each language.
-    """
+    """Use and entropy of the codes; CERs of what the decoder reads before and after, of all and of
+    each language."""
     counts = torch.tensor(sum(tokenise(quantiser, speech, whisper), [])).bincount(minlength=N_CODES)
     share = counts / counts.sum()
     figures = dict(codes=int((counts > 0).sum()),
@@ -379,11 +395,11 @@ def main(argv=None) -> None:
         tests["real speech"] = real_test(whisper, whisper.languages, known)
     if args.quantiser:
         quantiser = load_quantiser(args.quantiser, whisper)
+        note_unheard(quantiser, training)
     else:
         speech = speak(args.source, training, whisper, work, 7)  # what a model learns: other takes
         quantiser = train_quantiser(speech, whisper, args.steps, args.seed)
-        with atomic_write(file) as part:
-            torch.save(dict(quantiser=quantiser.state_dict(), whisper=whisper.fingerprint), part)
+        save_quantiser(quantiser, file, whisper)
     tests[f"{args.source}, held out"] = speak(args.source, held_out, whisper, work, 2)
     print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most")
     for name, speech in tests.items():

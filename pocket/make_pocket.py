@@ -192,7 +192,7 @@ def takes(sentence):
 
 
 class Vocabulary:
-    """The few hundred tokens that occur, and one row that stands for all the others.
+    """The tokens that occur, and one row that stands for all the others.
 
     All unused rows of the embedding are one and the same vector, so their logits are equal and
     their share of the softmax is (number of unused rows) * exp(logit): adding log(number) to the

@@ -198,6 +198,8 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):  # noqa:
             make(name)
     with locked(tmp_path / "a"), pytest.raises(BadInput, match="another run writes to"):
         make("a")
+    with pytest.raises(BadInput, match="was begun with another checkpoint"):
+        make("a", latent="mel")
     first = before["shard-00001.jsonl"].index(b"\n") + 1
     for name, length in (("shard-00000.npz", -9), ("shard-00000.npz", 0),
                          ("shard-00001.jsonl", -9),

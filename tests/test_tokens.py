@@ -156,7 +156,8 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
                         str(tmp_path / "quantiser.pt")])
     speech_lm.main([ear, features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2",
                     "--chance"])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "never heard" not in err
     assert out.count("% | ") == 6 and f"| {ear}, with other texts | " in out
     assert len(known[1]) > 20000  # letters of all that may be learned
     for name in "ab":
@@ -170,7 +171,10 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
     capsys.readouterr()
     tokens.main([features, "--quantiser", str(tmp_path / "quantiser.pt"), "--recordings",
                  str(tmp_path)])
-    assert "\npeople: " in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "\npeople: " in out and "never heard" not in err
+    tokens.note_unheard(tokens.load_quantiser(tmp_path / "quantiser.pt", pocket), held_out)
+    assert "never heard fr, only de, en; what" in capsys.readouterr().err
     speed.main([features, ear, "--device", "cpu"])
     out = capsys.readouterr().out
     assert out.count("one token after the other | ") == 4 and "wav, 4 steps | 2 |" in out
