@@ -39,7 +39,7 @@ LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
 CHANGEABLE = {*"out_dir device resume eval_every eval_sentences batch_size whisper".split()}
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
-       "gradient_norm,learning_rate")  # flow loss also by quarters of t; nan where there is none
+       "gradient_norm,learning_rate")  # of rank 0 but for the norm; quarters of t without one: nan
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,8 @@ def train(run: Run, batches: Dataset, held_out: list, objective: Callable = obje
             run.optimizer.step()
             update_ema(run.ema, run.model, run.step, config.ema)
             quarters = [cfm[(4 * t).long() == i] for i in range(4)]
-            losses = [x.mean().item() for x in (loss, nll, cfm, *quarters)]
-            bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}")
+            losses = torch.stack([x.mean() for x in (loss, nll, cfm, *quarters)]).tolist()
+            bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}", refresh=False)
             if log:
                 log.write(run.step, time.time() - start, *losses, norm.item(), rate)
             run.step += 1

@@ -62,7 +62,7 @@ class FrozenWhisper:
     def silence_x1(self) -> Tensor:
         """What the encoder makes of silence (P, E)."""
         samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
-        # In full precision, also where it is first asked for inside devices.mixed_precision.
+        # Not in bf16, also where it is first asked for inside devices.mixed_precision.
         with torch.autocast(self.device.type, enabled=False), sdpa_kernel(KERNELS):
             return self.encode_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 

@@ -40,7 +40,7 @@ def has_bf16(device: torch.device) -> bool:
     Intel's that have it without AMX.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     is_amd = cpu.get("avx512_bf16") and "AMD" in cpu.get("cpu_name", "")
     return device.type == "cpu" and bool(cpu.get("amx_bf16") or is_amd)
@@ -84,7 +84,9 @@ def workers(device: torch.device, n_ranks: int) -> dict:
     if device.type != "cuda" or not hasattr(os, "fork"):
         return {}
     n = max(1, min(4, (os.cpu_count() or 1) // (2 * n_ranks)))
-    return dict(num_workers=n, multiprocessing_context="fork")
+    # A session of their own: a SIGTERM to the group must not kill them while the step ends.
+    return dict(num_workers=n, multiprocessing_context="fork",
+                worker_init_fn=lambda _: os.setsid())
 
 
 def stop_ranks() -> None:

@@ -11,7 +11,7 @@ from uuid import uuid4
 import torch
 from tqdm import tqdm
 
-from plumbing.errors import BadInput, first_line, is_out_of_memory
+from plumbing.errors import BadInput, first_line
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -47,8 +47,8 @@ def atomic_write(file: Path, ready: Callable = lambda file: None):
         ready(file)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, where the disk is full
-        if (isinstance(error, OSError) and error.errno not in FORBIDDEN | FULL  # a download's
-                or is_out_of_memory(error)):
+        if (error.errno not in FORBIDDEN | FULL if isinstance(error, OSError)  # a download's
+                else "enforce fail" not in str(error)):  # as torch.save has it
             raise
         why = getattr(error, "strerror", first_line(error))
         way = ("give a place that you may write to" if getattr(error, "errno", None) in FORBIDDEN

@@ -155,7 +155,9 @@ def random_room(mel: Tensor, room: Room) -> Tensor:
     x = (s["rhythm"] * curve(2 + n // 25, n)).exp().cumsum(2)
     x = (x - x[:, :, :1]) / (x[:, :, -1:] - x[:, :, :1])
     grid = 2 * torch.stack([x.expand_as(mel), y.expand_as(mel)], -1) - 1
-    mel = F.grid_sample(mel[:, None], grid, padding_mode="border", align_corners=True)[:, 0]
+    on = "cpu" if device.type == "mps" else device  # which had no such padding before torch 2.13
+    mel = F.grid_sample(mel[:, None].to(on), grid.to(on), padding_mode="border",
+                        align_corners=True)[:, 0].to(device)
     # Steady noise covers what is quieter.
     floor = mel.amin((1, 2), keepdim=True).detach()
     mel = mel.maximum(floor + s["cover"] * uniform(n_items, 1, 1))

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 import data
 import train
+from model import rotate, rotations
 from test_roundtrip import batch_of, close, pocket, randn  # noqa: F401
 
 
@@ -16,6 +17,13 @@ def test_silence_is_attended_as_if_it_stood_behind_the_speech(pocket):
     close(nll, plain)
     weight = torch.tensor([1.0, 2, 3, 4])
     close(*(torch.autograd.grad(weight @ x, x1)[0] for x in (nll, plain)))
+
+
+def test_attention_knows_how_far_apart_two_patches_are_and_not_where():
+    turns, q, k = rotations(40, 16, "cpu"), randn(16), randn(16, seed=1)
+    scores = rotate(q.expand(40, 16), turns) @ rotate(k.expand(40, 16), turns).T
+    close(scores[5:, 5:], scores[:-5, :-5])
+    assert scores[0].std() > 0.1
 
 
 @torch.no_grad()

@@ -159,6 +159,11 @@ def test_sound(ear, runs, tmp_path):
     assert all(np.abs(x - y).mean() > 0.01 for x, y in ((plain, one), (one, other)))
 
 
+def test_a_quiet_spectrogram_is_heard_above_no_silence_that_whisper_cannot_make(ear):
+    quiet = ear.spectrogram(torch.full((1, 9, 80), -1.0), torch.tensor([9]), 20)
+    assert quiet.min() == -1.5 and quiet.max() == -0.5
+
+
 def test_lens_tells_tokens_apart_near_their_frames(ear):
     batch = batch_of(ear, [Sentence("en", "The dog sleeps.")])  # tokens of 3, 4, 7 and 1 letters
     frames, targets = batch.token_frames, batch.targets

@@ -112,6 +112,51 @@ def test_a_long_sentence_before_fifty_short_ones_is_evaluated(pocket):
     assert result["val_sentences"] == 52 and result["cer_shuffled_text"] > 0.5
 
 
+def test_evaluation_is_of_so_many_steps_and_of_the_averaged_network(pocket):
+    sentences = [Sentence("en", "The dog sleeps."), Sentence("en", "Mary reads a book.")]
+    result = train.evaluate(SimpleNamespace(
+        config=train.Config(), transcribe_samples=lambda found, solver: [
+            s.text if solver.steps == 4 else "" for s in found]), sentences)
+    assert result["val_cer_1step"] == 1 and result["val_cer_4step"] == 0
+    assert result["cer_shuffled_text"] > 0.5
+    run = train.Run(train.Config(), pocket)
+    before = run.transcribe_samples(sentences)
+    for p in run.model.parameters():
+        p.data.zero_()
+    assert run.transcribe_samples(sentences) == before != ["", ""]
+
+
+def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
+    seen, flags = {}, dict(temperature=1.5, speed=1.2, speed_range=1.1, drop_text=0.3,
+                           flow_weight=0.4, ema=0.9, weight_decay=0.2, learning_rate=3e-3)
+
+    def spy(module, name, *positions):
+        plain = getattr(module, name)
+
+        def call(*args, **kwargs):
+            seen.setdefault(name, []).extend([args[i] for i in positions] + [*kwargs.values()])
+            return plain(*args, **kwargs)
+        monkeypatch.setattr(module, name, call)
+
+    spy(train, "load_data", 2, 3)
+    spy(train, "MixedBatches", 4, 5)
+    spy(train, "draw_noise", 2)
+    spy(train, "objective", 7)
+    spy(train, "update_ema", 3)
+    spy(devices, "mixed_precision", 1)
+    spy(torch.nn.utils, "clip_grad_norm_", 1)
+    monkeypatch.setattr(train.Run, "save", lambda run, log: seen.update(run=run))
+    argv = [word for name, x in flags.items() for word in (f"--{name}", str(x))]
+    train.main([*FLAGS, *argv, "--clip", "0.7", "--steps", "2", "--out_dir", str(tmp_path)])
+    assert seen["load_data"] == [1.2, 1.5] and seen["MixedBatches"][:2] == [1.2, 1.1]
+    assert seen["draw_noise"] == [0.3] * 2 and seen["objective"] == [0.4] * 2
+    assert seen["update_ema"] == [0.9] * 2 and seen["mixed_precision"] == [128] * 2
+    assert seen["clip_grad_norm_"] == [0.7] * 2
+    group, run = seen["run"].optimizer.param_groups[0], seen["run"]
+    assert group["weight_decay"] == 0.2
+    assert group["lr"] == train.learning_rate(1, run.model.config.width, run.config) < 3e-3
+
+
 @pytest.mark.parametrize("cpu, width, fast", [
     (dict(cpu_name="AMD EPYC", avx512_bf16=True), 384, True),
     (dict(cpu_name="AMD EPYC", avx512_bf16=True), 128, False),
@@ -125,6 +170,17 @@ def test_matrix_products_are_bf16_where_that_is_faster(monkeypatch, cpu, width, 
         assert (x @ x).dtype == (torch.bfloat16 if fast else torch.float32)
         assert torch.backends.cuda.flash_sdp_enabled() != fast
     assert (x @ x).dtype == torch.float32 and torch.backends.cuda.flash_sdp_enabled()
+
+
+class Sessions(torch.utils.data.Dataset):
+    def __getitem__(self, _):
+        return os.getsid(0)
+
+
+def test_a_signal_to_all_processes_does_not_reach_those_that_make_batches():
+    settings = devices.workers(torch.device("cuda"), 1)
+    session, = torch.utils.data.DataLoader(Sessions(), None, sampler=range(1), **settings)
+    assert session != os.getsid(0)
 
 
 def test_readme_says_how_long_the_files_are():

@@ -200,10 +200,11 @@ def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken
     assert len(encoded["notes"]) == 1 and "noise.wav: pocket is not sure" in encoded["notes"][0]
 
 
-def join(folder, whisper, speed=1.0):
+def join(folder, whisper, speed=1.0, held_out=()):
     config = train.Config(speech=str(folder), steps=16, batch_size=4, speed=speed)
     shares = {Sentence("en", text): 1.0 for text in TEXTS} | {Sentence("fr", "Il dort."): 1.0}
-    return recordings.with_recordings(data.Batches(shares, whisper, 4, 0, speed, 1.0), [], config)
+    text = data.Batches(shares, whisper, 4, 0, speed, 1.0)
+    return recordings.with_recordings(text, held_out, config)
 
 
 def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
@@ -223,6 +224,8 @@ def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
         assert np.array_equal(found, data.char_durations(s) / 2) == (s.language == "fr")
         assert found.sum() in steps.text.frames
     assert "4 recordings, 0.2 minutes of speech; 0 of held-out" in notes[-1]
+    steps, *_ = join(folder, pocket, held_out=[Sentence("en", TEXTS[0])])
+    assert {r.sentence.text for r in steps.recordings} == {*TEXTS[1:]}
 
 
 @pytest.mark.parametrize("kind", ["features", "mel"])
