@@ -239,7 +239,7 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint["config"] = asdict(Config(**checkpoint["config"]))
         with torch.device("meta"):
             model = DiT(DiTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["ema"], assign=True)
+        model.load_state_dict(dict(checkpoint["ema"]), assign=True)  # a dict does not remember it
         checkpoint["origin"]["whisper"], checkpoint["optimizer"]["state"]  # KeyError without them
         durations_by(checkpoint["rhythm"])
         if not (all(x.isfinite().all() for x in checkpoint["ema"].values())

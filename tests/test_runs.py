@@ -18,7 +18,7 @@ from data import Sentence
 from plumbing import devices
 from speech.ear import LENS
 from test_roundtrip import (  # noqa: F401
-    FLAGS, ROOT, batch_of, close, log_of, pocket, random_whisper,
+    FLAGS, ROOT, batch_of, close, log_of, pocket, random_whisper, runs,
 )
 
 
@@ -49,6 +49,12 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
         close(one[name], two[name])
     norms = [[float(row[8]) for row in log_of(tmp_path / run)] for run in ("one", "two")]
     np.testing.assert_allclose(*norms, rtol=1e-3)
+
+
+def test_weights_of_a_checkpoint_are_copied_and_so_stay_on_the_device_of_a_network(runs):
+    checkpoint = train.load_checkpoint(runs[0] / "features")
+    model = sample.load_flow(checkpoint, torch.device("cpu")).model
+    assert model.no_text.data_ptr() != checkpoint["ema"]["no_text"].data_ptr()
 
 
 def test_samples_are_of_five_languages_and_others_each_time(capsys):
