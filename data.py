@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import BYTES, CAPITAL
 from plumbing.errors import BadInput
-from text.spelling import JOINERS, UNSPACED, letters, strip_unspoken, words
+from text.spelling import JOINERS, UNSPACED, latin_letter, letters, strip_unspoken, words
 from whisper_decoder import FrozenWhisper
 
 POCKET = Path(__file__).parent / "pocket"
@@ -117,12 +117,15 @@ def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
 
 
 def characters(text: str) -> Tensor:
-    """Numbers whose embeddings add up to each character (S, BYTES + 1), 0 adds nothing."""
+    """Numbers whose embeddings add up to each character (S, BYTES + 2), 0 adds nothing."""
     rows = []
     for c in strip_unspoken(text):
-        # UTF-8 bytes of its lower case, numbered by place; "İ".lower() has two, the first will do.
-        numbers = [1 + 256 * i + byte for i, byte in enumerate(c.lower()[0].encode())]
-        rows.append([*numbers, *[0] * (BYTES - len(numbers)), CAPITAL if c != c.lower() else 0])
+        lower = c.lower()[0]  # of the two of "İ".lower() the first will do
+        # Its UTF-8 bytes, numbered by place; to an "é" or "ж" also the number of the "e" or "z".
+        numbers = [1 + 256 * i + byte for i, byte in enumerate(lower.encode())]
+        sound = 0 if c.isascii() else ord(latin_letter(lower) or "\0")
+        rows.append([*numbers, *[0] * (BYTES - len(numbers)), sound and 1 + sound,
+                     CAPITAL if c != c.lower() else 0])
     return torch.tensor(rows)
 
 
@@ -130,7 +133,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
                whisper: FrozenWhisper) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A text over its frames, by how long its characters last (S,), in any measure.
 
-    -> chars (U, BYTES + 1) and token (U,) of each unit; where in the text each frame is, in units
+    -> chars (U, BYTES + 2) and token (U,) of each unit; where in the text each frame is, in units
     (T,), which leaves out units that are shorter than a frame; the middle of each token, in frames.
     """
     language, text = sentence

@@ -96,7 +96,7 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """model(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
 
-    cond["chars"]     (B, U, BYTES + 1)  ids of the character's UTF-8 bytes, and CAPITAL; 0: none
+    cond["chars"]     (B, U, BYTES + 2)  ids of UTF-8 bytes, Latin letter, CAPITAL; 0: none
     cond["tokens"]    (B, U, E)          Whisper's own embedding of the token
     cond["alignment"] (B, T)             where in the text each frame is, in units
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
@@ -123,6 +123,8 @@ class DiT(nn.Module):
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of time
+        # All but ASCII begin as the Latin letters that they sound like.
+        nn.init.zeros_(self.char_in.weight[129:CAPITAL])
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)  # until `begin`
 

@@ -22,7 +22,6 @@ from data import FRAMES_PER_SECOND, Sentence
 from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
-from plumbing.files import make_folder
 from plumbing.flags import Parser, path
 from speech import dataset
 from speech.align import durations_by
@@ -147,10 +146,8 @@ def main(argv=None) -> None:
         cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
-    files = wav_files(args.wav, len(texts))
     check(args, checkpoint["config"]["latent"])
-    for file in files[:1]:  # it fails now, not after the work
-        make_folder(file.parent)
+    files = wav_files(args.wav, len(texts))
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
     print_notes(notes)
@@ -173,10 +170,8 @@ def main(argv=None) -> None:
     if args.wav and args.wav not in files:
         write_manifest(files, texts)
     cer, wer, exact = error_rates(texts, hypotheses)
-    end = "".join(f"\nwrote {to}: {len(texts)} texts" for to in (args.wav, args.out) if to)
-    others = len([*args.wav.glob("*.wav")]) - len(texts) if args.wav and args.wav.is_dir() else 0
-    end += f"\nnote: {others} older .wav files are there too" * (others > 0)
-    print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}{end}")
+    print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}",
+          *(f"wrote {to}: {len(texts)} texts" for to in (args.wav, args.out) if to), sep="\n")
 
 
 if __name__ == "__main__":

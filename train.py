@@ -4,6 +4,7 @@
     python train.py --latent mel        # spectrograms: the whole of Whisper hears them, in rooms
     python train.py --data fr=livre.txt builtin --whisper tiny      # --help lists all flags
     python train.py --resume            # go on where Ctrl-C stopped it
+    python train.py --init_from out/ckpt.pt --data it=libro.txt --out_dir out/it  # learn more
 """
 from plumbing.errors import BadInput, first_line, guard  # at once: see there
 import copy
@@ -26,7 +27,7 @@ from flow import Solver
 from model import DiT, DiTConfig
 from plumbing import devices
 from plumbing.files import Log, atomic_write, fingerprint, locked
-from plumbing.flags import check_flags, flag, parse_flags
+from plumbing.flags import check_flags, check_same, flag, parse_flags
 from plumbing.report import report
 from speech.align import durations_by
 from speech.ear import Ear, Room, room_of_step
@@ -65,6 +66,7 @@ class Config:
     drop_text: float = flag(0.1, "share of items without text and language, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
+    init_from: str = flag("", "checkpoint whose weights it begins with, to learn other text")
     seed: int = flag(0, "of everything random", 0, 2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     resume: bool = flag(False, "go on from out_dir/ckpt.pt")
@@ -111,9 +113,8 @@ def learning_rate(step: int, width: int, config: Config) -> float:
 @torch.no_grad()
 def update_ema(ema: DiT, model: DiT, step: int, decay: float) -> None:
     """ema += (1 - decay) (model - ema), in place; young averages forget faster."""
-    decay = min(decay, (1 + step) / (10 + step))
     for averaged, now in zip(ema.parameters(), model.parameters()):
-        averaged.lerp_(now, 1 - decay)
+        averaged.lerp_(now, max(1 - decay, 9 / (10 + step)))
 
 
 # ---- evaluation ------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def show_samples(run: "Run", held_out: list) -> None:
     tqdm.write("\n".join([f"step {run.step}", *lines]), file=sys.stdout)
 
 
-# ---- checkpoints -----------------------------------------------------------------------------
+# ---- the run ---------------------------------------------------------------------------------
 
 
 class Run:
@@ -209,17 +210,20 @@ class Run:
 
     def load(self, checkpoint: dict) -> None:
         """Go on from a checkpoint; BadInput if Whisper, text or a flag not CHANGEABLE differs."""
-        for name, now in asdict(self.config).items():
-            if name not in CHANGEABLE and (before := checkpoint["config"][name]) != now:
-                raise BadInput(f"{self.path} was trained with --{name} {before!r}, not {now!r}; "
-                               "give the same, or another --out_dir")
-        for name, before in checkpoint["origin"].items():
-            if before != self.origin[name]:
-                raise BadInput(f"{self.path} was trained with another {name}, which has changed "
-                               "since; give the same, or another --out_dir")
+        flags = {name: x for name, x in asdict(self.config).items() if name not in CHANGEABLE}
+        check_same(self.path, checkpoint["config"], flags, "--out_dir")
+        check_same(self.path, checkpoint["origin"], self.origin, "--out_dir", self.origin)
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint.pop(name))  # training needs the memory
+
+    def begin_with(self, checkpoint: dict) -> None:
+        """Another run's averaged weights; BadInput if its network has another shape."""
+        if checkpoint["model_config"] != asdict(self.model.config):
+            raise BadInput(f"--init_from {self.config.init_from} is a network of another shape; "
+                           "give its --latent and --depth, and a Whisper as large")
+        for network in (self.model, self.ema):
+            network.load_state_dict(checkpoint["ema"])
 
     def transcribe_samples(self, sentences: Sequence[data.Sentence],
                            solver: Solver = Solver()) -> list[str]:
@@ -249,9 +253,6 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:
         raise BadInput(f"{path} cannot be used as a checkpoint of this train.py "
                        f"({first_line(error)}); give another, or train again") from error
-
-
-# ---- the run ---------------------------------------------------------------------------------
 
 
 def train(run: Run, batches: Dataset, held_out: list, objective: Callable = objective,
@@ -302,7 +303,8 @@ def main(argv=None) -> dict:
     """The run that the flags describe -> its figures."""
     start, config = time.time(), parse_flags(Config, __doc__.splitlines()[0], argv)
     folder, device = Path(config.out_dir), devices.choose_device(config.device)
-    checkpoint = load_checkpoint(folder / "ckpt.pt") if config.resume else None
+    start_from = folder / "ckpt.pt" if config.resume else config.init_from
+    checkpoint = load_checkpoint(Path(start_from)) if start_from else None
     rank, n_ranks = devices.start_ranks(device, config.batch_size)
     run_objective, rhythm = objective, None
     with devices.first_rank_first(rank):  # it downloads, and encodes recordings, for all
@@ -315,25 +317,23 @@ def main(argv=None) -> dict:
                                config.speed_range or whisper.speed_range, held_out=held_out)
         if config.speech:
             from speech.recordings import with_recordings
-            batches, run_objective, rhythm, notes = with_recordings(batches, held_out, config,
-                                                                    notes)
+            batches, run_objective, rhythm, more = with_recordings(batches, held_out, config)
+            notes += more
     run = Run(config, whisper, rhythm, shares)
     if checkpoint:
-        run.load(checkpoint)
+        (run.load if config.resume else run.begin_with)(checkpoint)
     n_parameters = sum(p.numel() for p in run.model.parameters())
     if rank == 0:
         print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device}; "
               f"{len(training)} sentences to train on, {len(held_out)} held out, in "
-              f"{', '.join(run.origin['languages'])}; {n_parameters:,} parameters, checkpoints of "
-              f"{16 * n_parameters / 1e6:.0f} MB", sep="\n")
+              f"{', '.join(run.origin['languages'])}; {n_parameters:,} parameters", sep="\n")
     with locked(folder, rank):
         train(run, batches, held_out, run_objective, rank, n_ranks)
         devices.stop_ranks()
         if rank > 0:  # the first evaluates alone
             return {}
-        rates = evaluate(run, held_out)
-        return report(dict(device=device, seconds=time.time() - start, steps=run.step,
-                           parameters=n_parameters, **rates), folder / "result.txt")
+        return report(folder / "result.txt", device=device, steps=run.step, parameters=n_parameters,
+                      **evaluate(run, held_out), seconds=time.time() - start)
 
 
 if __name__ == "__main__":

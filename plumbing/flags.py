@@ -4,6 +4,7 @@ import os
 from dataclasses import field, fields
 from itertools import chain
 from pathlib import Path
+from typing import Iterable
 
 from plumbing.errors import BadInput
 
@@ -51,6 +52,18 @@ def check_flags(config) -> None:
             raise BadInput(f"--{f.name} {value} cannot be used; at least {low} and below {below:g}")
         if choices and value not in choices:
             raise BadInput(f"--{f.name} {value!r} is none of {', '.join(choices)}")
+
+
+def check_same(place: Path, before: dict, now: dict, way_out: str, things: Iterable = ()) -> None:
+    """BadInput if what a run began with, such as a flag, or one of things, is another now."""
+    for name, value in now.items():
+        if (was := before.get(name)) != value:
+            was, value = (f"no --{name}" if x in (None, "") else f"--{name} {x}"
+                          for x in (was, value))
+            difference = (f"another {name}, which has changed since" if name in things
+                          else f"{was}, not with {value}")
+            raise BadInput(f"{place} was begun with {difference}; give the same, or another "
+                           f"{way_out}")
 
 
 def parse_flags(kind: type, description: str, argv=None):

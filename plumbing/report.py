@@ -12,7 +12,7 @@ def block(result: dict) -> str:
                    for key, value in result.items())
 
 
-def report(result: dict, path: Path) -> dict:
+def report(path: Path, **result) -> dict:
     """Print a block of lines and write it; of over eight languages print the worst five only."""
     shown = dict(result)
     for steps in (1, 4):

@@ -263,15 +263,8 @@ def check_settings(folder: Path, settings: dict) -> None:
         except (ValueError, TypeError) as error:
             raise BadInput(f"{file} is damaged, so nobody knows how its set was made; give another "
                            "--out") from error
-        for name, now in json.loads(json.dumps(settings)).items():
-            if before.get(name) != now and name in ("text", "checkpoint"):
-                raise BadInput(f"{folder} was begun with another {name}, which has changed since; "
-                               "give the same, or another --out")
-            if before.get(name) != now:
-                was, now = (f"--{name} {x}" if x is not None else f"no --{name}"
-                            for x in (before.get(name), now))
-                raise BadInput(f"{folder} was begun with {was}, not with {now}; give the same, or "
-                               "another --out")
+        now = json.loads(json.dumps(settings))
+        flags.check_same(folder, before, now, "--out", ("text", "checkpoint"))
     elif any(not path.name.startswith(("settings.json", ".lock")) for path in folder.iterdir()):
         raise BadInput(f"--out {folder} holds something else; give a new or empty folder")
     else:

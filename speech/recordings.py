@@ -242,15 +242,14 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
     return TEXT_WEIGHT * nll.mean(), nll, t * math.nan
 
 
-def with_recordings(text: data.Batches, held_out: Sequence[Sentence], config,
-         notes: Sequence[str] = ()) -> tuple:
+def with_recordings(text: data.Batches, held_out: Sequence[Sentence], config) -> tuple:
     """Batches of text, train.Config -> batches of recordings and text, objective, rhythm, notes.
 
     Text lasts as long as the recordings say, in their languages.
     """
-    recordings, more = load_recordings(Path(config.speech), text.whisper, held_out)
+    recordings, notes = load_recordings(Path(config.speech), text.whisper, held_out)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
     text.set_durations(Rhythm(**rhythm).durations)
     if not {r.sentence.language for r in recordings} & {s.language for s in text.sentences}:
-        more.append("text and recordings have no language in common")
-    return RecordingBatches(recordings, text, config.steps), objective, rhythm, [*notes, *more]
+        notes.append("text and recordings have no language in common")
+    return RecordingBatches(recordings, text, config.steps), objective, rhythm, notes

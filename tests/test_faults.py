@@ -159,7 +159,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --data en={0}/a\u2028b.txt", "No such file"),
     ("train --speed 0.1 --data en={0}/long.txt", "cannot be cut"),
     ("train --data 1e308*builtin", "--data '1e308*builtin' cannot be used"),
-    ("train --resume --seed 7 --out_dir {0}/features", "was trained with --seed 0, not 7; give"),
+    ("train --resume --seed 7 --out_dir {0}/features", "was begun with --seed 0, not with --seed 7; give"),
     ("train --stepz 5", "unrecognized arguments: --stepz 5; --help lists"),
     ("sample -hello", "texts go together, after -- if one begins with -"),
     ("sample one --language en two", "unrecognized arguments: two; texts go together"),
@@ -193,6 +193,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample --text_file ftp://a/b.txt", "'ftp://a/b.txt' is no file; give a path, or an address"),
     ("sample --text_file {0}/a.png", "no .png is read"),
     ("sample x --ckpt {0}/mel --wav /dev/null", "neither FILE.wav nor a folder"),
+    ("sample x --ckpt {0}/mel --wav {0}/long.txt/a.wav", "long.txt cannot be a folder"),
     ("train --data en=file:///x.txt", "'file:///x.txt' is no file"),
     ("train --data it=builtin", "does not know the language 'it'"),
     ("train --data en=tatoeba:fr", "tatoeba:fr is 'fr', not 'en'; leave out en="),
@@ -262,11 +263,11 @@ def test_a_run_goes_on_with_the_text_and_the_whisper_that_it_had(tmp_path):
     with locked(tmp_path / "out"), pytest.raises(BadInput, match="another run writes to"):
         train.main([*argv, "--resume"])
     shutil.copy(ROOT / "pocket" / "judge.pt", weights)
-    with pytest.raises(BadInput, match="trained with another whisper"):
+    with pytest.raises(BadInput, match="begun with another whisper"):
         train.main([*argv, "--resume"])
     shutil.copy(ROOT / "pocket" / "pocket.pt", weights)
     text.write_text(text.read_text() + "The fish.\n")
-    with pytest.raises(BadInput, match="trained with another text"):
+    with pytest.raises(BadInput, match="begun with another text"):
         train.main([*argv, "--resume"])
 
 

@@ -16,6 +16,7 @@ import sample
 import train
 from data import Sentence
 from plumbing import devices
+from plumbing.errors import BadInput
 from speech.ear import LENS
 from test_roundtrip import (  # noqa: F401
     FLAGS, ROOT, batch_of, close, log_of, pocket, random_whisper, runs,
@@ -57,6 +58,23 @@ def test_weights_of_a_checkpoint_are_copied_and_so_stay_on_the_device_of_a_netwo
     assert model.no_text.data_ptr() != checkpoint["ema"]["no_text"].data_ptr()
 
 
+def test_a_run_begins_with_the_weights_of_another(runs, tmp_path):
+    flags = ["--data", f"de={ROOT / 'pocket/sentences/de.txt'}", "--steps", "1", "--device", "cpu",
+             "--eval_sentences", "1", "--batch_size", "2", "--init_from", str(runs[0] / "features")]
+    before = train.load_checkpoint(runs[0] / "features")["ema"]
+    for rate, same in ("1e-9", True), ("0.5", False):
+        train.main([*flags, "--depth", "1", "--learning_rate", rate, "--out_dir", str(tmp_path)])
+        after = train.load_checkpoint(tmp_path)
+        assert after["step"] == 1 and after["origin"]["languages"] == ["de"]
+        for name in ("model", "ema"):
+            assert all(torch.allclose(x, before[key], atol=1e-7) for key, x in
+                       after[name].items() if x.any()) == same
+    with pytest.raises(BadInput, match="features is a network of another shape; give its --latent"):
+        train.main([*flags, "--depth", "2", "--out_dir", str(tmp_path / "other")])
+    with pytest.raises(BadInput, match=r"no checkpoint .*none/ckpt\.pt"):
+        train.main([*flags, "--init_from", str(tmp_path / "none")])
+
+
 def test_samples_are_of_five_languages_and_others_each_time(capsys):
     held_out = [data.Sentence(code, f"{code} {i}") for i in range(9) for code in "abcdefg"]
     shown = []
@@ -73,7 +91,7 @@ def test_samples_are_of_five_languages_and_others_each_time(capsys):
 
 def test_report_names_the_worst_of_many_languages(tmp_path, capsys):
     cers = {f"val_cer_4step_{n:02d}": n / 10 for n in range(10)}
-    train.report(dict(steps=6) | cers, tmp_path / "result.txt")
+    train.report(tmp_path / "result.txt", steps=6, **cers)
     assert capsys.readouterr().out.splitlines() == [
         "steps: 6", *(f"val_cer_4step_{n:02d}: {n / 10:.4f}" for n in range(5, 10)),
         *(f"val_cer_4step_{name}: 0.4500" for name in ("mean", "median"))]

@@ -16,13 +16,14 @@ import data
 import sample
 import train
 from data import Sentence
+from model import CAPITAL, DiT, DiTConfig
 from plumbing.errors import BadInput
-from test_roundtrip import SENTENCES, batch_of, pocket, random_whisper  # noqa: F401
+from test_roundtrip import SENTENCES, batch_of, close, pocket, random_whisper  # noqa: F401
 from text import sources
 from text.error_rates import edit_distance, error_rates
 from text.long import MixedBatches, fits, split_long
 from text.sources import builtin, load_data, make_sentence
-from text.spelling import strip_unspoken
+from text.spelling import latin_letter, strip_unspoken
 from whisper_decoder import FrozenWhisper
 
 
@@ -275,12 +276,24 @@ def test_every_language_comes_through(official):
         assert torch.equal(found[0], chars[[i for _, i in units]]), code
         assert len(middles) == len(tokens), code
         assert (np.diff([0, *middles, 9 * len(units)]) > 0).all(), code
-        spelled = bytes((x - 1) % 256 for row in chars[:, :-1].tolist() for x in row if x)
+        spelled = bytes((x - 1) % 256 for row in chars[:, :-2].tolist() for x in row if x)
         assert spelled.decode() == "".join(c.lower()[0] for c in said)
     numbers = [data.characters(text)[0].tolist() for text in ("a", "A")]
     assert numbers[0][:-1] == numbers[1][:-1] and numbers[0][-1] == 0 and numbers[1][-1] == 1025
     middles = data.align_text(Sentence("en", "The dog sleeps."), np.ones(15), 30, official)[3]
     assert middles.tolist() == [3, 10, 21, 29]
+
+
+def test_letters_of_all_alphabets_begin_as_the_latin_ones_that_they_sound_like():
+    sounds = {"éñøıß": "enois", "эфлмнрсжёйыяї": "eflmnrsziiyyy", "ієң": "iin", "αβψ": "abp", "בםך": "bmk",
+              "یکا": "yka", "कािॅॠ": "kaier", "తి": "ti", "กแ": "ka", "가か": "gk", "中。 5": "----"}
+    for letters, latin in sounds.items():
+        assert "".join(latin_letter(c) or "-" for c in letters) == latin
+    embed = DiT(DiTConfig(channels=8, embedding=8, depth=1)).char_in
+    z, zhe, capital_zhe, *others = embed(data.characters("zжЖ中河")).sum(1)
+    assert torch.equal(z, zhe) and z.any() and not torch.stack(others).any()
+    close(capital_zhe - zhe, embed.weight[CAPITAL])
+    assert embed.weight[CAPITAL].any()
 
 
 @pytest.mark.parametrize("text, code, written", [

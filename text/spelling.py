@@ -1,6 +1,7 @@
 """What of a text can be written, its letters and words, and the names of languages."""
 import re
 import unicodedata
+from functools import cache
 
 from whisper.tokenizer import TO_LANGUAGE_CODE
 
@@ -8,6 +9,9 @@ from whisper.tokenizer import TO_LANGUAGE_CODE
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』\u2640-\u267f]"""
 PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
+# In the name of a letter in Unicode, such as CYRILLIC SMALL LETTER EF: how it sounds.
+SOUND = re.compile(r"(?:LETTER|SIGN|SYLLABLE|CHARACTER) (?:(?:SMALL|FINAL|SHORT|DOTLESS|SARA|MAI|"
+                   r"CANDRA|VOCALIC|FARSI|\S*UKRAINIAN) )*(?:E(?=[FLMNRS]$))?([A-Z])")
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 
 
@@ -30,6 +34,14 @@ def words(text: str, language: str) -> list[str]:
 def letters(text: str) -> str:
     """Letters, digits, marks such as Hindi's vowel signs, joiners; a blank for anything else."""
     return "".join(c if unicodedata.category(c)[0] in "LMN" or c in JOINERS else " " for c in text)
+
+
+@cache
+def latin_letter(c: str) -> str:
+    """What a letter of any alphabet sounds like, about, by its name in Unicode: "é" -> "e", "ж",
+    CYRILLIC SMALL LETTER ZHE -> "z"; "" where the name does not say it, as of Chinese ones."""
+    sound = SOUND.search(unicodedata.name(c, "").partition(" WITH ")[0])
+    return sound[1].lower() if sound else ""
 
 
 def language_code(name: str) -> str:
