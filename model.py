@@ -110,7 +110,7 @@ class DiT(nn.Module):
         width, patch = config.width, config.patch
         self.latent_in = nn.Linear(patch * config.channels, width)
         self.token_in = nn.Linear(config.embedding, width)
-        self.char_in = nn.Embedding(CAPITAL + 1, width, padding_idx=0)
+        self.letter_in = nn.Embedding(CAPITAL + 1, width, padding_idx=0)
         self.unit_conv = nn.Conv1d(width, width, 9, padding=4)  # a unit and its neighbours
         self.phase_in = nn.Linear(2, width)  # how far a unit has come
         self.order_in = nn.Linear(patch * width, width, bias=False)
@@ -124,7 +124,7 @@ class DiT(nn.Module):
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of time
         # All but ASCII begin as the Latin letters that they sound like.
-        nn.init.zeros_(self.char_in.weight[129:CAPITAL])
+        nn.init.zeros_(self.letter_in.weight[129:CAPITAL])
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)  # until `begin`
 
@@ -136,7 +136,7 @@ class DiT(nn.Module):
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
         """Each unit, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
-        text = self.char_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, U, D)
+        text = self.letter_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, U, D)
         text = text * cond["chars"].any(2, keepdim=True)  # not the bias of token_in from padding
         text = text + F.silu(self.unit_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))

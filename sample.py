@@ -22,6 +22,7 @@ from data import FRAMES_PER_SECOND, Sentence
 from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
+from plumbing.files import make_folder
 from plumbing.flags import Parser, path
 from speech import dataset
 from speech.align import durations_by
@@ -146,8 +147,10 @@ def main(argv=None) -> None:
         cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
-    check(args, checkpoint["config"]["latent"])
     files = wav_files(args.wav, len(texts))
+    check(args, checkpoint["config"]["latent"])
+    for file in files[:1]:  # it fails now, not after the work
+        make_folder(file.parent)
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
     print_notes(notes)

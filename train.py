@@ -4,7 +4,6 @@
     python train.py --latent mel        # spectrograms: the whole of Whisper hears them, in rooms
     python train.py --data fr=livre.txt builtin --whisper tiny      # --help lists all flags
     python train.py --resume            # go on where Ctrl-C stopped it
-    python train.py --init_from out/ckpt.pt --data it=libro.txt --out_dir out/it  # learn more
 """
 from plumbing.errors import BadInput, first_line, guard  # at once: see there
 import copy
@@ -38,7 +37,7 @@ from whisper_decoder import DecodingResult, FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
-CHANGEABLE = {*"out_dir device resume eval_every eval_sentences batch_size whisper".split()}
+CHANGEABLE = "out_dir device resume eval_every eval_sentences batch_size whisper init_from".split()
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
        "gradient_norm,learning_rate")  # of rank 0 but for the norm; quarters of t without one: nan
 
@@ -215,13 +214,13 @@ class Run:
         check_same(self.path, checkpoint["origin"], self.origin, "--out_dir", self.origin)
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
-            getattr(self, name).load_state_dict(checkpoint.pop(name))  # training needs the memory
+            getattr(self, name).load_state_dict(checkpoint[name])
 
     def begin_with(self, checkpoint: dict) -> None:
-        """Another run's averaged weights; BadInput if its network has another shape."""
-        if checkpoint["model_config"] != asdict(self.model.config):
-            raise BadInput(f"--init_from {self.config.init_from} is a network of another shape; "
-                           "give its --latent and --depth, and a Whisper as large")
+        """The averaged weights of another run, of the same Whisper and shape. Raises BadInput."""
+        theirs = checkpoint["origin"]["whisper"], checkpoint["model_config"]
+        if theirs != (self.origin["whisper"], asdict(self.model.config)):
+            raise BadInput(f"{self.config.init_from} needs its own --whisper, --latent and --depth")
         for network in (self.model, self.ema):
             network.load_state_dict(checkpoint["ema"])
 
@@ -322,6 +321,7 @@ def main(argv=None) -> dict:
     run = Run(config, whisper, rhythm, shares)
     if checkpoint:
         (run.load if config.resume else run.begin_with)(checkpoint)
+        checkpoint.clear()  # training needs the memory
     n_parameters = sum(p.numel() for p in run.model.parameters())
     if rank == 0:
         print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device}; "

@@ -4,7 +4,7 @@ import os
 from dataclasses import field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Iterable
+from typing import Container
 
 from plumbing.errors import BadInput
 
@@ -54,8 +54,8 @@ def check_flags(config) -> None:
             raise BadInput(f"--{f.name} {value!r} is none of {', '.join(choices)}")
 
 
-def check_same(place: Path, before: dict, now: dict, way_out: str, things: Iterable = ()) -> None:
-    """BadInput if what a run began with, such as a flag, or one of things, is another now."""
+def check_same(place: Path, before: dict, now: dict, way_out: str, things: Container = ()) -> None:
+    """BadInput if a flag, or one of things, such as a text, is not what a run began with."""
     for name, value in now.items():
         if (was := before.get(name)) != value:
             was, value = (f"no --{name}" if x in (None, "") else f"--{name} {x}"

@@ -15,7 +15,7 @@ from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_filters
 
 from data import Batch, Sentence, sentence_generator
 from plumbing.errors import BadInput
-from plumbing.files import atomic_write, make_folder
+from plumbing.files import atomic_write
 from speech.ear import VOICE, Ear, Room, random_room
 
 
@@ -78,22 +78,17 @@ def griffin_lim(mel: Tensor, rounds: int = 60) -> Tensor:
 
 
 def wav_files(path: Path | None, n: int) -> list[Path]:
-    """--wav FILE.wav, or a folder, which is made -> the file of each of n texts, or none.
-
-    Raises BadInput: it fails now, not after the work.
-    """
+    """--wav FILE.wav, or a folder -> the file of each of n texts. Raises BadInput."""
     if not path:
         return []
     if path.suffix.lower() == ".wav" and not path.is_dir():
         if n > 1:
             raise BadInput(f"--wav {path} holds one text, not {n}; give a folder")
-        make_folder(path.parent)
         return [path]
     if (path.exists() or path.suffix) and not path.is_dir():
         raise BadInput(f"--wav {path} is neither FILE.wav nor a folder")
     if (path / "manifest.tsv").exists() and not (path / "0000.wav").exists():
         raise BadInput(f"--wav {path} has recordings, with a manifest.tsv; give another folder")
-    make_folder(path)
     return [path / f"{i:04d}.wav" for i in range(n)]
 
 

@@ -124,7 +124,7 @@ def read_wav(path: Path) -> np.ndarray:
         return np.frombuffer(file.readframes(file.getnframes()), "<i2") / np.float32(2**15)
 
 
-def test_sound(ear, runs, tmp_path):
+def test_sound(ear, runs, tmp_path, capsys):
     """Griffin-Lim of real speech is read from the file; each text has a file as long as it is."""
     sentences, mel = spoken(ear, 25)
     real, mels, wav = cer_of(ear, ear.features_of_mel(mel), sentences), [], tmp_path / "x.wav"
@@ -148,6 +148,9 @@ def test_sound(ear, runs, tmp_path):
     entries, _ = read_manifest(tmp_path / "new", ear)
     assert [(path.name, s.text) for path, s in entries] == [
         (f"000{i}.wav", text.strip()) for i, text in enumerate(texts)]
+    assert "older" not in capsys.readouterr().out
+    sampled(tmp_path, run, "Yes.", "--wav", str(tmp_path / "new"))
+    assert "note: 1 older .wav files are there too" in capsys.readouterr().out
     (tmp_path / "new" / "0000.wav").unlink()
     with pytest.raises(BadInput, match="new has recordings, with a manifest.tsv; give another"):
         sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))

@@ -9,9 +9,13 @@ from whisper.tokenizer import TO_LANGUAGE_CODE
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』\u2640-\u267f]"""
 PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
-# In the name of a letter in Unicode, such as CYRILLIC SMALL LETTER EF: how it sounds.
-SOUND = re.compile(r"(?:LETTER|SIGN|SYLLABLE|CHARACTER) (?:(?:SMALL|FINAL|SHORT|DOTLESS|SARA|MAI|"
-                   r"CANDRA|VOCALIC|FARSI|\S*UKRAINIAN) )*(?:E(?=[FLMNRS]$))?([A-Z])")
+# A letter's name in Unicode, as HEBREW LETTER FINAL MEM, says how it sounds, but for such words,
+QUALITY = (r"SMALL|FINAL|SHORT|DOTLESS|OPEN|STRAIGHT|BARRED|SUPERSCRIPT|FARSI|\S*UKRAINIAN|SARA"
+           r"|CANDRA|VOCALIC|CHILLU|MEDIAL|TALL|GLOTTAL|PHARYNGEAL|\S*PRAANA|DANTAJA|\S*DHAJA")
+SOUND = re.compile(rf"(?:LETTER|LIGATURE|SIGN|SYLLABLE|CHARACTER) (?:(?:{QUALITY}) )*([A-Z])")
+# such signs, which do not sound, and such letters, whose names begin otherwise, as CYRILLIC ... EF.
+SILENT = re.compile("MODIFIER|VIRAMA|COENG|ASAT|LAKUNA|NUKTA|MAI |THANTHAKHAT|(HARD|SOFT) SIGN")
+NAMED = dict(zip("флмнрсңеєəәðŋ", "flmnrsneeaadn"))
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 
 
@@ -39,9 +43,10 @@ def letters(text: str) -> str:
 @cache
 def latin_letter(c: str) -> str:
     """What a letter of any alphabet sounds like, about, by its name in Unicode: "é" -> "e", "ж",
-    CYRILLIC SMALL LETTER ZHE -> "z"; "" where the name does not say it, as of Chinese ones."""
-    sound = SOUND.search(unicodedata.name(c, "").partition(" WITH ")[0])
-    return sound[1].lower() if sound else ""
+    CYRILLIC SMALL LETTER ZHE -> "z"; "" if it is silent, or no name says it, as of Chinese ones."""
+    name = unicodedata.name(c, "").partition(" WITH ")[0]
+    sound = None if SILENT.search(name) else SOUND.search(name)
+    return NAMED.get(c) or (sound[1].lower() if sound else "")
 
 
 def language_code(name: str) -> str:
