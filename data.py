@@ -123,8 +123,8 @@ def characters(text: str) -> Tensor:
         lower = c.lower()[0]  # of the two of "İ".lower() the first will do
         # Its UTF-8 bytes, numbered by place; to an "é" or "ж" also the number of the "e" or "z".
         numbers = [1 + 256 * i + byte for i, byte in enumerate(lower.encode())]
-        sound = 0 if lower.isascii() else ord(latin_letter(lower) or "\0")
-        rows.append([*numbers, *[0] * (BYTES - len(numbers)), sound and 1 + sound,
+        latin = "" if lower.isascii() else latin_letter(lower)
+        rows.append([*numbers, *[0] * (BYTES - len(numbers)), 1 + ord(latin) if latin else 0,
                      CAPITAL if c != c.lower() else 0])
     return torch.tensor(rows)
 

@@ -338,7 +338,7 @@ def test_resumed_run_equals_straight_run(runs, tmp_path, monkeypatch, latent):
         with pytest.raises(BadInput, match="saved at step 5; --resume goes on"):
             train.main(flags)
     assert signal.getsignal(signal.SIGINT) is handler
-    with pytest.raises(BadInput, match="begun with --depth 1, not with --depth 2; give"):
+    with pytest.raises(BadInput, match="begun with --depth 1, not with --depth 2; give the same"):
         train.main([*flags, "--depth", "2", "--resume"])
     shutil.copytree(tmp_path, tmp_path / "again")  # out of memory: it goes on with another batch
     other = ["--out_dir", str(tmp_path / "again"), "--batch_size", "8", "--resume"]

@@ -285,10 +285,10 @@ def test_every_language_comes_through(official):
 
 
 def test_letters_of_all_alphabets_begin_as_the_latin_ones_that_they_sound_like():
-    sounds = {"éñøıßœə": "enoisoa", "эфлмнрсежёйыяь": "eflmnrseziiyy-",
-              "ієїңүө": "ieynuo", "αβψ": "abp", "בםך": "bmk", "یکا": "yka", "कािॅॠ्": "kaier-",
-              "తి": "ti", "กแา่": "kaa-", "ენლ": "enl", "අකන": "akn", "အျ": "ay", "가엔か": "gek",
-              "ൻ": "n", "中。 5ʻ": "-----"}
+    sounds = {"éñøıßœəðŋ": "enoisoadn", "эфлмнрсежёйыяьъ": "eflmnrseziiyy--",
+              "ієїңүөә": "ieynuoa", "αβψ": "abp", "בםך": "bmk", "یکا": "yka", "कािॅॠ्": "kaier-",
+              "తి": "ti", "กแา่": "kaa-", "ენლ": "enl", "අකනණ": "aknn", "အျါ": "aya", "አዐ": "aa",
+              "가엔かっ": "gekt", "ൻ": "n", "ɛٰ": "ea", "中。 5ʻ⨢": "------", "़្្්်์": "------"}
     for letters, latin in sounds.items():
         assert "".join(latin_letter(c) or "-" for c in letters) == latin
     embed = DiT(DiTConfig(channels=8, embedding=8, depth=1)).letter_in
