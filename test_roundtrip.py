@@ -344,7 +344,7 @@ def test_resumed_run_equals_straight_run(runs, tmp_path, monkeypatch, latent):
     other = ["--out_dir", str(tmp_path / "again"), "--batch_size", "8", "--resume"]
     assert train.main([*flags, *other])["steps"] == 6
     result = train.main([*flags, "--resume"])
-    times = {"seconds": 0, "evaluation_seconds": 0}
+    times = dict.fromkeys(("seconds", "evaluation_seconds", "peak_memory_gb"), 0)
     assert result | times == runs[1][latent] | times
     a, b = (train.load_checkpoint(x / "ckpt.pt") for x in (runs[0] / latent, tmp_path))
     for part, name in itertools.product(("model", "ema"), a["model"]):

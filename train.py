@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 import data
 import flow
-from flow import Solver
 from model import DiT, DiTConfig
 from plumbing import devices
 from plumbing.files import Log, atomic_write, fingerprint, locked
@@ -95,10 +94,9 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
 def draw_noise(batch: data.Batch, channels: int, drop_text: float,
                rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """x0 (B, T, C), t (B,) stratified over [0, 1], and which items go without text (B,)."""
-    n, n_frames = batch.mask.shape
-    x0 = torch.randn(n, n_frames, channels, generator=rng, device=rng.device)
-    uniform = torch.rand(2, n, generator=rng, device=rng.device)
-    t = (torch.randperm(n, generator=rng, device=rng.device) + uniform[0]) / n
+    x0 = torch.randn(*batch.mask.shape, channels, generator=rng, device=rng.device)
+    uniform = torch.rand(2, len(x0), generator=rng, device=rng.device)
+    t = (torch.randperm(len(x0), generator=rng, device=rng.device) + uniform[0]) / len(x0)
     return x0, t, uniform[1] < drop_text
 
 
@@ -130,7 +128,7 @@ class RoundTrip(NamedTuple):
 
 @torch.no_grad()
 def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch,
-             solver: Solver) -> Iterator[Tensor]:
+             solver: flow.Solver) -> Iterator[Tensor]:
     """The states of the flow, noise first, (B, T, C) each."""
     velocity = flow.model_velocity(model, batch.cond, solver.guidance)
     x0 = data.noise(batch, whisper.channels, solver.seed)
@@ -138,7 +136,7 @@ def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch,
 
 
 def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sentence],
-                durations: Sequence[np.ndarray], solver: Solver = Solver(),
+                durations: Sequence[np.ndarray], solver: flow.Solver = flow.Solver(),
                 change: Callable = lambda x1, batch: x1) -> Iterator[RoundTrip]:
     """Sentences, each with the durations of its characters (S,) -> greedy round trips, in order."""
     for i in tqdm(range(0, len(sentences), 50), "round trips", leave=False, delay=1):
@@ -156,7 +154,7 @@ def evaluate(run: "Run", held_out: list) -> dict:
     sentences, start = data.per_language(held_out, run.config.eval_sentences), time.time()
     result = {"val_sentences": len(sentences)}
     for steps in (1, 4):
-        hypotheses = run.transcribe_samples(sentences, Solver(steps))
+        hypotheses = run.transcribe_samples(sentences, flow.Solver(steps))
         for name, rate in error_rates(sentences, hypotheses)._asdict().items():
             result[f"val_{name}_{steps}step"] = rate
         for code, cer in cer_by_language(sentences, hypotheses).items():
@@ -225,7 +223,7 @@ class Run:
             network.load_state_dict(checkpoint["ema"])
 
     def transcribe_samples(self, sentences: Sequence[data.Sentence],
-                           solver: Solver = Solver()) -> list[str]:
+                           solver: flow.Solver = flow.Solver()) -> list[str]:
         """What the critic reads of what the averaged network says."""
         durations = [self.durations(s, self.config.speed) for s in sentences]
         trips = round_trips(self.ema, self.whisper, sentences, durations, solver)
@@ -285,7 +283,8 @@ def train(run: Run, batches: Dataset, held_out: list, objective: Callable = obje
             update_ema(run.ema, run.model, run.step, config.ema)
             quarters = [cfm[(4 * t).long() == i] for i in range(4)]
             losses = torch.stack([x.mean() for x in (loss, nll, cfm, *quarters)]).tolist()
-            bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}", refresh=False)
+            bar.set_postfix(nll=f"{losses[1]:.3f}", flow=f"{losses[2]:.3f}",
+                            GB=f"{devices.peak_memory(device):.1f}", refresh=False)
             if log:
                 log.write(run.step, time.time() - start, *losses, norm.item(), rate)
             run.step += 1
@@ -332,7 +331,8 @@ def main(argv=None) -> dict:
         devices.stop_ranks()
         if rank > 0:  # the first evaluates alone
             return {}
-        return report(folder / "result.txt", device=device, steps=run.step, parameters=n_parameters,
+        return report(folder / "result.txt", device=device, steps=run.step,
+                      parameters=n_parameters, peak_memory_gb=devices.peak_memory(device),
                       **evaluate(run, held_out), seconds=time.time() - start)
 
 

@@ -9,7 +9,6 @@ Every figure is of this machine; the ratios in a table come from one run.
 """
 import argparse
 import itertools
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
-from plumbing.devices import choose_device, has_bf16, mixed_precision  # noqa: E402
+from plumbing.devices import choose_device, has_bf16, mixed_precision, peak_memory  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import room_of_step  # noqa: E402
 from text.long import MixedBatches  # noqa: E402
@@ -82,14 +81,6 @@ def random_checkpoint(name: str, path: Path) -> None:
     model = Whisper(dims_of(name))
     torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)
     torch.save(dict(dims=asdict(model.dims), model_state_dict=model.state_dict()), path)
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory that was ever taken, in GB: of the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
 def clock(device: torch.device) -> float:

@@ -1,6 +1,8 @@
 """Where a program runs: on which device, in how many processes of torchrun, one for each GPU."""
+import math
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -9,6 +11,11 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plumbing.errors import BadInput, first_line
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -55,6 +62,16 @@ def mixed_precision(device: torch.device, width: int):
     with (sdpa_kernel(KERNELS[1:] if on_cpu and fast else KERNELS),
           torch.autocast(device.type, torch.bfloat16, enabled=fast)):
         yield
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that was ever taken, in GB: of the GPU, or of this process; nan: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:

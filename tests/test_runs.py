@@ -89,6 +89,23 @@ def test_samples_are_of_five_languages_and_others_each_time(capsys):
     assert len({*shown}) > 10
 
 
+def test_the_most_memory_ever_taken_is_told(runs):
+    code = """import torch
+from plumbing.devices import peak_memory
+device = torch.device("cpu")
+first = peak_memory(device)
+x = torch.ones(10**8)
+second = peak_memory(device)
+del x
+print(first, second, peak_memory(device))"""
+    # By a shell: Linux counts what a parent had in memory before.
+    out = subprocess.run(["sh", "-c", '"$0" -c "$1"; true', sys.executable, code], cwd=ROOT,
+                         text=True, capture_output=True, check=True).stdout
+    first, second, third = map(float, out.split())
+    assert 0.05 < first < 2 and 0.38 < second - first < 0.45 and second <= third < second + 0.05
+    assert first < runs[1]["features"]["peak_memory_gb"] < 24
+
+
 def test_report_names_the_worst_of_many_languages(tmp_path, capsys):
     cers = {f"val_cer_4step_{n:02d}": n / 10 for n in range(10)}
     train.report(tmp_path / "result.txt", steps=6, **cers)
