@@ -144,7 +144,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         frames = batch.cond["frames"]
         x1 = change(flow.last(generate(model, whisper, batch, solver)), batch)
         features = whisper.features(x1, frames)
-        read = whisper.transcribe(features, [s.language for s in batch.sentences])
+        read = whisper.transcribe(features, *zip(*batch.sentences))
         x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
         yield from map(RoundTrip, batch.sentences, x1, features, read)
 

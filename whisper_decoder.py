@@ -8,8 +8,7 @@ B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channel
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, H heads, R different
 rows of the token embedding.
 """
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Sequence
 
 import numpy as np
@@ -20,12 +19,13 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, log_mel_spectrogram
-from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
+from whisper.decoding import DecodingResult
 from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
 from plumbing.devices import KERNELS
 from plumbing.errors import BadInput
 from plumbing.weights import load_whisper, weights_fingerprint
+from text import greedy
 from text.spelling import language_code, strip_unspoken
 
 
@@ -189,7 +189,9 @@ class FrozenWhisper:
                     self.silence_behind(frames, features.shape[1]))
         for block, silence in zip(decoder.blocks, silences):
             x = x + block.attn(block.attn_ln(x), mask=decoder.mask)[0]
-            x = x + attend(block.cross_attn, block.cross_attn_ln(x), features, silence)
+            y = block.cross_attn_ln(x)
+            x = x + (attend(block.cross_attn, y, features, *silence) if silence else
+                     block.cross_attn(y, features)[0])
             x = x + block.mlp(block.mlp_ln(x))
         return decoder.ln(x)
 
@@ -209,30 +211,16 @@ class FrozenWhisper:
             per_token = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
         return mean_per_item(per_token, mask)
 
-    def transcribe(self, features: Tensor, languages: Sequence[str | None]) -> list[DecodingResult]:
+    def transcribe(self, features: Tensor, languages: Sequence[str | None],
+                   texts: Sequence[str] | None = None) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
 
-        None: the language is detected. avg_logprob is a mean over tokens, in nats; no_speech_prob
-        that of <|nospeech|> as the first token; a compression_ratio above 2.4 Whisper calls a loop.
+        None: the language is detected. texts: what it may be; where it is, one pass shows that, and
+        the result is the same as that of decoding token by token. avg_logprob is a mean over
+        tokens, in nats; no_speech_prob that of <|nospeech|> as the first token; a compression_ratio
+        above 2.4 Whisper calls a loop.
         """
-        options = DecodingOptions(language=None if self.model.is_multilingual else "en",
-                                  without_timestamps=True, fp16=False)
-        task = DecodingTask(self.model, options)
-        if self.model.is_multilingual:
-            task._detect_language = partial(self.detect_language, languages)
-        results = task.run(features.float())
-        return [replace(x, audio_features=None) for x in results]  # (P, E) each
-
-    def detect_language(self, languages: Sequence[str | None], features: Tensor,
-                        tokens: Tensor) -> tuple[list[str], None]:
-        """Those that are given, or Whisper's guess, written into tokens (B, n_prompt) too.
-
-        DecodingTask's own knows one language a batch, so each language would need its own call.
-        """
-        guesses = self.model.detect_language(features)[1] if None in languages else languages
-        codes = [code or max(guess, key=guess.get) for code, guess in zip(languages, guesses)]
-        tokens[:, 1] = torch.tensor([self.language_token(code) for code in codes])
-        return codes, None
+        return greedy.transcribe(self, features.float(), languages, texts)
 
 
 def mean_per_item(values: Tensor, mask: Tensor) -> Tensor:
@@ -241,23 +229,18 @@ def mean_per_item(values: Tensor, mask: Tensor) -> Tensor:
     return grid.sum(1) / mask.sum(1)
 
 
-def attend(layer: nn.Module, x: Tensor, speech: Tensor,
-           silence: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
-    """Whisper's cross-attention, (B, L, E), (B, T, E) -> (B, L, E).
+def attend(layer: nn.Module, x: Tensor, speech: Tensor, silent_k: Tensor, silent_v: Tensor,
+           is_seen: Tensor) -> Tensor:
+    """Whisper's cross-attention to speech and silence, (B, L, E), (B, T, E), ... -> (B, L, E).
 
-    silence, see `silence_behind`: the same in every item and step, so its keys and values are not
-    computed again. Scores of speech and silence stand side by side in one softmax, which is exact.
+    Silence, see `silence_behind`, is the same in every item and step, so its keys and values are
+    not computed again. Scores of both stand side by side in one softmax, which is exact.
     """
     split = lambda x: x.unflatten(-1, (layer.n_head, -1)).transpose(-3, -2)  # noqa: E731
     q, k, v = map(split, (layer.query(x), layer.key(speech), layer.value(speech)))
+    silent_k, silent_v = split(silent_k), split(silent_v)  # (H, silence, E/H)
     q, n = q / q.shape[-1] ** 0.5, speech.shape[1]  # q (B, H, L, E/H)
-    scores = q @ k.mT
-    if silence:
-        silent_k, silent_v = map(split, silence[:2])  # (H, silence, E/H)
-        scores = torch.cat([scores, torch.einsum("bhld,hpd->bhlp", q, silent_k)], 3)
-        scores = scores.masked_fill(~silence[2], -torch.inf)
-    weights = scores.softmax(3)
-    y = weights[..., :n] @ v
-    if silence:
-        y = y + torch.einsum("bhlp,hpd->bhld", weights[..., n:], silent_v)
+    scores = torch.cat([q @ k.mT, torch.einsum("bhld,hpd->bhlp", q, silent_k)], 3)
+    weights = scores.masked_fill(~is_seen, -torch.inf).softmax(3)
+    y = weights[..., :n] @ v + torch.einsum("bhlp,hpd->bhld", weights[..., n:], silent_v)
     return layer.out(y.transpose(1, 2).flatten(2))

@@ -65,7 +65,10 @@ def mixed_precision(device: torch.device, width: int):
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that was ever taken, in GB: of the GPU, or of this process; nan: unknown."""
+    """The most memory that was ever taken, in GB: of a CUDA GPU, or of this process; nan: unknown.
+
+    Linux counts no less than what the program had that started this one.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if resource is None:

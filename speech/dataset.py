@@ -153,10 +153,10 @@ def read_sounds(pieces: Sequence[Piece], whisper: FrozenWhisper) -> None:
     for start in range(0, len(pieces), READ_AT_ONCE):
         group = pieces[start : start + READ_AT_ONCE]
         mels = torch.cat([log_mel(piece.arrays["samples"], whisper) for piece in group])
-        codes = [piece.row["language"] for piece in group]
-        read = whisper.transcribe(whisper.features_of_mel(mels.to(whisper.device)), codes)
-        for piece, result in zip(group, read):
-            sentence = Sentence(piece.row["language"], piece.row["text"])
+        sentences = [Sentence(piece.row["language"], piece.row["text"]) for piece in group]
+        features = whisper.features_of_mel(mels.to(whisper.device))
+        read = whisper.transcribe(features, *zip(*sentences))
+        for piece, sentence, result in zip(group, sentences, read):
             piece.row["cer_sound"] = round(error_rates([sentence], [result.text]).cer, 4)
 
 
