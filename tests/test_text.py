@@ -4,6 +4,7 @@ import gzip
 import http.server
 import itertools
 import math
+import re
 import threading
 from collections import Counter
 
@@ -21,6 +22,7 @@ from plumbing.errors import BadInput
 from test_roundtrip import SENTENCES, batch_of, close, pocket, random_whisper  # noqa: F401
 from text import sources
 from text.error_rates import edit_distance, error_rates
+from text import long
 from text.long import MixedBatches, fits, split_long
 from text.sources import builtin, load_data, make_sentence
 from text.spelling import latin_letter, strip_unspoken
@@ -167,6 +169,7 @@ def test_every_fourth_batch_has_a_few_words_of_sentences(pocket, monkeypatch):
     shares |= {Sentence("en", "Well - no. You"): 9e3}
     batches = MixedBatches(shares, pocket, 8, 0, 1.0, 1.7, held_out=[Sentence("en", "well, no")])
     monkeypatch.setattr(pocket, "max_frames", 1500)
+    monkeypatch.setattr(long, "SPELLED", 10**9)  # none is
     found = [s for i in range(2, 400, 4) for s in batches[i].sentences]
     assert found == [s for i in range(2, 400, 4) for s in batches[i].sentences]
     parts = lambda s: data.words(*s[::-1]) if s.language == "zh" else s.text.split()  # noqa: E731
@@ -181,6 +184,19 @@ def test_every_fourth_batch_has_a_few_words_of_sentences(pocket, monkeypatch):
     assert {s.text for s in few} >= {"ทุ", "ก"} and not {s.text[0] for s in few} & {"ุ", "้"}
     starts = {t.text.startswith(s.text) for s in short for t in shares if s.text in t.text}
     assert starts == {True, False}  # from anywhere in it
+
+
+def test_a_word_of_a_third_of_short_texts_is_spelled(pocket):
+    batches = MixedBatches({Sentence("de", "Ja."): 1.0}, pocket, 8, 0, 1.0, 1.7)
+    shorten = lambda *s: [batches.shorten(Sentence(*s), data.generator(0, i)).text  # noqa: E731
+                          for i in range(300)]
+    found = shorten("de", "Der große Jongleur lacht.")
+    spelled = [text for text in found if re.search(r"\b[A-Z] [A-Z]\b", text)]
+    assert 0.1 < len(spelled) / 300 < 0.2  # two of the four words can be
+    assert {*spelled} >= {"D E R", "G R O S S E", "Der G R O S S E Jongleur"}
+    assert not re.search(r"L A|J O|\.\S| \.", " ".join(spelled))
+    for language, text in (("hi", "यह घर है"), ("zh", "大家好"), ("en", "24 7 100")):
+        assert all(t in text for t in shorten(language, text))
 
 
 def test_training_never_draws_held_out_words(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from whisper_decoder import FrozenWhisper
 
 EVERY = 4  # batches: one of them is of long texts, and one of a few words each
 FEW = 4  # words of a short text, at most
+SPELLED = 3  # short texts: in one of them a word is spelled,
+LETTERS = 6  # of so many letters at most
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
 CUTS = (r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
@@ -51,6 +53,13 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
             pieces[-1] = longer.text
     return [short for piece in pieces if words(piece, language)  # not a lonely bracket
             for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
+
+
+def spell(word: str) -> str:
+    """ "sun" -> "S U N"; itself, if it is long, or no word in an alphabet with capitals."""
+    capitals = word.upper()
+    is_short = len(word) <= LETTERS and word.isalpha() and capitals != word.lower()
+    return " ".join(capitals) if is_short else word
 
 
 def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
@@ -95,14 +104,21 @@ class MixedBatches(data.Batches):
         return [(s, self.rule(s, self.speed)) for s in sentences]
 
     def shorten(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
-        """A few words of it, or characters in UNSPACED; itself, if they are held out or signs."""
+        """A few words of it, or characters in UNSPACED; itself, if they are held out or signs.
+
+        Some are spelled: letters by themselves are rare in text, and a flow that never learned them
+        makes the decoder repeat one without end.
+        """
         language, text = sentence
         parts = re.split(CUTS[-1], text) if language in UNSPACED else text.split()
         draw = lambda n: int(torch.randint(n, (), generator=rng))  # noqa: E731
         n = 1 + draw(min(FEW, len(parts)))
         first = draw(len(parts) - n + 1)
-        few = between_words(language).join(parts[first : first + n])
-        short = Sentence(language, few.strip())
+        few = parts[first : first + n]
+        if draw(SPELLED) == 0:
+            i = draw(n)
+            few[i] = spell(few[i])
+        short = Sentence(language, between_words(language).join(few).strip())
         is_usable = any(map(str.isalnum, short.text)) and data.key(short) not in self.held_out
         return short if is_usable else sentence
 
