@@ -1,4 +1,4 @@
-"""The frozen Whisper: tokens, latents and features, cross-entropy, greedy decoding.
+"""The frozen Whisper: tokens, latents and features, cross-entropy; reading: text/greedy.py.
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
 and variance 1, as N(0, I) has; the decoder reads it. speech/ear.py's critic has its own `channels`,
