@@ -54,7 +54,8 @@ from pocket import make_pocket  # noqa: E402
 from sample import Flow  # noqa: E402
 from speech import sound  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
-from speech.recordings import log_mel, speech_span  # noqa: E402
+from speech.recordings import speech_span  # noqa: E402
+from speech.sound import log_mel  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 

@@ -28,7 +28,8 @@ from pocket.clips import mel_from_bytes, spoken_clips  # noqa: E402
 from sample import Flow  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
-from speech.recordings import log_mel, speech_span  # noqa: E402
+from speech.recordings import speech_span  # noqa: E402
+from speech.sound import log_mel  # noqa: E402
 from text.sources import MAX_NOTES, print_notes  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 

@@ -34,8 +34,7 @@ from flow import Solver
 from plumbing import flags
 from plumbing.errors import BadInput
 from plumbing.files import atomic_write, locked, make_folder
-from speech.recordings import log_mel
-from speech.sound import griffin_lim, is_whole_wav, write_samples
+from speech.sound import griffin_lim, is_whole_wav, log_mel, write_samples
 from text.error_rates import error_rates
 from text.sources import (
     kind, lines_of, local_file, note_english, note_other, other_language, print_notes, read_line,

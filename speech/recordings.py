@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 
 import data
 import flow
@@ -25,7 +24,7 @@ from data import Sentence
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write, fingerprint
 from speech.align import Rhythm, align_characters, fit_rhythm, spelling
-from speech.sound import resample
+from speech.sound import log_mel, resample
 from text.sources import MAX_NOTES, make_sentence, way_to_utf8
 from whisper_decoder import FrozenWhisper
 
@@ -108,16 +107,6 @@ def read_audio(path: Path) -> np.ndarray:
         raise BadInput("no sound in it" if loudest <= 1e-6 else f"samples of up to {loudest:.3g}; "
                        "1 is the loudest")
     return resample(samples, rate)
-
-
-def log_mel(samples: np.ndarray, whisper: FrozenWhisper) -> Tensor:
-    """16 kHz samples (n,) -> log-mel, then silence up to the window (1, M, 2P), or BadInput."""
-    window = 2 * whisper.max_frames * HOP_LENGTH
-    if len(samples) > window:
-        raise BadInput(f"it lasts {len(samples) / SAMPLE_RATE:.2f} s and {whisper.name} hears at "
-                       f"most {window / SAMPLE_RATE:.2f} s; cut it")
-    # One clip at a time: Whisper clamps at 8 decades below the maximum of what it is given.
-    return log_mel_spectrogram(samples, whisper.dims.n_mels, window - len(samples))[None]
 
 
 # ---- latents ---------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, mel_filters
+from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, mel_filters
 
 from data import Batch, Sentence, sentence_generator
 from plumbing.errors import BadInput
 from plumbing.files import atomic_write
 from speech.ear import VOICE, Ear, Room, random_room
+from whisper_decoder import FrozenWhisper
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -25,6 +26,16 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     if n == 0 or rate == SAMPLE_RATE:
         return samples
     return (np.fft.irfft(np.fft.rfft(samples), n) * n / len(samples)).astype(np.float32)
+
+
+def log_mel(samples: np.ndarray, whisper: FrozenWhisper) -> Tensor:
+    """16 kHz samples (n,) -> log-mel, then silence up to the window (1, M, 2P), or BadInput."""
+    window = 2 * whisper.max_frames * HOP_LENGTH
+    if len(samples) > window:
+        raise BadInput(f"it lasts {len(samples) / SAMPLE_RATE:.2f} s and {whisper.name} hears at "
+                       f"most {window / SAMPLE_RATE:.2f} s; cut it")
+    # One clip at a time: Whisper clamps at 8 decades below the maximum of what it is given.
+    return log_mel_spectrogram(samples, whisper.dims.n_mels, window - len(samples))[None]
 
 
 def move_voice(mel: Tensor, sentence: Sentence, seed: int, amount: float,

@@ -11,7 +11,7 @@ import sample
 from plumbing.errors import BadInput
 from plumbing.files import locked
 from speech import dataset
-from speech.recordings import log_mel
+from speech.sound import log_mel
 from test_roundtrip import ROOT, pocket, runs  # noqa: F401
 from text.error_rates import error_rates
 

@@ -35,6 +35,20 @@ from text.spelling import strip_unspoken
 from whisper_decoder import FrozenWhisper
 
 
+def test_only_recordings_and_flac_need_more_than_requirements_txt(runs, tmp_path):
+    extras = re.findall(r"^([a-z]+)", (ROOT / "requirements-test.txt").read_text(), re.M)
+    assert {"soundfile", "matplotlib"} <= {*extras}
+    code = f"""import sys
+sys.modules.update(dict.fromkeys({extras + ["pyarrow", "ctranslate2"]}))
+import sample, train
+sample.main(["The dog sleeps.", "--ckpt", {str(runs[0] / "mel")!r}, "--wav", "a.wav"])
+train.main(["--speech", "."])"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "wrote a.wav: 1 texts" in done.stdout and (tmp_path / "a.wav").stat().st_size > 9999
+    assert "to learn from recordings, `pip install soundfile`" in done.stderr
+
+
 # ---- text ------------------------------------------------------------------------------------
 
 
