@@ -65,19 +65,19 @@ def confirm(whisper, features: Tensor, languages: Sequence[str],
     shows that for all tokens at once, as it checks a draft in speculative decoding (Leviathan et
     al. 2023, arXiv 2211.17192).
     """
-    task, tokenizer = make_task(whisper), whisper.tokenizer("en")
+    task = make_task(whisper)
     targets = whisper.target_tokens(texts, languages).to(whisper.device)
     if targets.shape[1] > task.n_ctx:
         return [None] * len(texts)
     states = whisper.teacher_force(features, targets)  # (B, L - 1, E)
     is_sure, avg_logprob = score(whisper, task, states, targets)
     logits = F.linear(states[:, 0], whisper.model.decoder.token_embedding.weight)  # (B, V)
-    no_speech = logits.softmax(1)[:, tokenizer.no_speech]
+    no_speech = logits.softmax(1)[:, task.tokenizer.no_speech]
     results = []
     for row, sure, code, *scores in zip(targets.tolist(), is_sure.tolist(), languages,
                                         avg_logprob.tolist(), no_speech.tolist()):
-        tokens = row[whisper.n_prompt : row.index(tokenizer.eot)]
-        text, code = tokenizer.decode(tokens).strip(), task.options.language or code
+        tokens = row[whisper.n_prompt : row.index(task.tokenizer.eot)]
+        text, code = task.tokenizer.decode(tokens).strip(), task.options.language or code
         result = DecodingResult(None, code, None, tokens, text, *scores, 0.0,
                                 compression_ratio(text))
         results.append(result if sure and len(tokens) < task.sample_len else None)
@@ -85,7 +85,7 @@ def confirm(whisper, features: Tensor, languages: Sequence[str],
 
 
 def score(whisper, task: DecodingTask, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each text whether every token surely has the largest logit, and their mean log-probability.
+    """Of each text: has every token surely the largest logit, and the mean log-probability of all.
 
     (B, L - 1, E), (B, L) -> (B,), (B,). Only what Whisper may write counts.
     """
