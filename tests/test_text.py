@@ -304,7 +304,10 @@ def test_letters_of_all_alphabets_begin_as_the_latin_ones_that_they_sound_like()
     sounds = {"éñøıßœəðŋ": "enoisoadn", "эфлмнрсежёйыяьъ": "eflmnrseziiyy--",
               "ієїңүөә": "ieynuoa", "αβψ": "abp", "בםך": "bmk", "یکا": "yka", "कािॅॠ्": "kaier-",
               "తి": "ti", "กแา่": "kaa-", "ენლ": "enl", "අකනණ": "aknn", "အျါ": "aya", "አዐ": "aa",
-              "가엔かっ": "gekt", "ൻ": "n", "ɛٰ": "ea", "中。 5ʻ⨢": "------", "़្្්်์": "------"}
+              "가엔かっ": "gekt", "ൻ": "n", "ɛٰ": "ea", "中。 5ʻ⨢": "------", "़្្්်์": "------",
+              "\u0902\u0c02\u0901\u0a02\u17c6": "nnnnn", "\u0903\u17c7": "hh",
+              "\u093d\u17cb\u1037\u0e47\u0e46": "-----", "\u0dcf\u0dd3\u0dd4\u0ddd": "aiuo",
+              "\u0eb1\u0ebb": "ao"}
     for letters, latin in sounds.items():
         assert "".join(latin_letter(c) or "-" for c in letters) == latin
     embed = DiT(DiTConfig(channels=8, embedding=8, depth=1)).letter_in

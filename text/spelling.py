@@ -11,11 +11,16 @@ PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
 # A letter's name in Unicode, as HEBREW LETTER FINAL MEM, says how it sounds, but for such words,
 QUALITY = (r"SMALL|FINAL|SHORT|DOTLESS|OPEN|STRAIGHT|BARRED|SUPERSCRIPT|FARSI|\S*UKRAINIAN|SARA"
-           r"|CANDRA|VOCALIC|CHILLU|MEDIAL|TALL|GLOTTAL|PHARYNGEAL|\S*PRAANA|DANTAJA|\S*DHAJA")
+           r"|CANDRA|VOCALIC|CHILLU|MEDIAL|TALL|GLOTTAL|PHARYNGEAL|\S*PRAANA|DANTAJA|\S*DHAJA"
+           r"|KETTI|DIGA")
 SOUND = re.compile(rf"(?:LETTER|LIGATURE|SIGN|SYLLABLE|CHARACTER) (?:(?:{QUALITY}) )*([A-Z])")
-# such signs, which do not sound, and such letters, whose names begin otherwise, as CYRILLIC ... EF.
-SILENT = re.compile("MODIFIER|VIRAMA|COENG|ASAT|LAKUNA|NUKTA|MAI |THANTHAKHAT|(HARD|SOFT) SIGN")
-NAMED = dict(zip("флмнрсңеєəәðŋ", "flmnrsneeaadn"))
+# such signs, which do not sound, signs that are an "n" or an "h" in many scripts, and such letters,
+# whose names begin otherwise, as CYRILLIC ... EF, among them vowels of Sinhala and Lao.
+SILENT = re.compile("MODIFIER|VIRAMA|COENG|ASAT|LAKUNA|NUKTA|AVAGRAHA|DOT BELOW|MAI |MAITAIKHU"
+                    "|MAIYAMOK|PAIYANNOI|THANTHAKHAT|BANTOC|TOANDAKHIAT|(HARD|SOFT) SIGN")
+NASAL, BREATHED = "ANUSVARA|CANDRABINDU|BINDI|NIKAHIT", "VISARGA|REAHMUK"
+NAMED = dict(zip("флмнрсңеєəәðŋ" "\u0dd4\u0dd6\u0dd9\u0dda\u0ddc\u0ddd\u0eb1\u0ebb",
+                 "flmnrsneeaadn" "uueeooao"))
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 
 
@@ -45,6 +50,7 @@ def latin_letter(c: str) -> str:
     """What a letter of any alphabet sounds like, about, by its name in Unicode: "é" -> "e", "ж",
     CYRILLIC SMALL LETTER ZHE -> "z"; "" if it is silent, or no name says it, as of Chinese ones."""
     name = unicodedata.name(c, "").partition(" WITH ")[0]
+    name = re.sub(BREATHED, "H", re.sub(NASAL, "N", name))
     sound = None if SILENT.search(name) else SOUND.search(name)
     return NAMED.get(c) or (sound[1].lower() if sound else "")
 
