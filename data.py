@@ -1,6 +1,6 @@
 """Text in, batches out: sentences, hold-out split, length rule, characters over frames, batches.
 
-B batch, S characters, U units (characters; those of several tokens in as many parts), T latent
+B batch, S characters, U units (characters; one that is k tokens counts as k units), T latent
 frames, L prompt + text + end tokens, C channels.
 """
 import hashlib
@@ -53,14 +53,15 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: added lines move no other, except where
-    a tiny set or language must hold out one.
+    """Training and held-out sentences, by a hash of each: a line that is added moves no other,
+    unless a set or language is so small that one must be held out.
 
     What differs from a held-out one in signs, blanks and capitals only is dropped. Raises BadInput.
     """
     shares = {s: hash_share(s) for s in sentences}
     order = sorted(sentences, key=shares.get)  # so that the first few are a fair sample
     last, first = ({s.language: s for s in x} for x in (order, order[::-1]))
+    # Of all the one with the smallest hash, and that of each language that has two or more.
     at_least = {*order[:1], *(s for s in first.values() if s != last[s.language])}
     held_out = [s for s in order if shares[s] <= HELD_OUT or s in at_least]
     keys = set(map(key, held_out))  # their own too
@@ -83,7 +84,8 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
 
 @lru_cache(2**12)  # it is asked for wherever a length is needed
 def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
-    """The length rule: frames that each character lasts (S,), a letter at least one; speed 2: half.
+    """The length rule: frames that each character lasts (S,), at speed 2 half as many, but a letter
+    at least one.
 
     Raises BadInput for a speed that is out of range.
     """
@@ -117,14 +119,14 @@ def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
 
 
 def characters(text: str) -> Tensor:
-    """Numbers whose embeddings add up to each character (S, BYTES + 2), 0 adds nothing."""
+    """Ids whose embeddings sum to those of the characters (S, BYTES + 2); 0 adds nothing."""
     rows = []
     for c in strip_unspoken(text):
         lower = c.lower()[0]  # of the two of "İ".lower() the first will do
-        # Its UTF-8 bytes, numbered by place; to an "é" or "ж" also the number of the "e" or "z".
-        numbers = [1 + 256 * i + byte for i, byte in enumerate(lower.encode())]
+        # Its UTF-8 bytes, each place has its own ids; to an "é" or "ж" also that of the "e" or "z".
+        ids = [1 + 256 * i + byte for i, byte in enumerate(lower.encode())]
         latin = "" if lower.isascii() else latin_letter(lower)
-        rows.append([*numbers, *[0] * (BYTES - len(numbers)), 1 + ord(latin) if latin else 0,
+        rows.append([*ids, *[0] * (BYTES - len(ids)), 1 + ord(latin) if latin else 0,
                      CAPITAL if c != c.lower() else 0])
     return torch.tensor(rows)
 
@@ -135,6 +137,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
 
     -> chars (U, BYTES + 2) and token (U,) of each unit; where in the text each frame is, in units
     (T,), which leaves out units that are shorter than a frame; the middle of each token, in frames.
+    A "河" of two tokens, say, is two units of its three bytes, in which all ends are counted.
     """
     language, text = sentence
     tokens = whisper.encode(text, language)
@@ -147,10 +150,10 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     shares = durations / np.bincount(of_char)  # of a unit: all of a character last equally long
     times = np.cumsum([0, *shares[of_char]])
     times *= frames / times[-1]
-    where = np.interp(np.arange(frames) + 0.5, times, range(len(times)))
+    alignment = np.interp(np.arange(frames) + 0.5, times, range(len(times)))
     middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, [0, *ends], times)
     return (characters(text)[of_char], torch.tensor(tokens)[of_token],
-            torch.tensor(where).float(), torch.tensor(middles).float())
+            torch.tensor(alignment).float(), torch.tensor(middles).float())
 
 
 class Batch(NamedTuple):
@@ -159,7 +162,7 @@ class Batch(NamedTuple):
     sentences: list[Sentence]
     cond: dict[str, Tensor]  # what model.DiT takes
     targets: Tensor  # (B, L) prompt, text and end tokens, padded with -1
-    token_frames: Tensor  # (B, L) the frame in the middle of each text token, -1 for others
+    token_frames: Tensor  # (B, L) the middle frame of each text token, -1: none; for the ear's lens
     x1: Tensor | None = None  # (B, T, C) of recordings
 
     @property
@@ -189,7 +192,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
-    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # else said faster
+    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # longer ones: faster
     chars, tokens, alignment, token_frames = zip(
         *(align_text(*item, whisper) for item in zip(sentences, durations, frames)))
     token_frames = [F.pad(x, (whisper.n_prompt, 1), value=-1) for x in token_frames]

@@ -7,6 +7,7 @@ The contract
     velocity  u_t = dx_t/dt = x1 - x0                            eq. 23 (sigma_min = 0 in both)
     network   model(x_t, t, cond) -> x1_hat, the endpoint that x_t flows to
     ODE       dx/dt = v(x_t, t) = (x1_hat - x_t) / (1 - t), from t = 0 to t = 1
+    cond      dict of tensors (B, ...); cond["drop"] (B,): True where the condition is left out
     guidance  v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho and Salimans
               2022, eq. 6
     steps     steps of the solver; NFE = steps * ORDER[method] network evaluations, twice if guided
@@ -16,12 +17,13 @@ One Euler step from t = 0 to t = 1 lands on the endpoint itself: x1 = model(x0, 
 "OT-CFM" means this conditional optimal-transport path: straight lines from x0 to x1. It is not the
 minibatch optimal-transport coupling of Tong et al. 2024 that shares the name: pairing noise with
 data inside a batch skews the prior of every single condition (arXiv 2503.10636), and here each text
-is its own condition. In train.py x1 is what the network itself made of x0: such pairs belong to the
-flow, as in reflow, and skew nothing.
+is its own condition. In train.py x1 is the network's own one-step output (self-distillation): such
+pairs belong to the flow, as in reflow, and skew nothing.
 
 x0, x1, x_t, u_t: (B, T, C) for B items, T frames, C channels; t: (B,); mask: (B, T), True in frames
 of an item, False behind it.
 """
+from collections import deque
 from typing import Callable, Iterator, NamedTuple
 
 import torch
@@ -111,6 +113,4 @@ def sample(velocity: Velocity, x0: Tensor, steps: int = 4,
 
 def last(states: Iterator[Tensor]) -> Tensor:
     """x1 of `sample`; no other state is kept."""
-    for x in states:
-        pass
-    return x
+    return deque(states, maxlen=1).pop()

@@ -4,7 +4,7 @@ Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows
 sounds in it, as in ZipVoice (arXiv 2506.13053), and how far that has come; Whisper's embedding of
 its token also goes straight into the endpoint.
 
-B batch, U units of text (characters; those of several tokens in as many parts), T latent frames (50
+B batch, U units of text (characters; one that is k tokens counts as k units), T latent frames (50
 per second), C latent channels, D model width, H heads, N = ceil(T / patch) patches, E width of the
 frozen token embeddings.
 """
@@ -18,7 +18,8 @@ from torch import Tensor
 
 REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
 BYTES = 4  # most bytes of a character in UTF-8
-CAPITAL = 1 + 256 * BYTES  # id of what every capital letter adds
+CAPITAL = 1 + 256 * BYTES  # id of what every capital letter adds, behind those of all bytes
+ASCII = 128  # ids 1 to 128 are the first 128 bytes, see data.characters
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class DiT(nn.Module):
 
     cond["chars"]     (B, U, BYTES + 2)  ids of UTF-8 bytes, Latin letter, CAPITAL; 0: none
     cond["tokens"]    (B, U, E)          Whisper's own embedding of the token
-    cond["alignment"] (B, T)             where in the text each frame is, in units
+    cond["alignment"] (B, T)             where in the text each frame is: number of its unit, and
+                                         as a fraction how far that has come
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
     cond["language"]  (B, E)             Whisper's own embedding of the language token
     cond["drop"]      (B,)               True: ignore text and language (for guidance)
@@ -124,7 +126,7 @@ class DiT(nn.Module):
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of time
         # All but ASCII begin as the Latin letters that they sound like.
-        nn.init.zeros_(self.letter_in.weight[129:CAPITAL])
+        nn.init.zeros_(self.letter_in.weight[1 + ASCII : CAPITAL])
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)  # until `begin`
 
@@ -141,7 +143,7 @@ class DiT(nn.Module):
         text = text + F.silu(self.unit_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
         which, phase = alignment.long(), math.pi * alignment.frac()  # (B, N * patch)
-        text = text.gather(1, which[:, :, None].expand(-1, -1, text.shape[-1]))
+        text = text.take_along_dim(which[:, :, None], 1)
         text = text + self.phase_in(torch.stack([phase.cos(), phase.sin()], 2))
         text = torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)
         return text * mask[:, :, None]
@@ -157,9 +159,9 @@ class DiT(nn.Module):
 
         The network may be narrower than Whisper; this path is not.
         """
-        which = cond["alignment"].long()[:, :, None].expand(-1, -1, self.config.channels)
-        said = self.token_out(cond["tokens"]).gather(1, which)
-        return said * ~cond["drop"][:, None, None]
+        which = cond["alignment"].long()[:, :, None]
+        shortcut = self.token_out(cond["tokens"]).take_along_dim(which, 1)
+        return shortcut * ~cond["drop"][:, None, None]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
         """(B, T, C), (B,) -> x1_hat (B, T, C), bounded in every frame, 0 behind each item's end."""

@@ -99,14 +99,10 @@ def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args
 
 def check(args, latent: str) -> None:
     """BadInput if what was asked for cannot be made."""
-    try:
-        flow.schedule(args.steps)
-    except ValueError as error:
-        raise BadInput(f"--{error}") from error  # it begins with the name of the flag
     if (args.wav or args.rooms or {*args.write} - {"features"}) and latent != "mel":
         raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav, --rooms and "
                        "--write mel cannot be used; `python train.py --latent mel` makes spectra")
-    dataset.check(args)  # last, as it makes the folder of --out FILE.npz
+    dataset.check(args)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -138,18 +134,17 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     device, checkpoint = choose_device(args.device), load_checkpoint(args.ckpt)
+    check(args, checkpoint["config"]["latent"])
     model, whisper, durations, speed = load_flow(checkpoint, device)
     args.speed = speed if args.speed is None else args.speed
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
     make = partial(round_trips, model, whisper, change=change)
     if dataset.is_set(args.out):
-        check(args, checkpoint["config"]["latent"])
         cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     files = wav_files(args.wav, len(texts))
-    check(args, checkpoint["config"]["latent"])
-    for file in files[:1]:  # it fails now, not after the work
+    for file in [*files[:1], *[args.out] * bool(args.out)]:  # it fails now, not after the work
         make_folder(file.parent)
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]

@@ -430,7 +430,7 @@ def test_long_texts_are_spoken_in_pieces_and_in_the_time_asked_for(runs, tmp_pat
     ("train --steps 40 --learning_rate 1e8 --clip 1e8", "try a smaller --learning_rate"),
     ("sample x --ckpt {0}/no.pt", "no.pt cannot be used as a checkpoint of this train.py"),
     ("sample ... --ckpt {0}/mel/ckpt.pt", "there is no word in it"),
-    ("sample x --ckpt {0}/mel/ckpt.pt --steps 0", "--steps must be between 1 and 1000, not 0"),
+    ("sample x --ckpt {0}/mel/ckpt.pt --steps 0", "--steps 0 cannot be used; 1 to 1000"),
     ("sample x --ckpt {0}/features/ckpt.pt --wav x.wav", "makes features, which have no sound"),
     ("sample x y --ckpt {0}/mel/ckpt.pt --wav x.wav", "--wav x.wav holds one text, not 2; give a"),
     ("sample x --ckpt {0}/mel/ckpt.pt --wav x.mp3", "--wav x.mp3 is neither FILE.wav nor a folder"),

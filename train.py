@@ -5,7 +5,7 @@
     python train.py --data fr=livre.txt builtin --whisper tiny      # --help lists all flags
     python train.py --resume            # go on where Ctrl-C stopped it
 """
-from plumbing.errors import BadInput, first_line, guard  # at once: see there
+from plumbing.errors import BadInput, first_line, guard, is_out_of_memory  # first: see there
 import copy
 import math
 import sys
@@ -35,7 +35,6 @@ from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
-CHECKPOINT = ("model", "ema", "optimizer", "step", "rhythm", "origin", "config", "model_config")
 CHANGEABLE = "out_dir device resume eval_every eval_sentences batch_size whisper init_from".split()
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
        "gradient_norm,learning_rate")  # of rank 0 but for the norm; quarters of t without one: nan
@@ -51,11 +50,10 @@ class Config:
     max_lines: int = flag(10**6, "lines of a file that are read", 1)
     temperature: float = flag(3.0, "1: languages in proportion to their text; more: balanced", 1)
     speed: float = flag(1.0, "pace of the speech; 1 is natural", 0.1, 10)
-    speed_range: float = flag(0.0, "paces from 1 / x to x; 0: the critic's own", 0, 10)
     depth: int = flag(0, "size of the DiT: layers, heads, width / 32; 0: as wide as Whisper", 0, 65)
     steps: int = flag(900, "training steps", 1)
     batch_size: int = flag(24, "sentences per step, on all GPUs together", 1, 10**5)
-    learning_rate: float = flag(2e-3, "peak, up to a width of 128; wider: in proportion less", 0)
+    learning_rate: float = flag(2e-3, "peak, up to a width of 128; wider: in proportion less", 1e-9)
     warmup: int = flag(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = flag(0.01, "AdamW", 0)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
@@ -81,7 +79,7 @@ class Config:
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
               room: Room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a step (), and of its items cross-entropy and flow loss (B,)."""
-    # One solver step makes x1 of noise and text; the frozen Whisper reads it.
+    # One solver step makes x1 of noise and text; the frozen Whisper reads it (the ear: in a room).
     x1 = model(x0, torch.zeros_like(t), batch.cond)
     loss, nll = critic.text_loss(x1, batch, room)
     # Every t learns to point there, so that any number of steps may be taken afterwards: pairs
@@ -144,7 +142,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         frames = batch.cond["frames"]
         x1 = change(flow.last(generate(model, whisper, batch, solver)), batch)
         features = whisper.features(x1, frames)
-        read = whisper.transcribe(features, *zip(*batch.sentences))
+        read = whisper.transcribe(features, *zip(*batch.sentences))  # texts save time: see there
         x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
         yield from map(RoundTrip, batch.sentences, x1, features, read)
 
@@ -240,19 +238,22 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint["config"] = asdict(Config(**checkpoint["config"]))
         with torch.device("meta"):
             model = DiT(DiTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(dict(checkpoint["ema"]), assign=True)  # a dict does not remember it
-        checkpoint["origin"]["whisper"], checkpoint["optimizer"]["state"]  # KeyError without them
-        durations_by(checkpoint["rhythm"])
+        for weights in checkpoint["model"], checkpoint["ema"]:
+            model.load_state_dict(dict(weights), assign=True)  # a dict does not remember it
+        torch.optim.AdamW(model.parameters()).load_state_dict(checkpoint["optimizer"])
+        durations_by(checkpoint["rhythm"]), checkpoint["origin"]["whisper"]
         if not (all(x.isfinite().all() for x in checkpoint["ema"].values())
-                and 0 <= checkpoint["step"] <= checkpoint["config"]["steps"]):
+                and checkpoint["step"] in range(checkpoint["config"]["steps"] + 1)):
             raise ValueError("weights that are no numbers, or an impossible step")
-        return {name: checkpoint[name] for name in CHECKPOINT}
+        return checkpoint
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise BadInput(f"{path} cannot be used as a checkpoint of this train.py "
                        f"({first_line(error)}); give another, or train again") from error
 
 
-def train(run: Run, batches: Dataset, held_out: list, objective: Callable = objective,
+def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = objective,
           rank: int = 0, n_ranks: int = 1) -> None:
     """The loop: batch, noise, objective, backward, clip, step, EMA, log; samples and saves."""
     config, whisper, device, start = run.config, run.whisper, run.whisper.device, time.time()
@@ -268,8 +269,8 @@ def train(run: Run, batches: Dataset, held_out: list, objective: Callable = obje
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = room_of_step(run.step, config.steps, rng)
             with devices.mixed_precision(device, whisper.dims.n_text_state):
-                loss, nll, cfm = objective(run.model, whisper, batch, x0, t, drop, room,
-                                           config.flow_weight)
+                loss, nll, cfm = run_objective(run.model, whisper, batch, x0, t, drop, room,
+                                               config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             stopped = devices.average_gradients(run.model, bool(stops))
@@ -311,8 +312,7 @@ def main(argv=None) -> dict:
                                   config.max_lines)
         training, held_out = data.split(list(shares))
         batches = MixedBatches({s: shares[s] for s in training}, whisper, config.batch_size,
-                               config.seed, config.speed,
-                               config.speed_range or whisper.speed_range, held_out=held_out)
+                               config.seed, config.speed, whisper.speed_range, held_out=held_out)
         if config.speech:
             from speech.recordings import with_recordings
             batches, run_objective, rhythm, more = with_recordings(batches, held_out, config)

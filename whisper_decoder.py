@@ -24,7 +24,7 @@ from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
 from plumbing.devices import KERNELS
 from plumbing.errors import BadInput
-from plumbing.weights import load_whisper, weights_fingerprint
+from plumbing.weights import distinct_rows, load_whisper, weights_fingerprint
 from text import greedy
 from text.spelling import language_code, strip_unspoken
 
@@ -42,14 +42,8 @@ class FrozenWhisper:
         self.dims = self.model.dims
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
-        # In pocket all tokens that it never uses share one row of the embedding, and so one logit:
-        # `nll` needs 1,900 logits, not 51,865.
-        weight = self.model.decoder.token_embedding.weight
-        rows, row_of, count = weight.cpu().unique(dim=0, return_inverse=True, return_counts=True)
-        is_own = count[row_of] == 1  # (V,)
-        if len(rows) > len(weight) / 2:  # an official checkpoint: no second copy
-            rows, row_of, count = weight, torch.arange(len(weight)), torch.ones(len(weight))
-        self.rows, self.row_of, self.row_count = (x.to(self.device) for x in (rows, row_of, count))
+        self.rows, self.row_of, self.row_count, is_own = distinct_rows(
+            self.model.decoder.token_embedding.weight)
         # A language whose token has no embedding of its own was never trained.
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
@@ -130,7 +124,7 @@ class FrozenWhisper:
 
         Silence is encoded differently in every frame: such marks help attention to go on in time.
         """
-        marks = self.silence_x1 - self.silence_x1.mean(0)
+        marks = self.silence_x1 - self.silence_x1.mean(0)  # half as large as x1: rms 1/2
         return self.token_direction, marks / (2 * marks.square().mean().sqrt())
 
     def encode(self, text: str, language: str) -> list[int]:
@@ -172,6 +166,7 @@ class FrozenWhisper:
     def text_loss(self, x1: Tensor, batch: "data.Batch",  # noqa: F821
                   room: object = None) -> tuple[Tensor, Tensor]:
         """x1 (B, T, C) -> the loss and, here the same, nll, (B,) each. room is the ear's."""
+        # What `features` makes, but the keys and values of the silence are not computed again.
         speech = self.model.encoder.ln_post(x1.float())
         states = self.teacher_force(speech, batch.targets, batch.cond["frames"])
         nll = self.nll(states, batch.targets)
@@ -203,7 +198,7 @@ class FrozenWhisper:
         """
         mask = targets[:, 1:] >= 0  # position i predicts token i + 1
         mask[:, : self.n_prompt - 1] = False
-        mask[:, 0] = self.model.is_multilingual  # <|startoftranscript|> predicts the language
+        mask[:, 0] = self.model.is_multilingual  # but <|startoftranscript|> predicts the language
         rows, log_count = self.row_of[targets[:, 1:][mask]], self.row_count.log()
         with torch.autocast(states.device.type, enabled=False):  # bf16 rounds small losses away
             # k equal rows weigh k exp(logit) in the softmax, and the target is one of them.

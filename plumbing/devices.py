@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
         x = torch.zeros(1, device=name)
         x.item()  # not on "meta"
         return x.device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise BadInput(f"device {name!r} cannot be used ({first_line(error)}); try --device cpu"
                        ) from error
 

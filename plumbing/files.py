@@ -26,7 +26,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def fingerprint(things: object) -> str:
-    """It changes with what their `repr` says, of tensors with all values."""
+    """It changes with what their `repr` says, of tensors with all values, to four digits."""
     torch.set_printoptions(profile="full")
     try:
         return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
@@ -66,6 +66,8 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         raise BadInput(f"{folder} cannot be a folder ({error.strerror}); give a place that you may "
                        "write to") from error
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"{folder} cannot be written; give a place that you may write to")
 
 
 @contextmanager

@@ -14,7 +14,6 @@ a run that was killed goes on at the first that is missing, and ends with the sa
 import hashlib
 import json
 import math
-import os
 import re
 import zipfile
 from collections import Counter
@@ -81,17 +80,14 @@ def check(args) -> None:
         raise BadInput("--write, --best_of, --max_cer and --part belong to --out FOLDER")
     if "flac" in args.write and not find_spec("soundfile"):
         raise BadInput("--write flac needs soundfile; `pip install soundfile`")
-    for name, low, high in (("best_of", 1, 100), ("max_cer", 0, 1), ("speed", 0.1, 10),
-                            ("guidance", -100, 100), ("rooms", 0, 1)):
+    for name, low, high in (("steps", 1, 1000), ("best_of", 1, 100), ("max_cer", 0, 1),
+                            ("speed", 0.1, 10), ("guidance", -100, 100), ("rooms", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise BadInput(f"--{name} {value} cannot be used; {low} to {high}"
                            + ", 0.05 is 5 %" * (name == "max_cer"))
-    if out and not folder:
-        make_folder(out.parent)
-        if out.is_dir() or not os.access(out.parent, os.W_OK):
-            raise BadInput(f"--out {out} must be FILE.npz, no folder, in a folder that may be "
-                           "written")
+    if out and not folder and out.is_dir():
+        raise BadInput(f"--out {out} is a folder; give FILE.npz, or a name without .npz")
 
 
 def write_npz(path: Path, trips: Sequence, text_of: np.ndarray) -> None:
@@ -190,7 +186,7 @@ def make_shard(name: str, lines: Sequence, first: int, args, kinds: Sequence[str
 def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dict],
                 kinds: Sequence[str]) -> None:
     """Its arrays and sounds, and last its rows: then it is whole."""
-    for sound in [kind for kind in SOUNDS if kind in kinds]:
+    for sound in [x for x in SOUNDS if x in kinds]:
         for piece in pieces:
             piece.row[sound] = f"{sound}/{name[6:]}/{piece.row['id']}.{sound}"
             write_sound(folder / piece.row[sound], piece.arrays["samples"])
@@ -312,32 +308,39 @@ def parse_part(text: str) -> tuple[int, int]:
     return part, n
 
 
+def survey(args) -> tuple[str, int, list[str]]:
+    """One pass over all texts -> their digest, how many they are, notes. Raises BadInput."""
+    for name in args.text_file:
+        if (path := local_file(name)).exists() and not path.is_file():
+            raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
+                           "and give each file of a folder its --text_file")
+    digest, languages = hashlib.sha256(), Counter()  # no lists: there may be millions
+
+    def as_english() -> Iterator[str]:
+        for line, suffix, code in read_lines(args.text_file, args.language):
+            digest.update("\t".join((line.rstrip("\n"), suffix, str(code), "\n")).encode())
+            languages[other_language(line, code) if suffix == ".tsv" else ""] += 1
+            if code == "en" != args.language:
+                yield line
+
+    notes = note_english(as_english()) + note_other(languages, args.language)
+    if not languages:
+        raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
+    return digest.hexdigest()[:16], languages.total(), notes
+
+
 def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make: Make) -> str:
     """All shards of this part that are not there yet -> what there is then, in words."""
-    folder, (part, n_parts) = args.out, parse_part(args.part)
+    folder, (part, n_parts), n = args.out, parse_part(args.part), TEXTS_A_SHARD
     kinds, trained = sorted(set(args.write or ["features"])), checkpoint["origin"]["languages"]
     if args.language:
         args.language = whisper.check_language(args.language)
         if args.language not in trained:
             print_notes([f"{args.ckpt} was not trained in {args.language!r}"])
-    digest, n_texts, n = hashlib.sha256(), 0, TEXTS_A_SHARD
-    others = Counter()  # not a list: there may be millions
-    for name in args.text_file:
-        if (path := local_file(name)).exists() and not path.is_file():
-            raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
-                           "and give each file of a folder its --text_file")
-    for line, suffix, code in read_lines(args.text_file, args.language):
-        digest.update("\t".join((line.rstrip("\n"), suffix, str(code), "\n")).encode())
-        n_texts += 1
-        others[other_language(line, code) if suffix == ".tsv" else ""] += 1
-    if not n_texts:
-        raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
-    as_english = (line for line, _, code in read_lines(args.text_file, args.language)
-                  if code == "en" != args.language)
-    print_notes(note_english(as_english) + note_other(others, args.language))
+    digest, n_texts, notes = survey(args)
+    print_notes(notes)
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
-    settings = dict(language=args.language, text=digest.hexdigest()[:16],
-                    checkpoint=weights.hexdigest()[:16],
+    settings = dict(language=args.language, text=digest, checkpoint=weights.hexdigest()[:16],
                     write=kinds, best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
                     rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
     shards = {f"shard-{first // n:05d}": range(first, min(first + n, n_texts))

@@ -164,11 +164,13 @@ def test_digits_last_as_long_as_they_are_spoken():
 @pytest.mark.parametrize("command, words", [
     ("train --steps many", "invalid int value: 'many'; --help"),
     ("train --steps 1000000000000000000", "at least 1 and below 1e+09"),
-    ("train --learning_rate inf", "--learning_rate inf cannot be used; at least 0 and below"),
+    ("train --learning_rate inf", "--learning_rate inf cannot be used; at least 1e-09 and"),
+    ("train --learning_rate 0", "--learning_rate 0.0 cannot be used; at least 1e-09 and"),
     ("train --flow_weight nan", "--flow_weight nan cannot be used"),
     ("train --depth 2000", "at least 0 and below 65"),
     ("train --batch_size 100000000", "at least 1 and below 100000"),
     ("train --device meta", "device 'meta' cannot be used"),
+    ("train --device hpu", "device 'hpu' cannot be used"),
     ("train --data en={0}/x.jsonl", "no .jsonl is read; give lines of text"),
     ("train --data en={0}/a\u2028b.txt", "No such file"),
     ("train --speed 0.1 --data en={0}/long.txt", "cannot be cut"),
@@ -180,7 +182,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample one --language en two", "unrecognized arguments: two; texts go together"),
     ("sample x --guidance nan", "--guidance nan cannot be used"),
     ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
-    ("sample x --steps 1000000", "--steps must be between 1 and 1000"),
+    ("sample x --steps 1000000", "--steps 1000000 cannot be used; 1 to 1000"),
     ("sample x --out {0}", "is a folder of shards; it needs --text_file"),
     ("sample x --out {0}/long.txt/a.npz", "long.txt cannot be a folder (File exists)"),
     ("sample x --ckpt {0}/mel2/ckpt.pt", "/mel2` makes one"),
@@ -238,7 +240,11 @@ def nan(checkpoint):
     (lambda c: c["ema"].update(no_text=torch.zeros(1)), "Error(s) in loading"),
     (lambda c: c["ema"].pop("marks"), 'Missing key(s) in state_dict: "marks"'),  # of before
     (nan, "weights that are no numbers"), (lambda c: c.update(step=10**6), "an impossible step"),
-    (lambda c: c.update(step="two"), "not supported"), (lambda c: c.update(optimizer={}), "state"),
+    (lambda c: c["model"].pop("marks"), 'Missing key(s) in state_dict: "marks"'),
+    (lambda c: c.update(step="two"), "an impossible step"),
+    (lambda c: c.update(step=1.5), "an impossible step"),
+    (lambda c: c.update(optimizer={}), "'param_groups'"),
+    (lambda c: c["optimizer"].update(param_groups=[]), "different number of parameter groups"),
     (lambda c: c.update(origin={}), "'whisper'"), (lambda c: c.update(rhythm={"x": 1}), "Rhythm"),
     (lambda c: c["origin"].update(whisper="0"), "pocket has changed since the checkpoint"),
 ])
@@ -249,6 +255,22 @@ def test_checkpoints_that_are_none(runs, tmp_path, spoil, words):
     with pytest.raises(BadInput) as error:
         sample.main(["The dog.", "--ckpt", str(tmp_path)])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_for_which_there_is_no_memory_is_not_called_damaged(runs, monkeypatch):
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        train.load_checkpoint(runs[0] / "features")
+
+
+def test_flags_are_checked_before_anything_is_read(runs, monkeypatch):
+    monkeypatch.setattr(sample, "load_flow", lambda *_: pytest.fail("it was loaded"))
+    for flags, words in (["--steps", "0"], "steps 0"), (["--wav", "x.wav"], "have no sound"):
+        with pytest.raises(BadInput, match=words):
+            sample.main(["--ckpt", str(runs[0] / "features"), *flags])
 
 
 def test_speed_is_that_of_the_training_unless_another_is_given(runs, tmp_path, capsys):

@@ -169,7 +169,7 @@ def test_evaluation_is_of_so_many_steps_and_of_the_averaged_network(pocket):
 
 
 def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
-    seen, flags = {}, dict(temperature=1.5, speed=1.2, speed_range=1.1, drop_text=0.3,
+    seen, flags = {}, dict(temperature=1.5, speed=1.2, drop_text=0.3,
                            flow_weight=0.4, ema=0.9, weight_decay=0.2, learning_rate=3e-3)
 
     def spy(module, name, *positions):
@@ -190,7 +190,7 @@ def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Run, "save", lambda run, log: seen.update(run=run))
     argv = [word for name, x in flags.items() for word in (f"--{name}", str(x))]
     train.main([*FLAGS, *argv, "--clip", "0.7", "--steps", "2", "--out_dir", str(tmp_path)])
-    assert seen["load_data"] == [1.2, 1.5] and seen["MixedBatches"][:2] == [1.2, 1.1]
+    assert seen["load_data"] == [1.2, 1.5] and seen["MixedBatches"][:2] == [1.2, 1.7]
     assert seen["draw_noise"] == [0.3] * 2 and seen["objective"] == [0.4] * 2
     assert seen["update_ema"] == [0.9] * 2 and seen["mixed_precision"] == [128] * 2
     assert seen["clip_grad_norm_"] == [0.7] * 2

@@ -321,7 +321,8 @@ def test_letters_of_all_alphabets_begin_as_the_latin_ones_that_they_sound_like()
 @pytest.mark.parametrize("text, code, written", [
     ('He said: "yes" (twice).', "en", "He said yes twice."), ("- no -", "en", "no"),
     ("a+b=c #1 [x]", "en", "a b c 1 x"), ("rock'n'roll", "en", "rock'n'roll"),
-    ("老师，喝茶", "zh", "老师，喝茶"), ("a ♀ or ♫ ☀", "en", "a or ☀")])
+    ("老师，喝茶", "zh", "老师，喝茶"), ("a ♀ or ♫ ☀", "en", "a or ☀"),
+    ('yes-"-no, it--"--is', "en", "yes no, it is")])
 def test_targets_are_what_decode_can_write(pocket, text, code, written):
     task = DecodingTask(pocket.model, DecodingOptions(language=code, without_timestamps=True))
     tokenizer, row = pocket.tokenizer(code), pocket.target_tokens([text, "a " * 20], [code] * 2)[0]
@@ -331,6 +332,20 @@ def test_targets_are_what_decode_can_write(pocket, text, code, written):
     assert tokenizer.decode(tokens).strip() == written and end == tokenizer.eot
     assert not set(tokens) & set(task._get_suppress_tokens())
     assert tokens[0] != tokenizer.encode(" ")[0]  # never written first (suppress_blank)
+
+
+@pytest.mark.parametrize("text, kept", [
+    ("STOP IT NOW!", "Stop it now!"), ("S U N", "S U N"), ("N. A. S. A.!", "N. A. S. A.!"),
+    ('"О Н"', '"О Н"'), ("A BC", "A bc"), ("NASA", "NASA"), ("I am NASA.", "I am NASA.")])
+def test_whole_words_in_capitals_are_shouted_and_letters_are_spelled(pocket, text, kept):
+    assert make_sentence(text, "en", pocket).text == kept
+
+
+def test_what_was_read_of_pieces_begins_with_the_first(pocket):
+    text = "!!! " + "Hello there " * 40
+    pieces = [p.text for p in split_long(Sentence("en", text), pocket)]
+    assert pieces[0][0] == "H" and len(pieces) > 1
+    assert sample.join(text, pieces, pieces) == text[4:].strip()
 
 
 def test_error_rates():

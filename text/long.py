@@ -69,7 +69,7 @@ def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:
         start = whole.index(piece, end)
         joined += (" " if " " in whole[end:start] else "") + hypothesis
         end = start + len(piece)
-    return joined
+    return joined.strip()  # in front of the first there may be signs alone
 
 
 class MixedBatches(data.Batches):

@@ -61,7 +61,8 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
         text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    if text.isupper() and " " in text:  # Whisper writes what is said
+    if text.isupper() and " " in text and not re.fullmatch(r"\W*(\w(\W+|$))+", text):
+        # Whisper writes what is said; letters that are spelled stay capitals.
         text = re.sub(r"[^\W\d_]", lambda first: first[0].upper(), text.lower(), count=1)
     if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")
@@ -342,7 +343,7 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         notes.append("the built-in sentences have a few hundred words; give --data more")
     shares, n_long, too_long = Counter(), 0, []
     for weight, pool in pools:
-        pieces, counts = Counter(), Counter()
+        pieces, counts, lengths = Counter(), Counter(), {}
         for sentence, n in pool.items():
             try:
                 parts = split_long(sentence, whisper, speed)
@@ -353,11 +354,12 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
             for piece in parts:
                 pieces[piece] += n
                 counts[piece.language] += n
+                lengths[piece] = n_frames(piece, speed)
         # Short sentences are rare in most texts and no easier, so they are drawn more often: with
         # the inverse square of the length, which makes long and short ones about equally frequent.
         often, of_language = Counter(), Counter()
         for piece, n in pieces.items():
-            often[piece] = n / n_frames(piece, speed) ** 2
+            often[piece] = n / lengths[piece] ** 2
             of_language[piece.language] += often[piece]
         powers = {code: n ** (1 / temperature) for code, n in counts.items()}
         total = sum(powers.values())

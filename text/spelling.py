@@ -7,7 +7,7 @@ from whisper.tokenizer import TO_LANGUAGE_CODE
 
 # Signs that `whisper.decode` never writes (suppress_tokens). Between words they become a blank.
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』\u2640-\u267f]"""
-PARTING_SIGNS = r"[#+/:;=@\\]|-{2,}|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
+PARTING_SIGNS = r"[#+/:;=@\\]|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
 # A letter's name in Unicode, as HEBREW LETTER FINAL MEM, says how it sounds, but for such words,
 QUALITY = (r"SMALL|FINAL|SHORT|DOTLESS|OPEN|STRAIGHT|BARRED|SUPERSCRIPT|FARSI|\S*UKRAINIAN|SARA"
@@ -27,6 +27,7 @@ UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without 
 def strip_unspoken(text: str) -> str:
     """A text without the signs that `whisper.decode` never writes."""
     text = re.sub(SILENT_SIGNS, "", re.sub(PARTING_SIGNS, " ", text))
+    text = re.sub("-{2,}", " ", text)
     return " ".join(re.sub(r"(?<!\S)[-']+", "", text).split())  # nor these before a word
 
 
