@@ -386,19 +386,19 @@ def sampled(tmp_path: Path, run: Path, *flags: str) -> dict:
 
 
 def test_data_set_is_what_whisper_decode_reads(runs, tmp_path, capsys, monkeypatch):
-    run, texts = runs[0] / "features", tmp_path / "t.tsv"
+    run, texts, flags = runs[0] / "features", tmp_path / "t.tsv", "--seed=1 --method=midpoint"
     texts.write_text("en\tThe dog sleeps.\nes\tEl perro duerme.\nde\tDer Hund schläft.\n")
-    f = sampled(tmp_path, run, "--text_file", str(texts), "--seed", "1")
+    f = sampled(tmp_path, run, "--text_file", str(texts), *flags.split())
     assert f["features"].shape == (3, 256, 128) and f["frames"].tolist() == [47, 50, 49]
     assert list(f["language"]) == ["en", "es", "de"] and f["text"][2] == "Der Hund schläft."
     model = openai_whisper.load_model(str(ROOT / "pocket" / "pocket.pt"), "cpu")
     for features, code, text in zip(f["features"], f["language"], f["hypothesis"]):
         options = DecodingOptions(language=str(code), without_timestamps=True, fp16=False)
         assert openai_whisper.decode(model, torch.from_numpy(features), options).text == text
-    alone = sampled(tmp_path, run, "The dog sleeps.", "--seed", "1")  # as in a batch
+    alone = sampled(tmp_path, run, "The dog sleeps.", *flags.split())  # as in a batch
     np.testing.assert_allclose(alone["features"][0], f["features"][0], atol=1e-3)
     out = capsys.readouterr().out
-    assert all(x in out for x in ("NFE 4, seed 1", "t = 1.00", f"back    {f['hypothesis'][0]}\n"))
+    assert all(x in out for x in ("NFE 8, seed 1", "t = 1.00", f"back    {f['hypothesis'][0]}\n"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("El perro.\n\nÉl.".encode())))
     assert list(sampled(tmp_path, run, "--language", "Spanish")["text"]) == ["El perro.", "Él."]
 

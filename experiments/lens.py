@@ -3,8 +3,8 @@
     python experiments/lens.py pocket                                   # espeak-ng, shipped clips
     python experiments/lens.py base --recordings FOLDER --languages en es fr it ru
 
-The ear's lens (`Ear.lens`) asks what its encoder hears to lie along W e near the frames of a token,
-where e is the token's embedding and W comes from the weights alone. Here W reads real speech: how
+`Ear.lens` wants what the encoder hears near a token to lie along W e: e is the token's embedding, W
+comes from the weights alone. Here W reads real speech: how
 often does a token have a higher peak in a clip that says it than in a clip that does not? Chance is
 what other tokens make in its place: over 50 %, as long clips say more, and peak higher. FOLDER has
 manifest.tsv (path, language, text).
@@ -20,9 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from experiments.student import Speech  # noqa: E402
-from experiments.utterances import encode, people  # noqa: E402
-from plumbing.errors import BadInput, guard  # noqa: E402
-from pocket.clips import spoken_clips  # noqa: E402
+from experiments.utterances import people, real_test  # noqa: E402
+from plumbing.errors import guard  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_DRAWS = 10  # of chance
@@ -61,16 +60,8 @@ def main(argv=None) -> dict[str, tuple[float, float]]:
     args = parser.parse_args(argv)
     whisper = FrozenWhisper(args.whisper)
     known = [whisper.check_language(code) for code in args.languages]
-    if args.recordings:
-        tests = {code: people(args.recordings, {code}, set(), whisper) for code in known}
-    else:
-        shipped = [clip for clip in spoken_clips(whisper) if clip[0].language in known]
-        if missing := [code for code in known if code not in {s.language for s, _ in shipped}]:
-            raise BadInput(f"no shipped clip is in {', '.join(missing)}; give --recordings FOLDER")
-        tests = {}
-        for code in known:
-            sentences, mels = zip(*(clip for clip in shipped if clip[0].language == code))
-            tests[code] = Speech(sentences, encode(mels, whisper))
+    tests = {code: people(args.recordings, {code}, set(), whisper) if args.recordings else
+             real_test(whisper, {code}) for code in known}
     rates = {code: found(speech, whisper) for code, speech in tests.items()}
     for code, (rate, chance) in rates.items():
         print(f"{code}  {len(tests[code].sentences)} clips: {rate:.1%}, chance {chance:.1%}")

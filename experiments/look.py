@@ -21,10 +21,11 @@ import train  # noqa: E402
 from experiments import figures  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
+from speech.recordings import speech_span  # noqa: E402
 
 
 def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
-    """Title, latent (T, C) and what was read of each -> heat maps side by side, time upwards."""
+    """Title, latent (T, C) and what was read of each -> heat maps in a row, channels upwards."""
     figure, axes = figures.pyplot.subplots(
         1, len(panels), figsize=(2 * len(panels), 3), sharey=True, layout="constrained")
     for axis, (title, x, read) in zip(axes, panels):
@@ -52,7 +53,7 @@ def main(argv=None) -> None:
     sentence, mel = spoken[0]
     batch = data.make_batch([sentence], whisper, [durations(sentence, speed)]).to(whisper)
     states = [*train.generate(model, whisper, batch, flow.Solver())]
-    n = (int((mel > mel.min()).any(0).nonzero().max()) + 2) // 2  # what is behind is silence
+    n = speech_span(mel).stop  # what is behind is silence
     real = whisper.latents(mel[None])[:, :n]
     cases = [(f"t = {t:.2f}", x, batch.cond["frames"]) for t, x in
              zip(flow.schedule(len(states) - 1).tolist(), states)]

@@ -42,7 +42,7 @@ from data import per_language  # noqa: E402
 from flow import Solver, schedule  # noqa: E402
 from experiments import figures  # noqa: E402
 from experiments.student import (  # noqa: E402
-    Speech, greedy_cer, language_accuracy, letters, student_cer, train_student,
+    Speech, greedy_cer, language_accuracy, letters, others, student_cer, train_student,
 )
 from experiments.utterances import (  # noqa: E402
     Voice, encode, espeak, even, generate, latents, n_samples, parts, people, real_test,
@@ -265,7 +265,7 @@ class Study:
         return figures
 
     def real_readings(self, sentences: list, whisper: FrozenWhisper) -> tuple:
-        """Real speech, for `readings`: as latents, so of features as the critic's encoder hears."""
+        """Real speech, for `readings`: heard by the ear, of features by the critic's encoder."""
         hears = whisper if isinstance(whisper, Ear) else self.whisper
         mels = list(self.spectrograms(sentences, 2, hears))
         features = (whisper.model.encoder.ln_post(hears.encode_mel(torch.stack(part)))
@@ -292,13 +292,15 @@ class Study:
         for seed in self.args.seeds:
             yield "real speech", figures | self.student(real, own, seed) | self.measures(
                 real.x1, again, seed)
-        real, own = even(real), even(own)
+        speed = self.flows[self.args.checkpoints[0]].speed
+        real, own = even(real, speed), even(own, speed)
         for seed in self.args.seeds:
             yield "real speech, letters equally long", self.student(real, own, seed)
 
     def generated_rows(self, path: Path, shuffle: bool) -> Iterator[tuple[str, dict]]:
         """Students of what a checkpoint makes, and of the same with other texts, for each seed."""
         flow, voice = self.flows[path], self.voice
+        name = f"{self.args.checkpoints.index(path)}_{path.parent.name}"
         for seed in self.args.seeds:
             plain, other = (Solver(self.args.solver_steps, seed=n) for n in (seed, 1000 + seed))
             takes = [(plain, Voice()), (other, voice)] if voice.amount else [(plain, Voice())]
@@ -307,7 +309,7 @@ class Study:
             again = lambda v: generate(  # noqa: E731
                 flow, self.repeated, plain._replace(seed=N_VERSIONS * seed + v), voice).x1
             speak = partial(self.made_readings, flow=flow, solver=plain)
-            yield str(path), (self.readings(path, speak, f"{path.parent.name}_{seed}")
+            yield str(path), (self.readings(path, speak, f"{name}_{seed}")
                               | self.student(made, own, seed)
                               | self.measures(made.x1, again, seed))
             if shuffle:
@@ -317,15 +319,6 @@ class Study:
 
 def join(takes: Iterable[Speech]) -> Speech:
     return Speech(*(sum(items, []) for items in zip(*takes)))
-
-
-def others(sentences: list) -> list:
-    """In place of each sentence the next one of its language."""
-    after, first = list(sentences), {}
-    for i in reversed(range(len(sentences))):
-        code = sentences[i].language
-        after[i], first[code] = first.get(code), sentences[i]
-    return [s or first[old.language] for s, old in zip(after, sentences)]
 
 
 def markdown(rows: dict) -> str:
@@ -367,7 +360,7 @@ def check(args) -> None:
     configs = {path: train.load_checkpoint(path)["config"] for path in args.checkpoints}
     first, kinds = configs[args.checkpoints[0]], {c["latent"] for c in configs.values()}
     for path, config in configs.items():
-        for name in ["whisper"] if args.data else ["whisper", "data"]:
+        for name in ["whisper", "speed", "max_lines", *["data"] * (not args.data)]:
             if config[name] != first[name]:
                 raise BadInput(f"{path} was trained with --{name} {config[name]} and "
                                f"{args.checkpoints[0]} with {first[name]}; give them in two calls")

@@ -76,8 +76,8 @@ def main(argv=None) -> dict[str, tuple[float, float]]:
         raise BadInput(f"{args.whisper} hears {ear.channels} bins and {args.judge} {judge.channels}"
                        "; give a judge that hears as many")
     held_out = data.split(load_sentences(args.data, ear))[1]
-    longest = data.FRAMES_PER_SECOND * args.longest
-    short = [s for s in held_out if data.n_frames(s) <= longest]
+    longest = min(data.FRAMES_PER_SECOND * args.longest, judge.max_frames)
+    short = [s for s in held_out if data.n_frames(s) <= longest and s.language in judge.languages]
     if not short or args.sentences < 1 or args.steps < 1:
         raise BadInput(f"--longest {args.longest} --sentences {args.sentences} --steps {args.steps}"
                        " leave nothing to do; give more")

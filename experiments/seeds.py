@@ -1,4 +1,4 @@
-"""train.py with several seeds: mean and standard deviation of every figure that it prints.
+"""train.py with several seeds: mean and standard deviation of every figure in result.txt.
 
     python experiments/seeds.py 0 1 2
     python experiments/seeds.py 0 1 2 --steps 500      # other flags go to train.py

@@ -2,14 +2,15 @@
 
     python experiments/tokens.py espeak --out out/tokens                     # its quantiser
     python experiments/speech_lm.py espeak out/mel/ckpt.pt out/ckpt.pt       # a row for each
-    python experiments/speech_lm.py espeak out/tiny/ckpt.pt --whisper tiny.en --recordings human ...
+    python experiments/speech_lm.py espeak out/tiny/ckpt.pt --whisper tiny.en --recordings human \
+        --quantiser out/tokens_tiny/quantiser.pt
 
 A decoder-only transformer reads the sound tokens of an utterance, then writes its text, letter by
 letter. It learns from one kind of speech, and is tested on real speech, of sentences and in voices
 that nothing was trained on, or of people (--recordings): character error rate, greedy; and
 perplexity of the real tokens, which says how likely a model of synthetic ones finds them. All rows
-have one quantiser, of real speech, as Ichigo has. So small a model finds out where to look only
-with the help of CTC over the sound, as in hybrid recognisers (Watanabe et al. 2017,
+have one quantiser, of real speech, as Ichigo has. So small a model learns where to look only with
+CTC over the sound as a second loss, as in hybrid recognisers (Watanabe et al. 2017,
 10.1109/JSTSP.2017.2763455); it writes without it.
 
 B batch, L positions of a sequence, D width, H heads, V tokens of sound, marks and letters.
@@ -29,7 +30,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from experiments.student import Speech, edit_distance, letters, resample  # noqa: E402
+from experiments.student import Speech, edit_distance, letters, others, resample  # noqa: E402
 from experiments.tokens import (  # noqa: E402
     N_CODES, Quantiser, check_sources, load_quantiser, note_unheard, speak, tokenise,
 )
@@ -218,8 +219,8 @@ def main(argv=None) -> None:
           "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)
     rows = [(source, source, texts) for source in args.sources]
     if args.chance:
-        others = f"{args.sources[0]}, with other texts"
-        rows.insert(1, (args.sources[0], others, texts[1:] + texts[:1]))
+        rows.insert(1, (args.sources[0], f"{args.sources[0]}, with other texts",
+                        [letters(s) for s in others(sentences)]))
     for source, name, texts in rows:
         if name == source:  # the row of other texts has the sounds of the row before
             sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work,

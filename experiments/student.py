@@ -103,7 +103,7 @@ def vary(x: Tensor, rng: random.Random) -> Tensor:
 
 
 def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Student:
-    """A student of these utterances: averaged weights, when their loss on some set aside is least.
+    """A student of these utterances: its averaged weights at the least loss on those set aside.
 
     It stops when PATIENCE checks in a row were hardly BETTER than one before; or after `steps`.
     """
@@ -154,7 +154,8 @@ def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
     """Edits per letter that the sentences have, of the best path: repeats joined, no blanks."""
     letter_of, edits = {i: letter for letter, i in alphabet.items()}, 0
     for sentence, x in zip(*speech):
-        best = student(x[None], torch.tensor([len(x)]))[0].argmax(-1).unique_consecutive()
+        logits = student(x[None], torch.tensor([len(x)]))[0, : len(x)]
+        best = logits.argmax(-1).unique_consecutive()
         edits += edit_distance(letters(sentence), "".join(letter_of[i] for i in best.tolist() if i))
     return edits / sum(len(letters(s)) for s in speech.sentences)
 
@@ -167,6 +168,15 @@ def greedy_cer(whisper: FrozenWhisper, sentences: list, features: Iterable[Tenso
         codes = [s.language for s in sentences[len(read) : len(read) + len(part)]]
         read += [result.text for result in whisper.transcribe(part, codes)]
     return error_rates(sentences, read).cer
+
+
+def others(sentences: list) -> list:
+    """In place of each sentence the next one of its language."""
+    after, first = list(sentences), {}
+    for i in reversed(range(len(sentences))):
+        code = sentences[i].language
+        after[i], first[code] = first.get(code), sentences[i]
+    return [s or first[old.language] for s, old in zip(after, sentences)]
 
 
 @torch.no_grad()

@@ -49,7 +49,8 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
     slowest = min(values) if kind == "speed" else trained_speed
     held_out = [s for s in split_of(checkpoint["config"], whisper)[1]
                 if fits(s, whisper, slowest, durations)
-                and all(s.language in reader.languages for reader in readers)]
+                and all(s.language in reader.languages and reader.max_frames
+                        >= data.count_frames(durations(s, slowest)) for reader in readers)]
     if not held_out:
         raise BadInput(f"no held-out sentence can be heard at all of {kind} {values}; give others")
     for value, reader in zip(values, readers):

@@ -378,21 +378,21 @@ def main(argv=None) -> None:
     if len({*name_of.values()}) < len(args.write):
         raise BadInput(f"--write {' '.join(args.write)} would be written to one file; give other "
                        "folders, or call twice")
-    whisper = FrozenWhisper(args.whisper)
-    training, held_out = data.split(load_sentences(args.data, whisper))
-    held_out = data.per_language(held_out, 100)
-    training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     work, tests, file = args.out / "speech", {}, args.out / "quantiser.pt"
     if file.exists() and not args.quantiser:
         raise BadInput(f"{file} is there already; --quantiser {file} uses it; or give another "
                        "--out")
+    whisper = FrozenWhisper(args.whisper)
+    training, held_out = data.split(load_sentences(args.data, whisper))
+    held_out = data.per_language(held_out, 100)
+    training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     check_sources([*args.write, args.source], [*training, *held_out], whisper)
     known = {*map(letters, training)}
+    languages = {s.language for s in training}
     if args.recordings:
-        languages = {s.language for s in training}
         tests["people"] = people(args.recordings, languages, known, whisper)
     if args.whisper == "pocket":
-        tests["real speech"] = real_test(whisper, whisper.languages, known)
+        tests["real speech"] = real_test(whisper, languages, known)
     if args.quantiser:
         quantiser = load_quantiser(args.quantiser, whisper)
         note_unheard(quantiser, training)

@@ -134,7 +134,8 @@ def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: in
 
 
 def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
-    """As the critic hears people say what no student learns; known: letters of what they do."""
+    """People as the critic hears them, in texts no student learns; known: letters of learned ones.
+    """
     clips = human_clips(folder, whisper, languages, N_PEOPLE, lambda s: letters(s) not in known)
     sentences, mels = map(list, zip(*clips))
     return Speech(sentences, encode(mels, whisper))
@@ -153,14 +154,15 @@ def real_test(whisper: FrozenWhisper, languages: Collection[str],
     return Speech(sentences, encode(mels, whisper))
 
 
-def even(speech: Speech) -> Speech:
-    """The same, in the rhythm of the length rule: every letter as long as any other.
+def even(speech: Speech, speed: float = 1.0) -> Speech:
+    """The same, in the rhythm of the length rule at a speed: every letter as long as any other.
 
     Of several signs in a row one counts, and none behind the last word.
     """
     x1 = []
     for sentence, x, n in zip(*speech, align.align_characters(*speech)):
-        rule, frames = data.char_durations(sentence)[n > 0], data.n_frames(sentence)
+        rule, frames = (rule(sentence, speed) for rule in (data.char_durations, data.n_frames))
+        rule = rule[n > 0]
         ends, even_ends = (np.cumsum([0, *widths]) for widths in (n[n > 0], rule))
         frame = (np.arange(frames) + 0.5) / frames * even_ends[-1]
         x1.append(resample(x, np.interp(frame, even_ends, ends) - 0.5))

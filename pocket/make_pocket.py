@@ -1,6 +1,6 @@
 """Make pocket/pocket.pt: a small but real Whisper, trained on speech that espeak-ng speaks.
 
-    python pocket/make_pocket.py    # speaks, trains, checks, saves; after Ctrl-C run it again
+    python pocket/make_pocket.py    # speaks, trains, saves, checks; after Ctrl-C run it again
     python pocket/make_pocket.py --seed 1 --out pocket/judge.pt     # another one, as a judge
 
 Everything unfinished is kept in --work_dir. Needs espeak-ng (Debian: `apt-get install espeak-ng`).
@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 SENTENCES, SPEECH = HERE / "sentences", HERE / "speech.npz"
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint  # noqa: E402
 from plumbing.weights import POCKET_WEIGHTS  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
@@ -156,12 +157,12 @@ def quantize(mel):
     return ((mel + 1.5) * 85).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def speak_all(sentences, variants, seed, work, name, workers=2):
+def speak_all(sentences, variants, seed, work, name):
     """All clips of `sentences`, in order, from shards on disk that are made where missing."""
     clips = []
     shards = range(0, len(sentences), SHARD)
     key = fingerprint((sentences, variants, seed))[:8]  # other ones, other files
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for start in tqdm(shards, desc=f"speaking {name}", unit="shard"):
             path = work / f"{name}_{key}_{start:06d}.npz"
             if (made := read_clips(path)) is None:
@@ -458,6 +459,9 @@ def main():
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
     parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
+    if min(args.batch, args.test, args.ship) < 1:
+        raise BadInput(f"--batch {args.batch} --test {args.test} --ship {args.ship} are too few; "
+                       "give at least 1")
     need_espeak()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 
@@ -482,10 +486,11 @@ def main():
         print(f"sentences that are not in the training text, in voices {name} in training:")
         check(whisper, tests, clips)
     where = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}
-    shipped = [i for c in LANGUAGES for i in where[c][: args.ship]]
-    save_speech([tests[i] for i in shipped], [clips[i] for i in shipped], SPEECH)
-    print(f"{SPEECH}: {SPEECH.stat().st_size / 1e6:.2f} MB")
+    if args.out == POCKET_WEIGHTS:
+        shipped = [i for c in LANGUAGES for i in where[c][: args.ship]]
+        save_speech([tests[i] for i in shipped], [clips[i] for i in shipped], SPEECH)
+        print(f"{SPEECH}: {SPEECH.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

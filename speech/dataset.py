@@ -32,7 +32,7 @@ from data import FRAMES_PER_SECOND, Sentence, count_frames
 from flow import Solver
 from plumbing import flags
 from plumbing.errors import BadInput
-from plumbing.files import atomic_write, locked, make_folder
+from plumbing.files import atomic_write, locked
 from speech.sound import griffin_lim, is_whole_wav, log_mel, write_samples
 from text.error_rates import error_rates
 from text.sources import (
@@ -347,7 +347,6 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
               for first in range(0, n_texts, n)}  # the numbers of their texts
     own = {*[*shards][part - 1 :: n_parts]}
     lines = read_lines(args.text_file, args.language)
-    make_folder(folder)
     with (locked(folder, part=f"-{part}-{n_parts}" if n_parts > 1 else ""),
           tqdm(total=sum(len(shards[name]) for name in own), unit=" texts") as bar):
         check_settings(folder, settings)

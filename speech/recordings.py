@@ -119,7 +119,7 @@ def speech_span(mel: Tensor) -> slice:
 
 
 def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple:
-    """Log-mel (1, M, 2P) -> what it says, if need be by the frozen Whisper, x1 (T, C) fp16."""
+    """Log-mel (1, M, 2P) -> its sentence (transcribed if None), x1 (T, C) fp16."""
     if sentence is None:
         read = whisper.transcribe(whisper.features_of_mel(mel), [None])[0]
         if read.avg_logprob < MIN_LOGPROB or read.no_speech_prob > MAX_NO_SPEECH:

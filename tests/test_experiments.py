@@ -47,7 +47,8 @@ def checkpoints(tmp_path_factory):
     """--latent -> a checkpoint that has learned nothing."""
     paths = {}
     for name, kind in train.LATENTS.items():
-        config = train.Config(str(tmp_path_factory.mktemp(name)), latent=name, depth=1)
+        config = train.Config(str(tmp_path_factory.mktemp(name)), latent=name, depth=1,
+                              data=(str(data.POCKET / "sentences"),), max_lines=400)
         run = train.Run(config, kind("pocket"))
         run.save(Log(run.path.with_name("log.csv"), train.LOG, 0))
         paths[name] = str(run.path)
@@ -139,11 +140,11 @@ def test_frozen_weights_find_words_in_real_speech(capsys, monkeypatch):
     monkeypatch.setattr(FrozenWhisper, "token_direction", torch.randn(128, 128, generator=rng()))
     rate, chance = lens.main(["pocket", "--languages", "de"])["de"]
     assert abs(rate - 0.5) < 0.1 and abs(chance - 0.5) < 0.1
-    with pytest.raises(BadInput, match="no shipped clip is in"):
+    with pytest.raises(BadInput, match="can hear no clip of pocket's test"):
         monkeypatch.setattr(whisper, "languages", ["it"])
         monkeypatch.setattr(lens, "FrozenWhisper", lambda name: whisper)
-        monkeypatch.setattr(lens, "spoken_clips", lambda _: [(same[0], silent)])
-        monkeypatch.setattr(lens, "encode", lambda *_: [silent])
+        monkeypatch.setattr(utterances, "spoken_clips", lambda _: [(same[0], silent)])
+        monkeypatch.setattr(utterances, "encode", lambda *_: [silent])
         lens.main(["pocket", "--languages", "it"])
 
 
@@ -218,6 +219,8 @@ def test_even_speech_gives_every_letter_the_same_time_and_blanks_half(monkeypatc
     x1 = torch.eye(14).repeat_interleave(torch.from_numpy(lasting[:14]), dim=0)
     slow = utterances.even(student.Speech([sentence], [x1])).x1[0]
     assert len(slow) == data.n_frames(sentence) > 42
+    fast = utterances.even(student.Speech([sentence], [x1]), 1.2).x1[0]
+    assert len(fast) == data.n_frames(sentence, 1.2) < len(slow)
     rule = data.char_durations(sentence)[:14]
     assert rule[4] < 0.6 * rule[0]  # a blank
     frames = rule / rule.sum() * len(slow)
@@ -231,6 +234,8 @@ def test_student_reads_the_best_path_whatever_its_batch():
     path = F.one_hot(torch.tensor([1, 1, 0, 1, 2, 0, 0, 3]), 4)[None]  # aab, and a c too many
     speech = student.Speech([Sentence("en", "Aab.")], [torch.zeros(8, 1)])
     assert student.student_cer(lambda *_: path, speech, {"a": 1, "b": 2, "c": 3}) == 1 / 3
+    speech = speech._replace(x1=[torch.zeros(7, 1)])  # it was trained on no more outputs than 7
+    assert student.student_cer(lambda *_: path, speech, {"a": 1, "b": 2, "c": 3}) == 0
     network, texts = student.Student(5, 3).eval(), [torch.tensor([1, 1, 2]), torch.tensor([3])]
     x1, nats = [torch.randn(n, 5, generator=rng(n)) for n in (12, 30)], []
     for x, text in zip(x1, texts):
@@ -348,7 +353,7 @@ def test_table_has_a_row_for_each_checkpoint(checkpoints, tmp_path, monkeypatch,
     assert (tmp_path / "t.md").read_text() in capsys.readouterr().out
     rows = realism.markdown({"a": [dict(critic=0.1), dict(critic=0.2)], "b": [dict(frechet=1.0)]})
     assert rows.splitlines()[2:] == ["| a | 15.0% ± 7.1% |  |", "| b |  | 1.00 |"]
-    after = realism.others([*TEXTS, Sentence("en", "No."), Sentence("en", "Yes.")])
+    after = student.others([*TEXTS, Sentence("en", "No."), Sentence("en", "Yes.")])
     assert [s.text[:3] for s in after] == ["No.", TEXTS[1].text[:3], "Die", "Yes", "The"]
 
 
@@ -438,7 +443,10 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split(" | ")[1:5:3] == ["12", "37 M"]
     monkeypatch.setitem(benchmark.SHAPES, "tiny", (80, 64, 2, 1, 1, 51865))
-    args = argparse.Namespace(device="cpu", latent=latent, depth=0, data=["builtin"], steps=1,
+    for code in ("de", "en"):
+        lines = (data.POCKET / "sentences" / f"{code}.txt").read_text("utf-8").splitlines()[:400]
+        (tmp_path / f"{code}.txt").write_text("\n".join(lines), "utf-8")
+    args = argparse.Namespace(device="cpu", latent=latent, depth=0, data=[str(tmp_path)], steps=1,
                               warmup=1, batch_size=[4], words=["3-4"], languages=[2])
     benchmark.measure_training("tiny", False, args)
     assert re.match(r"\| tiny \| 2 \| .* \| 4 \| 3-4 \| \d\.\d \| 2 \|", capsys.readouterr().out)

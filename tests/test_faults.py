@@ -42,7 +42,7 @@ def test_only_recordings_and_flac_need_more_than_requirements_txt(runs, tmp_path
 sys.modules.update(dict.fromkeys({extras + ["pyarrow", "ctranslate2"]}))
 import sample, train
 sample.main(["The dog sleeps.", "--ckpt", {str(runs[0] / "mel")!r}, "--wav", "a.wav"])
-train.main(["--speech", "."])"""
+train.main(["--speech", ".", "--max_lines", "40"])"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True,
                           capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert "wrote a.wav: 1 texts" in done.stdout and (tmp_path / "a.wav").stat().st_size > 9999
@@ -359,6 +359,12 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     with locked(tmp_path), pytest.raises(BadInput, match="another run writes to"):
         with locked(tmp_path):
             pass
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(BadInput, match="new cannot be written; give a place that you may write to"):
+        files.make_folder(tmp_path / "new")
 
 
 def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys):

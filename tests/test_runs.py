@@ -18,6 +18,7 @@ from data import Sentence
 from plumbing import devices
 from plumbing.errors import BadInput
 from speech.ear import LENS
+from text.error_rates import error_rates
 from test_roundtrip import (  # noqa: F401
     FLAGS, ROOT, batch_of, close, log_of, pocket, random_whisper, runs,
 )
@@ -52,15 +53,20 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
     np.testing.assert_allclose(*norms, rtol=1e-3)
 
 
-def test_weights_of_a_checkpoint_are_copied_and_so_stay_on_the_device_of_a_network(runs):
+def test_samples_are_made_by_a_copy_of_the_averaged_weights(runs):
     checkpoint = train.load_checkpoint(runs[0] / "features")
     model = sample.load_flow(checkpoint, torch.device("cpu")).model
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, checkpoint["ema"][name])
+    assert not torch.equal(model.token_in.weight, checkpoint["model"]["token_in.weight"])
+    # So they stay on the device of a network.
     assert model.no_text.data_ptr() != checkpoint["ema"]["no_text"].data_ptr()
 
 
 def test_a_run_begins_with_the_weights_of_another(runs, tmp_path):
     flags = ["--data", f"de={ROOT / 'pocket/sentences/de.txt'}", "--steps", "1", "--device", "cpu",
-             "--eval_sentences", "1", "--batch_size", "2", "--init_from", str(runs[0] / "features")]
+             "--eval_sentences", "1", "--batch_size", "2", "--max_lines", "40", "--init_from",
+             str(runs[0] / "features")]
     before = train.load_checkpoint(runs[0] / "features")["ema"]
     for rate, same in ("1e-9", True), ("0.5", False):
         train.main([*flags, "--depth", "1", "--learning_rate", rate, "--out_dir", str(tmp_path)])
@@ -146,6 +152,40 @@ def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_langu
     assert "letter by letter" in capsys.readouterr().out
 
 
+def test_a_run_has_its_seed_and_its_speed(pocket, monkeypatch):
+    one, again, other = (train.Run(train.Config(depth=1, speed=2.0, seed=seed), pocket)
+                         for seed in (0, 0, 1))
+    assert torch.equal(one.model.token_in.weight, again.model.token_in.weight)
+    assert not torch.equal(one.model.token_in.weight, other.model.token_in.weight)
+    lengths = []
+    monkeypatch.setattr(train, "round_trips", lambda model, whisper, sentences, durations, solver: (
+        lengths.extend(map(data.count_frames, durations)), [])[1])
+    sentence = Sentence("en", "The children play football in the park.")
+    one.transcribe_samples([sentence])
+    assert lengths == [data.n_frames(sentence, 2.0)] < [data.n_frames(sentence)]
+
+
+def test_the_log_tells_the_flow_loss_by_quarters_of_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "objective", lambda model, critic, batch, x0, t, *rest: (
+        0 * sum(p.sum() for p in model.parameters()), t, t))
+    train.main([*FLAGS, "--steps", "2", "--batch_size", "8", "--out_dir", str(tmp_path)])
+    assert log_of(tmp_path)
+    for row in log_of(tmp_path):
+        assert [int(4 * float(x)) for x in row[4:8]] == [0, 1, 2, 3]
+
+
+def test_what_was_read_is_what_error_rates_tell(runs, tmp_path, capsys):
+    texts = ["The dog sleeps.", "The cat eats an apple."]
+    sample.main([*texts, "--ckpt", str(runs[0] / "features"), "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    read = [line[13:] for line in lines if line.startswith("read back")]
+    rates = [error_rates([Sentence("en", text)], [x]).cer for text, x in zip(texts, read)]
+    told = [line for line in lines if line.startswith("errors")]
+    assert all(f"CER {rate:.1%}" in line for rate, line in zip(rates, told)) and max(rates) > 0
+    cer, wer, _ = error_rates([Sentence("en", text) for text in texts], read)
+    assert f"2 texts: CER {cer:.2%}, WER {wer:.2%}" in lines[-1]
+
+
 def test_a_long_sentence_before_fifty_short_ones_is_evaluated(pocket):
     """The second fifty are evaluated with durations of their own."""
     long = Sentence("en", "The old teacher reads a long letter to all the children in the garden.")
@@ -181,7 +221,8 @@ def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     spy(train, "load_data", 2, 3)
-    spy(train, "MixedBatches", 4, 5)
+    spy(train, "MixedBatches", 2, 3, 4, 5)
+    spy(data, "generator", 0, 1)
     spy(train, "draw_noise", 2)
     spy(train, "objective", 7)
     spy(train, "update_ema", 3)
@@ -189,8 +230,11 @@ def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
     spy(torch.nn.utils, "clip_grad_norm_", 1)
     monkeypatch.setattr(train.Run, "save", lambda run, log: seen.update(run=run))
     argv = [word for name, x in flags.items() for word in (f"--{name}", str(x))]
-    train.main([*FLAGS, *argv, "--clip", "0.7", "--steps", "2", "--out_dir", str(tmp_path)])
-    assert seen["load_data"] == [1.2, 1.5] and seen["MixedBatches"][:2] == [1.2, 1.7]
+    train.main([*FLAGS, *argv, "--clip", "0.7", "--steps", "2", "--out_dir", str(tmp_path),
+                "--seed", "5", "--batch_size", "3"])
+    assert seen["load_data"] == [1.2, 1.5] and seen["MixedBatches"][:4] == [3, 5, 1.2, 1.7]
+    drawn = [*zip(seen["generator"][::2], seen["generator"][1::2])]
+    assert drawn[:4] == [(5, 0), (5, 2**31), (5, 1), (5, 2**31 + 1)]  # batch and noise of a step
     assert seen["draw_noise"] == [0.3] * 2 and seen["objective"] == [0.4] * 2
     assert seen["update_ema"] == [0.9] * 2 and seen["mixed_precision"] == [128] * 2
     assert seen["clip_grad_norm_"] == [0.7] * 2

@@ -163,7 +163,7 @@ def test_folders_that_cannot_be_used(tmp_path, pocket, monkeypatch):
     monkeypatch.delitem(sys.modules, "speech.recordings")
     monkeypatch.delattr("speech.recordings")
     with pytest.raises(BadInput, match="pip install soundfile"):
-        train.main(["--speech", str(tmp_path), "--device", "cpu"])
+        train.main(["--speech", str(tmp_path), "--device", "cpu", "--max_lines", "40"])
 
 
 def test_recordings_are_encoded_once(folder, pocket, monkeypatch):

@@ -343,7 +343,7 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         notes.append("the built-in sentences have a few hundred words; give --data more")
     shares, n_long, too_long = Counter(), 0, []
     for weight, pool in pools:
-        pieces, counts, lengths = Counter(), Counter(), {}
+        counts, often, of_language = Counter(), Counter(), Counter()
         for sentence, n in pool.items():
             try:
                 parts = split_long(sentence, whisper, speed)
@@ -352,15 +352,12 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
                 continue
             n_long += len(parts) > 1
             for piece in parts:
-                pieces[piece] += n
+                # Short sentences are rare in most texts and no easier, so they are drawn more
+                # often: so that short and long ones are about equally frequent.
+                x = n / n_frames(piece, speed) ** 2
                 counts[piece.language] += n
-                lengths[piece] = n_frames(piece, speed)
-        # Short sentences are rare in most texts and no easier, so they are drawn more often: with
-        # the inverse square of the length, which makes long and short ones about equally frequent.
-        often, of_language = Counter(), Counter()
-        for piece, n in pieces.items():
-            often[piece] = n / lengths[piece] ** 2
-            of_language[piece.language] += often[piece]
+                often[piece] += x
+                of_language[piece.language] += x
         powers = {code: n ** (1 / temperature) for code, n in counts.items()}
         total = sum(powers.values())
         for piece, x in often.items():  # a language's share, and the sentence's share of that
