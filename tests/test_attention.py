@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import data
 import train
 from model import rotate, rotations
-from test_roundtrip import batch_of, close, pocket, randn  # noqa: F401
+from test_roundtrip import batch_of, close, randn
 
 
 def test_silence_is_attended_as_if_it_stood_behind_the_speech(pocket):

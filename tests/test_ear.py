@@ -13,11 +13,9 @@ import data
 from data import Sentence
 from plumbing.errors import BadInput
 from speech import sound
-from speech.ear import MEL_STD, NEAR, ROOM, Ear, Room, random_room
+from speech.ear import MEL_STD, NEAR, ROOM, VOICE, Ear, Room, random_room
 from speech.recordings import read_manifest
-from test_roundtrip import (  # noqa: F401
-    SENTENCES, batch_of, cer_of, close, ear, randn, runs, sampled, spoken,
-)
+from test_roundtrip import SENTENCES, batch_of, cer_of, close, randn, sampled, spoken
 
 
 def test_ear_without_a_room_hears_what_whisper_hears(ear):
@@ -207,3 +205,15 @@ def test_lens_tells_tokens_apart_near_their_frames(ear):
         fresh = Ear("pocket")
         close(fresh.lens(heard, two.targets, two.token_frames), torch.stack(expected))
         assert torch.equal(fresh.token_direction, ear.token_direction)
+        assert torch.equal(fresh.silence_x1, ear.silence_x1)
+        states = randn(2, two.targets.shape[1] - 1, 128)
+        rounded = fresh.nll(states, two.targets)
+    assert torch.equal(rounded, ear.nll(states, two.targets))
+
+
+def test_an_ear_begins_with_nothing_and_a_voice_covers_nothing(ear):
+    assert Ear.speed_range == 1.25
+    assert {name for name in ROOM if not VOICE[name]} == {"cover", "mask"}
+    direction, marks = ear.directions()
+    assert direction.shape == (80, 128) and marks.shape == (256, 80)
+    assert not direction.any() and not marks.any()

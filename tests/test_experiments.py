@@ -26,7 +26,7 @@ from plumbing.errors import BadInput
 from plumbing.files import Log
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech import sound
-from speech.ear import ROOM, VOICE, Ear
+from speech.ear import ROOM, VOICE
 from speech.recordings import speech_span
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
@@ -35,11 +35,6 @@ make_pocket = realism.make_pocket
 needs_espeak = pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is missing")
 TEXTS = [Sentence("en", "The dog sleeps."), Sentence("zh", "老师在教室里吃饺子。"),
          Sentence("de", "Die Kinder möchten am Sonntag im Garten spielen.")]
-
-
-@pytest.fixture(scope="module")
-def ear():
-    return Ear("pocket")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from plumbing.files import Log, atomic_write, locked
 from plumbing.flags import parse_flags
 from speech import recordings
 from speech.recordings import read_audio, soundfile
-from test_roundtrip import FLAGS, ROOT, pocket, random_whisper, runs  # noqa: F401
+from test_roundtrip import FLAGS, ROOT, random_whisper
 from text.error_rates import error_rates
 from text.sources import (
     builtin, load_data, make_sentence, read_file, read_texts, split_of,
@@ -255,6 +255,18 @@ def test_checkpoints_that_are_none(runs, tmp_path, spoil, words):
     with pytest.raises(BadInput) as error:
         sample.main(["The dog.", "--ckpt", str(tmp_path)])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_whispers_that_cannot_read_are_told(runs, tmp_path):
+    path = random_whisper(tmp_path / "none.pt")
+    checkpoint = torch.load(path)
+    checkpoint["model_state_dict"]["decoder.token_embedding.weight"].fill_(0.1)
+    torch.save(checkpoint, path)
+    with pytest.raises(BadInput, match="none.pt was never trained: its weights are all alike"):
+        FrozenWhisper(path)
+    other = random_whisper(tmp_path / "other.pt", n_mels=128)
+    with pytest.raises(BadInput, match="makes 80 channels a frame and .*other.pt reads 128"):
+        sample.load_critic(train.load_checkpoint(runs[0] / "mel"), torch.device("cpu"), other)
 
 
 def test_a_checkpoint_for_which_there_is_no_memory_is_not_called_damaged(runs, monkeypatch):

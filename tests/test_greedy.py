@@ -3,7 +3,7 @@ import numpy as np
 import torch
 
 import data
-from test_roundtrip import pocket, random_whisper, spoken  # noqa: F401
+from test_roundtrip import random_whisper, spoken
 from text import greedy
 from whisper_decoder import FrozenWhisper
 

@@ -10,7 +10,7 @@ import train
 from data import Sentence
 from flow import Solver
 from model import REACH, Block, bounded, sinusoids
-from test_roundtrip import SENTENCES, batch_of, close, network, pocket, randn  # noqa: F401
+from test_roundtrip import SENTENCES, batch_of, close, network, randn
 
 
 def test_sinusoids_and_bounds():
@@ -33,7 +33,7 @@ def test_a_new_block_is_the_identity():
 
 
 @torch.no_grad()
-def test_blocks_know_the_order_of_patches(pocket):  # noqa: F811
+def test_blocks_know_the_order_of_patches(pocket):
     """All frames have one text and the same order inside a patch, and only rotations differ."""
     model, batch = network(pocket), batch_of(pocket, [Sentence("en", "A long word sleeps.")])
     model.marks.zero_()
@@ -46,7 +46,7 @@ def test_blocks_know_the_order_of_patches(pocket):  # noqa: F811
 
 
 @torch.no_grad()
-def test_what_a_patch_is_told_of_its_text(pocket):  # noqa: F811
+def test_what_a_patch_is_told_of_its_text(pocket):
     """The order of its frames, the token, and how far a unit has come, also past no shortcut."""
     model, batch = network(pocket), batch_of(pocket, SENTENCES[:1])
     model.token_out.weight.zero_()
@@ -70,7 +70,7 @@ def test_gradients_pass_through_the_solver():
     assert x0.grad.item() == 1.5 ** 2
 
 
-def test_samples_are_made_by_the_solver_that_is_asked_for(pocket):  # noqa: F811
+def test_samples_are_made_by_the_solver_that_is_asked_for(pocket):
     batch, solver, calls = batch_of(pocket), Solver(3, "midpoint", 2.0, seed=4), []
 
     def model(x, t, cond):
@@ -87,7 +87,7 @@ def test_samples_are_made_by_the_solver_that_is_asked_for(pocket):  # noqa: F811
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_times_do_not_grow_with_the_length_of_items(pocket, seed):  # noqa: F811
+def test_times_do_not_grow_with_the_length_of_items(pocket, seed):
     _, t, _ = train.draw_noise(batch_of(pocket, SENTENCES * 10), 2, 0.1, data.generator(seed, 0))
     assert not torch.equal(t.argsort(), torch.arange(40))
 

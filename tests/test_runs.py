@@ -19,9 +19,7 @@ from plumbing import devices
 from plumbing.errors import BadInput
 from speech.ear import LENS
 from text.error_rates import error_rates
-from test_roundtrip import (  # noqa: F401
-    FLAGS, ROOT, batch_of, close, log_of, pocket, random_whisper, runs,
-)
+from test_roundtrip import FLAGS, ROOT, batch_of, close, log_of, random_whisper
 
 
 def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeypatch):

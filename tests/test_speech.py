@@ -25,11 +25,6 @@ TEXTS = ["The dog sleeps in the garden.", "He drinks some cold milk.", "My mothe
 
 
 @pytest.fixture(scope="module")
-def pocket():
-    return FrozenWhisper("pocket")
-
-
-@pytest.fixture(scope="module")
 def spoken(pocket):
     """espeak-ng in English, Spanish, German and French -> sentences, samples."""
     sentences, mels = zip(*spoken_clips(pocket)[:161:40])

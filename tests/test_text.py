@@ -19,7 +19,7 @@ import train
 from data import Sentence
 from model import CAPITAL, DiT, DiTConfig
 from plumbing.errors import BadInput
-from test_roundtrip import SENTENCES, batch_of, close, pocket, random_whisper  # noqa: F401
+from test_roundtrip import SENTENCES, batch_of, close, random_whisper
 from text import sources
 from text.error_rates import edit_distance, error_rates
 from text import long

@@ -10,18 +10,18 @@ from experiments.student import Speech, letters
 from plumbing.errors import BadInput
 from pocket import make_pocket
 from speech.recordings import soundfile
-from test_roundtrip import close, pocket, randn, runs  # noqa: F401
+from test_roundtrip import close, randn
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
 
 
 @pytest.fixture(scope="module")
-def real(pocket):  # noqa: F811
+def real(pocket):
     speech = tokens.real_test(pocket, pocket.languages)
     return Speech(speech.sentences[::10], speech.x1[::10])
 
 
-def test_languages_that_no_clip_has(pocket):  # noqa: F811
+def test_languages_that_no_clip_has(pocket):
     german = tokens.real_test(pocket, ["de", "it"]).sentences
     assert {s.language for s in german} == {"de"}
     rest = tokens.real_test(pocket, ["de"], {*map(letters, german[:5])}).sentences
@@ -52,7 +52,7 @@ def test_forms_of_other_projects(tmp_path):
         assert json.loads(file.read_text()) == ichigo
 
 
-def test_a_quantiser_learns_and_padding_changes_nothing(pocket, real):  # noqa: F811
+def test_a_quantiser_learns_and_padding_changes_nothing(pocket, real):
     before, after = tokens.Quantiser(pocket).eval(), tokens.train_quantiser(real, pocket, 40, 0)
     texts = pocket.target_tokens(*zip(*((s.text, s.language) for s in real.sentences[:8])))
     loss = [sum(tokens.quantiser_loss(q, real.x1[:8], pocket, texts).values()).item()
@@ -77,7 +77,7 @@ def test_a_quantiser_learns_and_padding_changes_nothing(pocket, real):  # noqa: 
     assert all(p.grad is not None and p.grad.norm() > 0 for p in after.parameters())
 
 
-def test_codes_that_nothing_uses_move(pocket):  # noqa: F811
+def test_codes_that_nothing_uses_move(pocket):
     quantiser, x = tokens.Quantiser(pocket), torch.nn.functional.normalize(randn(40, 64), dim=1)
     quantiser.uses.zero_()
     quantiser.update(x, torch.zeros(40, dtype=torch.long))
@@ -109,7 +109,7 @@ def test_a_language_model_learns_tokens_and_their_text():
     assert cer > 0.5 and other > 10 * perplexity
 
 
-def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):
     ear, features = (str(runs[0] / name) for name in ("mel", "features"))
     few = [Sentence("en", "The dog sleeps."), Sentence("de", "Die Sonne scheint.")]
     for code in ("en", "de"):
