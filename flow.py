@@ -32,6 +32,7 @@ from torch import Tensor
 Model = Callable[[Tensor, Tensor, dict], Tensor]  # (x_t, t, cond) -> x1_hat
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> v, (B, T, C), (B,) -> (B, T, C)
 ORDER = {"euler": 1, "midpoint": 2}
+MAX_STEPS = 1000
 
 
 class Solver(NamedTuple):
@@ -70,8 +71,8 @@ def cfm_loss(model: Model, x0: Tensor, x1: Tensor, t: Tensor, cond: dict, mask: 
 
 def schedule(steps: int) -> Tensor:
     """Times from 0 to 1, (steps + 1,). Raises ValueError."""
-    if not 1 <= steps <= 1000:
-        raise ValueError(f"steps must be between 1 and 1000, not {steps}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be between 1 and {MAX_STEPS}, not {steps}")
     return torch.linspace(0, 1, steps + 1)
 
 

@@ -144,7 +144,7 @@ def main(argv=None) -> None:
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     files = wav_files(args.wav, len(texts))
-    for file in [*files[:1], *[args.out] * bool(args.out)]:  # it fails now, not after the work
+    for file in filter(None, [*files[:1], args.out]):  # it fails now, not after the work
         make_folder(file.parent)
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]

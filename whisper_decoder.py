@@ -122,9 +122,10 @@ class FrozenWhisper:
     def directions(self) -> tuple[Tensor, Tensor]:
         """Where x1 leans at first, `model.DiT.begin`: W (C, E) and marks of time (P, C).
 
-        Silence is encoded differently in every frame: such marks help attention to go on in time.
+        Silence is encoded differently in every frame: such marks, of a root mean square of 1/2,
+        help attention to go on in time.
         """
-        marks = self.silence_x1 - self.silence_x1.mean(0)  # half as large as x1: rms 1/2
+        marks = self.silence_x1 - self.silence_x1.mean(0)
         return self.token_direction, marks / (2 * marks.square().mean().sqrt())
 
     def encode(self, text: str, language: str) -> list[int]:

@@ -4,10 +4,9 @@
     python experiments/lens.py base --recordings FOLDER --languages en es fr it ru
 
 `Ear.lens` wants what the encoder hears near a token to lie along W e: e is the token's embedding, W
-comes from the weights alone. Here W reads real speech: how
-often does a token have a higher peak in a clip that says it than in a clip that does not? Chance is
-what other tokens make in its place: over 50 %, as long clips say more, and peak higher. FOLDER has
-manifest.tsv (path, language, text).
+comes from the weights alone. Here W reads real speech: how often does a token have a higher peak in
+a clip that says it than in a clip that does not? Chance is what other tokens make in its place:
+over 50 %, as long clips say more, and peak higher. FOLDER has manifest.tsv (path, language, text).
 """
 import argparse
 import math

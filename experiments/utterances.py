@@ -161,9 +161,9 @@ def even(speech: Speech, speed: float = 1.0) -> Speech:
     """
     x1 = []
     for sentence, x, n in zip(*speech, align.align_characters(*speech)):
-        rule, frames = (rule(sentence, speed) for rule in (data.char_durations, data.n_frames))
-        rule = rule[n > 0]
-        ends, even_ends = (np.cumsum([0, *widths]) for widths in (n[n > 0], rule))
+        rule = data.char_durations(sentence, speed)
+        frames = data.count_frames(rule)
+        ends, even_ends = (np.cumsum([0, *widths[n > 0]]) for widths in (n, rule))
         frame = (np.arange(frames) + 0.5) / frames * even_ends[-1]
         x1.append(resample(x, np.interp(frame, even_ends, ends) - 0.5))
     return Speech(speech.sentences, x1)

@@ -52,10 +52,12 @@ def distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     table = weight.cpu()
     as_bytes = table.numpy().view(f"V{table[0].nbytes}")[:, 0]  # sorted faster than as numbers
     _, first, row_of = np.unique(as_bytes, return_index=True, return_inverse=True)
-    rows, order = table[torch.from_numpy(first)].unique(dim=0, return_inverse=True)
-    row_of = order[torch.from_numpy(row_of)]
-    count = row_of.bincount()
-    is_own = count[row_of] == 1
-    if len(rows) > len(weight) / 2:  # an official checkpoint: no second copy
+    if len(first) > len(weight) / 2:  # an official checkpoint: no second copy
+        is_own = torch.from_numpy(np.bincount(row_of)[row_of] == 1)
         rows, row_of, count = weight, torch.arange(len(weight)), torch.ones(len(weight))
+    else:  # in the order of numbers
+        rows, order = table[torch.from_numpy(first)].unique(dim=0, return_inverse=True)
+        row_of = order[torch.from_numpy(row_of)]
+        count = row_of.bincount()
+        is_own = count[row_of] == 1
     return *(x.to(weight.device) for x in (rows, row_of, count)), is_own

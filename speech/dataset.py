@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import FRAMES_PER_SECOND, Sentence, count_frames
-from flow import Solver
+from flow import MAX_STEPS, Solver
 from plumbing import flags
 from plumbing.errors import BadInput
 from plumbing.files import atomic_write, locked
@@ -80,7 +80,7 @@ def check(args) -> None:
         raise BadInput("--write, --best_of, --max_cer and --part belong to --out FOLDER")
     if "flac" in args.write and not find_spec("soundfile"):
         raise BadInput("--write flac needs soundfile; `pip install soundfile`")
-    for name, low, high in (("steps", 1, 1000), ("best_of", 1, 100), ("max_cer", 0, 1),
+    for name, low, high in (("steps", 1, MAX_STEPS), ("best_of", 1, 100), ("max_cer", 0, 1),
                             ("speed", 0.1, 10), ("guidance", -100, 100), ("rooms", 0, 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:

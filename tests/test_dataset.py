@@ -158,7 +158,7 @@ def test_flags_of_a_set_that_cannot_be_used(make):
             ("--max_cer nan", "--max_cer nan cannot"),
             ("--language french", "with no --language, not with --language fr;"),
             ("--language klingon", "klingon"), ("--write mel", "have no sound"),
-            ("--steps 2", "with --steps 4, not with --steps 2"),
+            ("--wav x", "have no sound"), ("--steps 2", "with --steps 4, not with --steps 2"),
             ("--write mp3", "invalid choice: 'mp3'")):
         with pytest.raises(BadInput) as error:
             make("a", *flags.split())

@@ -182,6 +182,7 @@ def test_what_was_read_is_what_error_rates_tell(runs, tmp_path, capsys):
     assert all(f"CER {rate:.1%}" in line for rate, line in zip(rates, told)) and max(rates) > 0
     cer, wer, _ = error_rates([Sentence("en", text) for text in texts], read)
     assert f"2 texts: CER {cer:.2%}, WER {wer:.2%}" in lines[-1]
+    assert sum("4 euler steps, NFE 4, seed 0" in line for line in lines) == 2
 
 
 def test_a_long_sentence_before_fifty_short_ones_is_evaluated(pocket):
