@@ -64,7 +64,7 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     # Of all the one with the smallest hash, and that of each language that has two or more.
     at_least = {*order[:1], *(s for s in first.values() if s != last[s.language])}
     held_out = [s for s in order if shares[s] <= HELD_OUT or s in at_least]
-    keys = set(map(key, held_out))  # their own too
+    keys = set(map(key, held_out))  # so held-out sentences themselves drop out too
     training = [s for s in sentences if key(s) not in keys]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
@@ -85,12 +85,7 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
 @lru_cache(2**12)  # it is asked for wherever a length is needed
 def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     """The length rule: frames that each character lasts (S,), at speed 2 half as many, but a letter
-    at least one.
-
-    Raises BadInput for a speed that is out of range.
-    """
-    if not 0.1 <= speed <= 10:
-        raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
+    at least one."""
     language, text = sentence
     weight = dict(L=1.0, M=1.0, N=DIGIT)  # letters, their marks, digits
     weights = np.array([0.0 if c in JOINERS else weight.get(unicodedata.category(c)[0], BLANK)
@@ -137,7 +132,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
 
     -> chars (U, BYTES + 2) and token (U,) of each unit; where in the text each frame is, in units
     (T,), which leaves out units that are shorter than a frame; the middle of each token, in frames.
-    A "河" of two tokens, say, is two units of its three bytes, in which all ends are counted.
+    Units end where a character or token ends, in bytes: "河", three bytes in two tokens, is two.
     """
     language, text = sentence
     tokens = whisper.encode(text, language)
@@ -147,7 +142,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
     ends = np.union1d(char_ends, token_ends)  # of units
     of_token, of_char = (np.searchsorted(x, ends) for x in (token_ends, char_ends))
-    shares = durations / np.bincount(of_char)  # of a unit: all of a character last equally long
+    shares = durations / np.bincount(of_char)  # units of a character share its duration
     times = np.cumsum([0, *shares[of_char]])
     times *= frames / times[-1]
     alignment = np.interp(np.arange(frames) + 0.5, times, range(len(times)))
@@ -216,7 +211,7 @@ def draw(sums: Tensor, n: int, rng: torch.Generator) -> Tensor:
 
 
 def draw_similar(sums: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
-    """n items of similar frames (N,), so less padding: a random quarter of 4n that are sorted."""
+    """n items of similar frames (N,), for less padding: a random quarter of 4n draws, sorted."""
     picks = draw(sums, 4 * n, rng)
     picks = picks[frames[picks].argsort(stable=True)]
     first = n * int(torch.randint(4, (), generator=rng))
@@ -236,7 +231,7 @@ class Batches(torch.utils.data.Dataset):
 
     def set_durations(self, durations: Callable) -> None:
         """How long characters last, from a rule or a `speech.align.Rhythm`."""
-        self.durations = [durations(s, self.speed) for s in self.sentences]
+        self.rule, self.durations = durations, [durations(s, self.speed) for s in self.sentences]
         self.frames = torch.tensor([d.sum() for d in self.durations])
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:

@@ -77,11 +77,7 @@ def schedule(steps: int) -> Tensor:
 
 
 def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
-    """Network and condition -> the velocity field of the ODE, guided if guidance is not 1.
-
-    cond: tensors whose first dimension is B, among them `drop` (B,) bool, which turns an item's
-    condition off. Weights of guidance sum to 1, so mixing endpoints is mixing velocities.
-    """
+    """Network and condition -> the velocity field of the ODE, guided if guidance is not 1."""
     if guidance == 1:
         return lambda x, t: velocity_from_endpoint(model(x, t, cond), x, t)
     null = {**cond, "drop": torch.ones_like(cond["drop"])}
@@ -89,13 +85,13 @@ def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        # The weights of guidance sum to 1, so mixing endpoints is mixing velocities.
         return velocity_from_endpoint(without + guidance * (with_text - without), x, t)
 
     return guided
 
 
-def sample(velocity: Velocity, x0: Tensor, steps: int = 4,
-           method: str = "euler") -> Iterator[Tensor]:
+def sample(velocity: Velocity, x0: Tensor, steps: int, method: str = "euler") -> Iterator[Tensor]:
     """Solve dx/dt = velocity(x, t) from x0 -> its steps + 1 states, noise first, (B, T, C) each.
 
     Gradients pass through. Raises ValueError for an unknown method or an impossible schedule.

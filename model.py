@@ -18,7 +18,7 @@ from torch import Tensor
 
 REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
 BYTES = 4  # most bytes of a character in UTF-8
-CAPITAL = 1 + 256 * BYTES  # id of what every capital letter adds, behind those of all bytes
+CAPITAL = 1 + 256 * BYTES  # id of what every capital adds, behind those of all bytes
 ASCII = 128  # ids 1 to 128 are the first 128 bytes, see data.characters
 
 
@@ -155,10 +155,7 @@ class DiT(nn.Module):
         return (self.time_in(sinusoids(t, self.config.width)) + language)[:, None]
 
     def token_shortcut(self, cond: dict) -> Tensor:
-        """What the token of each frame adds to the endpoint, past all blocks, (B, T, C).
-
-        The network may be narrower than Whisper; this path is not.
-        """
+        """What the token of each frame adds past the blocks, which may be narrower, (B, T, C)."""
         which = cond["alignment"].long()[:, :, None]
         shortcut = self.token_out(cond["tokens"]).take_along_dim(which, 1)
         return shortcut * ~cond["drop"][:, None, None]

@@ -43,25 +43,16 @@ class Flow(NamedTuple):
     speed: float  # that it was trained at
 
 
-def load_critic(checkpoint: dict, device: torch.device, name: str = "") -> FrozenWhisper:
-    """The Whisper that a checkpoint was trained with; or another, by name, to read x1."""
-    config, channels = checkpoint["config"], checkpoint["model_config"]["channels"]
-    whisper = LATENTS[config["latent"]](name or config["whisper"], device)
-    if channels != whisper.channels:
-        raise BadInput(f"the checkpoint makes {channels} channels a frame and {whisper.name} reads "
-                       f"{whisper.channels}; give a Whisper of the same kind")
-    if not name and checkpoint["origin"]["whisper"] != whisper.fingerprint:
-        raise BadInput(f"{whisper.name} has changed since the checkpoint was trained with it; put "
-                       "the file of then back, or train again")
-    return whisper
-
-
 def load_flow(checkpoint: dict, device: torch.device) -> Flow:
-    """What `train.load_checkpoint` loads -> a Flow. Raises BadInput."""
-    critic = load_critic(checkpoint, device)
+    """What `train.load_checkpoint` loads -> a Flow; BadInput if its Whisper has changed."""
+    config = checkpoint["config"]
+    critic = LATENTS[config["latent"]](config["whisper"], device)
+    if checkpoint["origin"]["whisper"] != critic.fingerprint:
+        raise BadInput(f"{critic.name} has changed since the checkpoint was trained with it; put "
+                       "the file of then back, or train again")
     model = DiT(DiTConfig(**checkpoint["model_config"])).to(device).eval()
     model.load_state_dict(checkpoint["ema"])
-    return Flow(model, critic, durations_by(checkpoint["rhythm"]), checkpoint["config"]["speed"])
+    return Flow(model, critic, durations_by(checkpoint["rhythm"]), config["speed"])
 
 
 def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
@@ -97,14 +88,6 @@ def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args
         print(f"  t = {t:.2f}     {read.text[:70]}")
 
 
-def check(args, latent: str) -> None:
-    """BadInput if what was asked for cannot be made."""
-    if (args.wav or args.rooms or {*args.write} - {"features"}) and latent != "mel":
-        raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav, --rooms and "
-                       "--write mel cannot be used; `python train.py --latent mel` makes spectra")
-    dataset.check(args)
-
-
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0], "texts go together, after -- if one begins with -; ")
     add = parser.add_argument
@@ -134,7 +117,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     device, checkpoint = choose_device(args.device), load_checkpoint(args.ckpt)
-    check(args, checkpoint["config"]["latent"])
+    dataset.check(args, checkpoint["config"]["latent"])
     model, whisper, durations, speed = load_flow(checkpoint, device)
     args.speed = speed if args.speed is None else args.speed
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
@@ -154,6 +137,8 @@ def main(argv=None) -> None:
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None) for trip in trips]
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
+    if args.wav and args.wav not in files:  # until all are written: it would tell old texts
+        (args.wav / "manifest.tsv").unlink(missing_ok=True)
     hypotheses, remaining = [], iter(pieces)
     for i, text in enumerate(texts):
         group = list(islice(remaining, len(parts[i])))

@@ -120,7 +120,7 @@ def test_four_sentences_come_back_exactly(pocket, tmp_path):
 def test_four_sentences_come_back_through_the_ear_and_another_whisper_reads_them(ear, tmp_path):
     overfit(ear, tmp_path, steps=800, speed_range=1.0)
     checkpoint = train.load_checkpoint(tmp_path / "ckpt.pt")
-    judge = sample.load_critic(checkpoint, "cpu", str(ROOT / "pocket" / "judge.pt"))
+    judge = Ear(str(ROOT / "pocket" / "judge.pt"))
     batch, model = batch_of(ear), sample.load_flow(checkpoint, torch.device("cpu")).model
     x1 = flow.last(train.generate(model, ear, batch, Solver()))
     assert cer_of(judge, judge.features(x1, batch.cond["frames"]), SENTENCES) <= 0.5

@@ -8,7 +8,6 @@
 from plumbing.errors import BadInput, first_line, guard, is_out_of_memory  # first: see there
 import copy
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from whisper_decoder import DecodingResult, FrozenWhisper
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 CHANGEABLE = "out_dir device resume eval_every eval_sentences batch_size whisper init_from".split()
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
-       "gradient_norm,learning_rate")  # of rank 0 but for the norm; quarters of t without one: nan
+       "gradient_norm,learning_rate")  # losses of rank 0; nan: no item in that quarter of t
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
 
 
 def evaluate(run: "Run", held_out: list) -> dict:
-    """Greedy round trips of held-out text with 1 and 4 steps, and rates to compare with."""
+    """Greedy round trips of held-out text with 1 and 4 steps, and what chance would have."""
     sentences, start = data.per_language(held_out, run.config.eval_sentences), time.time()
     result = {"val_sentences": len(sentences)}
     for steps in (1, 4):
@@ -168,14 +167,14 @@ def show_samples(run: "Run", held_out: list) -> None:
     sentences = list({held_out[i].language: held_out[i] for i in order.tolist()}.values())[:5]
     pairs = zip(sentences, run.transcribe_samples(sentences))
     lines = [f"  {s.language}  {s.text}  ->  {text[:3 * len(s.text)]}" for s, text in pairs]
-    tqdm.write("\n".join([f"step {run.step}", *lines]), file=sys.stdout)
+    tqdm.write("\n".join([f"step {run.step}", *lines]))
 
 
 # ---- the run ---------------------------------------------------------------------------------
 
 
 class Run:
-    """Everything that a checkpoint keeps: network, its average, optimizer, step, origin."""
+    """What a checkpoint keeps: network, its average, optimizer, step, rhythm, origin, flags."""
 
     def __init__(self, config: Config, whisper: FrozenWhisper, rhythm: dict | None = None,
                  shares: dict | None = None):
@@ -240,7 +239,7 @@ def load_checkpoint(path: Path) -> dict:
         for weights in checkpoint["model"], checkpoint["ema"]:
             model.load_state_dict(weights)
         durations_by(checkpoint["rhythm"]), checkpoint["origin"]["whisper"]
-        groups = checkpoint["optimizer"]["param_groups"]  # AdamW would check, and start slowly
+        groups = checkpoint["optimizer"]["param_groups"]  # AdamW itself takes seconds to import
         if not (all(x.isfinite().all() for x in checkpoint["ema"].values())
                 and checkpoint["step"] in range(checkpoint["config"]["steps"] + 1)
                 and [len(x["params"]) for x in groups] == [len(list(model.parameters()))]):

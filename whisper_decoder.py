@@ -11,9 +11,7 @@ rows of the token embedding.
 from functools import cached_property
 from typing import Sequence
 
-import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
@@ -55,7 +53,7 @@ class FrozenWhisper:
     @cached_property
     def silence_x1(self) -> Tensor:
         """What the encoder makes of silence (P, E)."""
-        samples = np.zeros(self.max_frames * 2 * HOP_LENGTH, np.float32)
+        samples = torch.zeros(self.max_frames * 2 * HOP_LENGTH)
         # Not in bf16, also where it is first asked for inside devices.mixed_precision.
         with torch.autocast(self.device.type, enabled=False), sdpa_kernel(KERNELS):
             return self.encode_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
@@ -132,7 +130,7 @@ class FrozenWhisper:
         """Text, after a blank -> the tokens that `whisper.decode` can write for it."""
         tokenizer = self.tokenizer(language)
         tokens = tokenizer.encode(" " + strip_unspoken(text), disallowed_special=())
-        # It never writes a first blank that is a token alone, as before Chinese (suppress_blank).
+        # It never begins with a token that is a blank alone, as before Chinese (suppress_blank).
         return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
 
     def target_tokens(self, texts: Sequence[str], languages: Sequence[str]) -> Tensor:
@@ -181,12 +179,11 @@ class FrozenWhisper:
         """
         decoder, inputs = self.model.decoder, targets[:, :-1].clamp(min=0)
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
-        silences = ([None] * len(decoder.blocks) if frames is None else
-                    self.silence_behind(frames, features.shape[1]))
-        for block, silence in zip(decoder.blocks, silences):
+        silences = None if frames is None else self.silence_behind(frames, features.shape[1])
+        for i, block in enumerate(decoder.blocks):
             x = x + block.attn(block.attn_ln(x), mask=decoder.mask)[0]
             y = block.cross_attn_ln(x)
-            x = x + (attend(block.cross_attn, y, features, *silence) if silence else
+            x = x + (attend(block.cross_attn, y, features, *silences[i]) if silences else
                      block.cross_attn(y, features)[0])
             x = x + block.mlp(block.mlp_ln(x))
         return decoder.ln(x)
@@ -211,10 +208,8 @@ class FrozenWhisper:
                    texts: Sequence[str] | None = None) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
 
-        None: the language is detected. texts: what it may be; where it is, one pass shows that, and
-        the result is the same as that of decoding token by token. avg_logprob is a mean over
-        tokens, in nats; no_speech_prob that of <|nospeech|> as the first token; a compression_ratio
-        above 2.4 Whisper calls a loop.
+        None: the language is detected. texts: what is probably read. Where it is, one pass confirms
+        it (text/greedy.py), and the result is that of decoding token by token.
         """
         return greedy.transcribe(self, features.float(), languages, texts)
 
@@ -225,12 +220,11 @@ def mean_per_item(values: Tensor, mask: Tensor) -> Tensor:
     return grid.sum(1) / mask.sum(1)
 
 
-def attend(layer: nn.Module, x: Tensor, speech: Tensor, silent_k: Tensor, silent_v: Tensor,
+def attend(layer: torch.nn.Module, x: Tensor, speech: Tensor, silent_k: Tensor, silent_v: Tensor,
            is_seen: Tensor) -> Tensor:
     """Whisper's cross-attention to speech and silence, (B, L, E), (B, T, E), ... -> (B, L, E).
 
-    Silence, see `silence_behind`, is the same in every item and step, so its keys and values are
-    not computed again. Scores of both stand side by side in one softmax, which is exact.
+    Scores of both stand side by side in one softmax, which is exact; see `silence_behind`.
     """
     split = lambda x: x.unflatten(-1, (layer.n_head, -1)).transpose(-3, -2)  # noqa: E731
     q, k, v = map(split, (layer.query(x), layer.key(speech), layer.value(speech)))

@@ -1,6 +1,6 @@
 """A picture: the states of the flow from noise to x1, and under each what the frozen Whisper reads.
 
-    python experiments/look.py out/mel/ckpt.pt --out docs/flow.png
+    python experiments/look.py out/ckpt.pt --out docs/flow.png     # or out/mel/ckpt.pt
 
 Beside them the x1 of real speech. The sentence is the first spoken one of pocket/speech.npz in the
 language, which training never saw.

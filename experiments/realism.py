@@ -42,7 +42,7 @@ from data import per_language  # noqa: E402
 from flow import Solver, schedule  # noqa: E402
 from experiments import figures  # noqa: E402
 from experiments.student import (  # noqa: E402
-    Speech, greedy_cer, language_accuracy, letters, others, student_cer, train_student,
+    Speech, greedy_cer, language_accuracy, letters, load_judge, others, student_cer, train_student,
 )
 from experiments.utterances import (  # noqa: E402
     Voice, encode, espeak, even, generate, latents, n_samples, parts, people, real_test,
@@ -200,7 +200,7 @@ class Study:
         readers = dict(critic=self.flows[path].critic)
         try:
             if self.judge:
-                readers["judge"] = sample.load_critic(checkpoint, self.device, self.judge)
+                readers["judge"] = load_judge(checkpoint, self.device, self.judge)
         except BadInput as error:
             if isinstance(readers["critic"], Ear) or "channels" not in str(error):
                 raise

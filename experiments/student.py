@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
 from model import mlp  # noqa: E402
+from plumbing.errors import BadInput  # noqa: E402
 from text import spelling  # noqa: E402
 from text.error_rates import edit_distance, error_rates  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
@@ -158,6 +160,16 @@ def student_cer(student: Student, speech: Speech, alphabet: dict) -> float:
         best = logits.argmax(-1).unique_consecutive()
         edits += edit_distance(letters(sentence), "".join(letter_of[i] for i in best.tolist() if i))
     return edits / sum(len(letters(s)) for s in speech.sentences)
+
+
+def load_judge(checkpoint: dict, device: torch.device, name: str) -> FrozenWhisper:
+    """Another Whisper, to read x1 of a checkpoint; BadInput if it is of another kind."""
+    judge = train.LATENTS[checkpoint["config"]["latent"]](name, device)
+    channels = checkpoint["model_config"]["channels"]
+    if channels != judge.channels:
+        raise BadInput(f"the checkpoint makes {channels} channels a frame and {judge.name} reads "
+                       f"{judge.channels}; give a Whisper of the same kind")
+    return judge
 
 
 @torch.no_grad()

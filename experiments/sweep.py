@@ -20,7 +20,7 @@ import data  # noqa: E402
 import flow  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from experiments.student import greedy_cer  # noqa: E402
+from experiments.student import greedy_cer, load_judge  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
@@ -44,7 +44,7 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
     swept. The sentences are the same at all values, but for their seconds."""
     device, rates = choose_device("auto"), []
     model, whisper, durations, trained_speed = sample.load_flow(checkpoint, device)
-    readers = [sample.load_critic(checkpoint, device, value) if kind == "judge" else whisper
+    readers = [load_judge(checkpoint, device, value) if kind == "judge" else whisper
                for value in values]
     slowest = min(values) if kind == "speed" else trained_speed
     held_out = [s for s in split_of(checkpoint["config"], whisper)[1]
@@ -90,6 +90,8 @@ def main(argv=None) -> None:
                 flow.schedule(value)
         if args.kind == "guidance" and not all(abs(value) <= 100 for value in values):
             raise ValueError("-100 to 100, 1 is off")
+        if args.kind == "speed" and not all(0.1 <= value <= 10 for value in values):
+            raise ValueError("0.1 to 10, 1 is natural")
         if args.kind == "method" and not {*values} <= {*flow.ORDER}:
             raise ValueError(f"choose of {', '.join(flow.ORDER)}")
     except ValueError as error:

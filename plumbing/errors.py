@@ -43,7 +43,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class Outliving:
-    """A stream that outlives its reader (`| head`): an hour of training does not end with it."""
+    """A stream that outlives its reader (`| head`, a terminal): training does not end with it."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -55,10 +55,10 @@ class Outliving:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except BrokenPipeError:  # from now on nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         except OSError as error:
-            raise OSError(f"{self.stream.name} cannot be written ({error.strerror})") from error
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise OSError(f"{self.stream.name} cannot be written ({error.strerror})") from error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # from now on nowhere
 
 
 def guard(main: Callable) -> None:

@@ -102,7 +102,7 @@ class Log:
 
     def __init__(self, path: Path, header: str, n_rows: int):
         """It goes on behind the rows of steps below n_rows: those before a checkpoint."""
-        lines = path.read_text().splitlines() if n_rows and path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if n_rows and path.exists() else []
         rows = [row for row in lines[1 : n_rows + 1]
                 if (step := row.partition(",")[0]).isdecimal() and int(step) < n_rows]
         self.path, self.now = path, path if n_rows else path.with_suffix(".new")

@@ -12,6 +12,7 @@ A shard is made of the same TEXTS_A_SHARD texts whatever the part, and does not 
 a run that was killed goes on at the first that is missing, and ends with the same bytes.
 """
 import hashlib
+import io
 import json
 import math
 import re
@@ -45,7 +46,8 @@ READ_AT_ONCE = 16  # sounds
 SEED_STEP = 1000  # between the seeds that --best_of tries, so that no other --seed tries them too
 SOUNDS = ("wav", "flac")
 KINDS = ("features", "mel", *SOUNDS)
-SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # see FrozenWhisper.transcribe
+SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # of Whisper's DecodingResult
+MAX_REASONS = 1000  # why texts are left out, counted apart
 
 Cut = Callable[[Sentence], list[tuple[Sentence, np.ndarray]]]  # a text -> pieces, durations (S,)
 Make = Callable[[Sequence[Sentence], Sequence[np.ndarray], Solver], Iterator]  # -> round trips
@@ -67,8 +69,11 @@ def add_flags(add: Callable) -> None:
     add("--part", default="1/1", help="2/8: the second of eight processes that write the FOLDER")
 
 
-def check(args) -> None:
-    """BadInput for flags that do not go together."""
+def check(args, latent: str) -> None:
+    """BadInput for flags out of range, or that do not go with each other or the checkpoint."""
+    if (args.wav or args.rooms or {*args.write} - {"features"}) and latent != "mel":
+        raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav, --rooms and "
+                       "--write mel cannot be used; `python train.py --latent mel` makes spectra")
     out, folder = args.out, is_set(args.out)
     if folder and out.suffix and not out.is_dir():
         raise BadInput(f"--out {out} is neither FILE.npz nor a folder; a new one has no dot")
@@ -160,9 +165,10 @@ def write_sound(path: Path, samples: Tensor) -> None:
     if path.suffix == ".wav":
         return write_samples(path, samples)
     import soundfile
-    samples = samples / samples.abs().max().clamp(min=1)
-    with atomic_write(path) as part:
-        soundfile.write(part, samples.numpy(), 16000, format="FLAC")
+    samples, file = samples / samples.abs().max().clamp(min=1), io.BytesIO()
+    soundfile.write(file, samples.numpy(), 16000, format="FLAC")
+    with atomic_write(path) as part:  # it would not tell that a disk is full
+        part.write_bytes(file.getvalue())
 
 
 def make_shard(name: str, lines: Sequence, first: int, args, kinds: Sequence[str],
@@ -260,7 +266,7 @@ def check_settings(folder: Path, settings: dict) -> None:
                            "--out") from error
         now = json.loads(json.dumps(settings))
         flags.check_same(folder, before, now, "--out", ("text", "checkpoint"))
-    elif any(not path.name.startswith(("settings.json", ".lock")) for path in folder.iterdir()):
+    elif any(not path.name.startswith(("settings.json", ".")) for path in folder.iterdir()):
         raise BadInput(f"--out {folder} holds something else; give a new or empty folder")
     else:
         with atomic_write(file) as part:
@@ -281,6 +287,8 @@ def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> tuple[i
             row = json.loads(line)
             if "why" in row:
                 key = row["language"], row["why"]
+                if len(left_out) >= MAX_REASONS and key not in left_out:
+                    key = "?", "other reasons"
                 left_out[key] += 1
                 first.setdefault(key, row["id"])
                 rest.write(line)
@@ -291,10 +299,10 @@ def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> tuple[i
     lines = [f"{code}: {n} written" + ", which the checkpoint never learned" * (code not in trained)
              for code, n in sorted(kept.items())]
     rest = [f"{n} left out, the first {first[code, why]}, {code!r}: {why}"
-            for (code, why), n in left_out.most_common()]
-    lines += rest[:10]
-    if rest[10:]:
-        lines.append(f"and others for {len(rest) - 10} more reasons, see left_out.jsonl")
+            for (code, why), n in left_out.most_common(10)]
+    lines += rest
+    if len(left_out) > 10:
+        lines.append(f"and others for {len(left_out) - 10} more reasons, see left_out.jsonl")
     lines.append(f"wrote {folder}: {kept.total()} pieces of text, {seconds / 3600:.2f} hours")
     return kept.total(), "\n".join(lines)
 
@@ -359,6 +367,8 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             else:
                 make_shard(name, block, numbers[0], args, kinds, whisper, cut, make)
             bar.update(len(block))
+        if survey(args)[0] != digest:
+            raise BadInput("the texts have changed since the start; give another --out")
     # Its own are whole now; others may have become so.
     missing = sum(not is_whole(name, folder, kinds, numbers)
                   for name, numbers in shards.items() if name not in own)

@@ -165,6 +165,27 @@ def test_flags_of_a_set_that_cannot_be_used(make):
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize("change", [lambda text: text + "\nen\tThe car.", lambda text: text[:9]])
+def test_a_text_that_changes_meanwhile_is_told(make, tmp_path, monkeypatch, change):
+    whole = dataset.make_shard
+
+    def make_shard(*args):
+        (tmp_path / "text.tsv").write_text(change("\n".join(LINES)), "utf-8")
+        return whole(*args)
+    monkeypatch.setattr(dataset, "make_shard", make_shard)
+    with pytest.raises(BadInput, match="the texts have changed since the start"):
+        make("a")
+    assert not (tmp_path / "a" / "manifest.jsonl").exists()
+
+
+def test_reasons_without_number(make, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "MAX_REASONS", 1)
+    make("a")
+    out = capsys.readouterr().out
+    assert "1 left out, the first 00000001, 'xx'" in out
+    assert "1 left out, the first 00000002, '?': other reasons" in out
+
+
 def test_sounds_that_need_a_package(make, monkeypatch):
     monkeypatch.setattr(dataset, "find_spec", lambda _: None)
     with pytest.raises(BadInput, match="--write flac needs soundfile; `pip install soundfile`"):
@@ -224,6 +245,9 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):
         make("text.tsv/a")
     with pytest.raises(BadInput, match="/dev/null is no file that can be read twice"):
         make("c", "--text_file", "/dev/null")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / ".DS_Store").write_text("of macOS")
+    assert "manifest.jsonl" in make("d")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").write_text("mine")
     with pytest.raises(BadInput, match="b holds something else; give a new or empty folder"):

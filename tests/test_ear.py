@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from whisper.audio import log_mel_spectrogram
 
 import data
+import sample
 from data import Sentence
 from plumbing.errors import BadInput
 from speech import sound
@@ -122,7 +123,7 @@ def read_wav(path: Path) -> np.ndarray:
         return np.frombuffer(file.readframes(file.getnframes()), "<i2") / np.float32(2**15)
 
 
-def test_sound(ear, runs, tmp_path, capsys):
+def test_sound(ear, runs, tmp_path, capsys, monkeypatch):
     """Griffin-Lim of real speech is read from the file; each text has a file as long as it is."""
     sentences, mel = spoken(ear, 25)
     real, mels, wav = cer_of(ear, ear.features_of_mel(mel), sentences), [], tmp_path / "x.wav"
@@ -149,6 +150,11 @@ def test_sound(ear, runs, tmp_path, capsys):
     assert "older" not in capsys.readouterr().out
     sampled(tmp_path, run, "Yes.", "--wav", str(tmp_path / "new"))
     assert "note: 1 older .wav files are there too" in capsys.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(sample, "write_wav", lambda *_: 1 / 0)  # stopped before all were written
+        sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))
+    assert not (tmp_path / "new" / "manifest.tsv").exists()
+    sampled(tmp_path, run, "Yes.", "--wav", str(tmp_path / "new"))
     (tmp_path / "new" / "0000.wav").unlink()
     with pytest.raises(BadInput, match="new has recordings, with a manifest.tsv; give another"):
         sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))

@@ -20,8 +20,9 @@ import tqdm
 import data
 import sample
 import train
+from experiments.student import load_judge
 from plumbing import devices, files
-from plumbing.errors import BadInput, guard
+from plumbing.errors import BadInput, Outliving, guard
 from plumbing.files import Log, atomic_write, locked
 from plumbing.flags import parse_flags
 from speech import recordings
@@ -73,6 +74,7 @@ def test_a_text_is_what_whisper_can_write(pocket, text, written):
     ("caf\udce9", "no UTF-8; give UTF-8"), ("T\0h\0e\0", "no text; `iconv"),
     ("he\tשלום.", "belong in a .tsv"), ("x" * 20001, "more than 20,000 characters; cut it")])
 def test_what_is_no_text_is_refused(pocket, text, words):
+    assert make_sentence("x" * 20000 + "\n", "en", pocket)
     with pytest.raises(BadInput, match=words):
         make_sentence(text, "en", pocket)
 
@@ -105,13 +107,16 @@ def test_near_duplicates_of_held_out_sentences_are_not_trained_on():
     assert near not in training and len(training) == len(data.split(builtin())[0])
 
 
-def test_texts_that_may_be_meant_otherwise_are_noted(pocket, monkeypatch):
+def test_texts_that_may_be_meant_otherwise_are_noted(pocket, monkeypatch, tmp_path):
     texts, notes = read_texts("El perro duerme".split(), [], "es", pocket)
     assert len(texts) == 3 and notes == ["3 texts of a word each; quotes make them one text"]
     note, = read_texts(["老师在教室里。", "Yes."], [], None, pocket)[1]
     assert note.startswith("1 texts such as '老师在教室里。' are read as English; --lang")
     assert not read_texts(["42", "Yes."], [], None, pocket)[1]
     assert not read_texts(["老师在教室里。"] * 3, [], "zh", pocket)[1]
+    monkeypatch.setattr(read_file, "__defaults__", (2,))  # --max_lines is a flag of train.py alone
+    (tmp_path / "a.txt").write_text("One.\nTwo.\nThree.\n")
+    assert len(read_texts([], [str(tmp_path / "a.txt")], "en", pocket)[0]) == 3
     lines = io.BytesIO("One dog.\r\nA\x0cb\u2028c.\rEnd.".encode())  # as open() has lines
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines))
     assert [s.text for s in read_texts([], [], "en", pocket)[0]] == ["One dog.", "A b c.", "End."]
@@ -267,7 +272,7 @@ def test_whispers_that_cannot_read_are_told(runs, tmp_path):
         FrozenWhisper(path)
     other = random_whisper(tmp_path / "other.pt", n_mels=128)
     with pytest.raises(BadInput, match="makes 80 channels a frame and .*other.pt reads 128"):
-        sample.load_critic(train.load_checkpoint(runs[0] / "mel"), torch.device("cpu"), other)
+        load_judge(train.load_checkpoint(runs[0] / "mel"), torch.device("cpu"), other)
 
 
 def test_a_checkpoint_for_which_there_is_no_memory_is_not_called_damaged(runs, monkeypatch):
@@ -359,7 +364,7 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     with pytest.raises(RuntimeError, match="^can't allocate memory"):  # no full disk
         with atomic_write(tmp_path / "x") as part:
             raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
-    (tmp_path / "part.csv").write_text("step,loss\n3,1\n\0,1\n4,1\n5,1\n")
+    (tmp_path / "part.csv").write_bytes(b"step,loss\n3,1\n\0,1\n\xff,1\n4,1\n5,1\n")
     Log(tmp_path / "part.csv", "step,loss", 5)  # of a log that was gone, and is damaged
     assert (tmp_path / "part.csv").read_text() == "step,loss\n3,1\n4,1\n"
     (tmp_path / "part.csv").unlink()
@@ -413,6 +418,19 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path):
     done = subprocess.run([sys.executable, "train.py", *FLAGS, "--out_dir", str(tmp_path)],
                           cwd=ROOT, stdout=write, stderr=write)
     assert done.returncode == 0 and (tmp_path / "result.txt").exists()
+
+
+@pytest.mark.parametrize("error, is_gone", [(errno.EIO, True), (errno.ENOSPC, False)])
+def test_a_terminal_that_was_closed_stops_nothing(tmp_path, error, is_gone):
+    class Stream(io.TextIOWrapper):
+        def flush(self):
+            raise OSError(error, os.strerror(error))
+    stream = Stream(open(tmp_path / "terminal", "wb", buffering=0))
+    stream.mode = "w"
+    if is_gone:
+        return Outliving(stream).write("a")
+    with pytest.raises(OSError, match="terminal cannot be written .No space left"):
+        Outliving(stream).write("a")
 
 
 @pytest.mark.parametrize("samples, words", [

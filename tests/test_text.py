@@ -348,7 +348,14 @@ def test_what_was_read_of_pieces_begins_with_the_first(pocket):
     assert sample.join(text, pieces, pieces) == text[4:].strip()
 
 
+def test_a_lonely_joiner_is_no_piece(pocket):
+    text = "The dog is in the garden? " * 20 + "\u200c"
+    pieces = split_long(Sentence("en", text), pocket)
+    assert len(pieces) > 1 and all("dog" in piece.text for piece in pieces)
+
+
 def test_error_rates():
+    assert error_rates([Sentence("en", "7" * 5000)], ["7" * 5000]).cer == 0
     assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3
     assert edit_distance(["a", "b"], ["b"]) == 1 and edit_distance("same", "same") == 0
     sentences = [Sentence("en", "The colour is red."), Sentence("zh", "老师喝茶。")]

@@ -2,6 +2,7 @@
 
 But for marks: Whisper's blanks them, and without its vowel signs Hindi's "की" is "का".
 """
+import sys
 import unicodedata
 from collections import defaultdict
 from functools import cache
@@ -11,6 +12,10 @@ import numpy as np
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 from text.spelling import UNSPACED, between_words, strip_unspoken
+
+
+if hasattr(sys, "set_int_max_str_digits"):  # Whisper's normaliser fails at 4,301 digits
+    sys.set_int_max_str_digits(0)
 
 
 def keep_marks(text: str) -> str:

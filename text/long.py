@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 import data
-from data import Sentence, char_durations, count_frames, words
+from data import Sentence, char_durations, count_frames
 from plumbing.errors import BadInput
-from text.spelling import UNSPACED, between_words
+from text.spelling import UNSPACED, between_words, words
 from whisper_decoder import FrozenWhisper
 
 EVERY = 4  # batches: one of them is of long texts, and one of a few words each
@@ -51,7 +51,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
             pieces.append(part)
         else:
             pieces[-1] = longer.text
-    return [short for piece in pieces if words(piece, language)  # not a lonely bracket
+    return [short for piece in pieces if any(map(str.isalnum, piece))  # not a lonely bracket
             for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
 
 
@@ -83,11 +83,7 @@ class MixedBatches(data.Batches):
 
     def __init__(self, *args, held_out: Sequence[Sentence] = ()):
         super().__init__(*args)
-        self.held_out = set(map(data.key, held_out))
-
-    def set_durations(self, durations: Callable) -> None:
-        super().set_durations(durations)
-        self.rule, numbers = durations, defaultdict(list)
+        self.held_out, numbers = set(map(data.key, held_out)), defaultdict(list)
         for i, sentence in enumerate(self.sentences):
             numbers[sentence.language].append(i)
         self.of_language = {code: torch.tensor(of_code) for code, of_code in numbers.items()}

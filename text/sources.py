@@ -49,7 +49,7 @@ Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, note
 def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     """Unicode NFC, white space one blank, nothing invisible; BadInput says what cannot be used."""
     code = whisper.check_language(language)
-    if len(text) > MAX_CHARACTERS:
+    if len(text.rstrip()) > MAX_CHARACTERS:
         raise BadInput(f"it has more than {MAX_CHARACTERS:,} characters; cut it into several lines")
     if re.search("[\ud800-\udfff]", text):
         raise BadInput("there is a byte in it that is no UTF-8; give UTF-8")
@@ -235,7 +235,7 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
     for name in files:
         file = local_file(name)
         code = language or (None if kind(file) == ".tsv" else "en")
-        more, problems = read_file(file, code, whisper)
+        more, problems = read_file(file, code, whisper, sys.maxsize)
         counts.update(more)
         notes += problems
         notes += note_english([s.text for s in more if code == "en" != language])
