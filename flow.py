@@ -8,8 +8,8 @@ The contract
     network   model(x_t, t, cond) -> x1_hat, the endpoint that x_t flows to
     ODE       dx/dt = v(x_t, t) = (x1_hat - x_t) / (1 - t), from t = 0 to t = 1
     cond      dict of tensors (B, ...); cond["drop"] (B,): True where the condition is left out
-    guidance  v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho and Salimans
-              2022, eq. 6
+    guidance  classifier-free: v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho
+              and Salimans 2022, eq. 6
     steps     steps of the solver; NFE = steps * ORDER[method] network evaluations, twice if guided
 
 One Euler step from t = 0 to t = 1 lands on the endpoint itself: x1 = model(x0, 0, cond).
