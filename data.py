@@ -85,7 +85,12 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
 @lru_cache(2**12)  # it is asked for wherever a length is needed
 def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
     """The length rule: frames that each character lasts (S,), at speed 2 half as many, but a letter
-    at least one."""
+    at least one.
+
+    Raises BadInput for a speed that is out of range.
+    """
+    if not 0.1 <= speed <= 10:
+        raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
     language, text = sentence
     weight = dict(L=1.0, M=1.0, N=DIGIT)  # letters, their marks, digits
     weights = np.array([0.0 if c in JOINERS else weight.get(unicodedata.category(c)[0], BLANK)

@@ -137,8 +137,9 @@ def main(argv=None) -> None:
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None) for trip in trips]
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
-    if args.wav and args.wav not in files:  # until all are written: it would tell old texts
-        (args.wav / "manifest.tsv").unlink(missing_ok=True)
+    folder = None if args.wav in files else args.wav
+    if folder:  # its manifest is written last, and would tell old texts until then
+        (folder / "manifest.tsv").unlink(missing_ok=True)
     hypotheses, remaining = [], iter(pieces)
     for i, text in enumerate(texts):
         group = list(islice(remaining, len(parts[i])))
@@ -150,7 +151,7 @@ def main(argv=None) -> None:
             show_forming(model, whisper, *parts[0][0], args)
         if args.wav:
             write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])
-    if args.wav and args.wav not in files:
+    if folder:
         write_manifest(files, texts)
     cer, wer, exact = error_rates(texts, hypotheses)
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}",

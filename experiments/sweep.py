@@ -90,8 +90,6 @@ def main(argv=None) -> None:
                 flow.schedule(value)
         if args.kind == "guidance" and not all(abs(value) <= 100 for value in values):
             raise ValueError("-100 to 100, 1 is off")
-        if args.kind == "speed" and not all(0.1 <= value <= 10 for value in values):
-            raise ValueError("0.1 to 10, 1 is natural")
         if args.kind == "method" and not {*values} <= {*flow.ORDER}:
             raise ValueError(f"choose of {', '.join(flow.ORDER)}")
     except ValueError as error:

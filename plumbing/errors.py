@@ -56,7 +56,7 @@ class Outliving:
             self.stream.write(text)
             self.stream.flush()
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
+            if not isinstance(error, BrokenPipeError) and error.errno != errno.EIO:
                 raise OSError(f"{self.stream.name} cannot be written ({error.strerror})") from error
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())  # from now on nowhere
 

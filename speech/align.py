@@ -127,8 +127,9 @@ class Rhythm:
     def durations(self, sentence: Sentence, speed: float = 1.0) -> np.ndarray:
         """Frames that each character lasts (S,); by the length rule in other languages."""
         code, text = sentence.language, symbols(sentence.text)
+        rule = char_durations(sentence, speed)  # BadInput where the speed is out of range
         if code not in self.chars:
-            return char_durations(sentence, speed)
+            return rule
         added = np.arange(2 * CONTEXT + 1), neighbours(text, self.chars[code])
         shortest = [SHORTEST if is_letter(c) else 0.0 for c in text]
         return self.frames[code].numpy()[added].sum(1).clip(shortest) / speed

@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -240,6 +240,13 @@ def read_lines(files: Sequence[str], language: str | None) -> Iterator[tuple[str
         yield from ((line, kind(path), code) for line in lines_of(path, code) if line.strip())
 
 
+def hashed(lines: Iterable[tuple], digest) -> Iterator[tuple]:
+    """The same lines; of all that were read the digest knows."""
+    for line, suffix, code in lines:
+        digest.update("\t".join((line.rstrip("\n"), suffix, str(code), "\n")).encode())
+        yield line, suffix, code
+
+
 def cut_texts(lines: Sequence, start: int, cut: Cut, whisper: FrozenWhisper) -> tuple[list, ...]:
     """Lines, the number of the first -> ids and pieces of text, rows of what cannot be made."""
     ids, pieces, left_out = [], [], []
@@ -298,9 +305,8 @@ def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> tuple[i
                 manifest.write(line)
     lines = [f"{code}: {n} written" + ", which the checkpoint never learned" * (code not in trained)
              for code, n in sorted(kept.items())]
-    rest = [f"{n} left out, the first {first[code, why]}, {code!r}: {why}"
-            for (code, why), n in left_out.most_common(10)]
-    lines += rest
+    lines += [f"{n} left out, the first {first[code, why]}, {code!r}: {why}"
+              for (code, why), n in left_out.most_common(10)]
     if len(left_out) > 10:
         lines.append(f"and others for {len(left_out) - 10} more reasons, see left_out.jsonl")
     lines.append(f"wrote {folder}: {kept.total()} pieces of text, {seconds / 3600:.2f} hours")
@@ -325,8 +331,7 @@ def survey(args) -> tuple[str, int, list[str]]:
     digest, languages = hashlib.sha256(), Counter()  # no lists: there may be millions
 
     def as_english() -> Iterator[str]:
-        for line, suffix, code in read_lines(args.text_file, args.language):
-            digest.update("\t".join((line.rstrip("\n"), suffix, str(code), "\n")).encode())
+        for line, suffix, code in hashed(read_lines(args.text_file, args.language), digest):
             languages[other_language(line, code) if suffix == ".tsv" else ""] += 1
             if code == "en" != args.language:
                 yield line
@@ -334,7 +339,7 @@ def survey(args) -> tuple[str, int, list[str]]:
     notes = note_english(as_english()) + note_other(languages, args.language)
     if not languages:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
-    return digest.hexdigest()[:16], languages.total(), notes
+    return digest.hexdigest(), languages.total(), notes
 
 
 def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make: Make) -> str:
@@ -348,13 +353,14 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     digest, n_texts, notes = survey(args)
     print_notes(notes)
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
-    settings = dict(language=args.language, text=digest, checkpoint=weights.hexdigest()[:16],
+    settings = dict(language=args.language, text=digest[:16], checkpoint=weights.hexdigest()[:16],
                     write=kinds, best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
                     rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
     shards = {f"shard-{first // n:05d}": range(first, min(first + n, n_texts))
               for first in range(0, n_texts, n)}  # the numbers of their texts
     own = {*[*shards][part - 1 :: n_parts]}
-    lines = read_lines(args.text_file, args.language)
+    written = hashlib.sha256()
+    lines = hashed(read_lines(args.text_file, args.language), written)
     with (locked(folder, part=f"-{part}-{n_parts}" if n_parts > 1 else ""),
           tqdm(total=sum(len(shards[name]) for name in own), unit=" texts") as bar):
         check_settings(folder, settings)
@@ -367,7 +373,7 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             else:
                 make_shard(name, block, numbers[0], args, kinds, whisper, cut, make)
             bar.update(len(block))
-        if survey(args)[0] != digest:
+        if next(lines, None) or written.hexdigest() != digest:
             raise BadInput("the texts have changed since the start; give another --out")
     # Its own are whole now; others may have become so.
     missing = sum(not is_whole(name, folder, kinds, numbers)

@@ -167,12 +167,12 @@ def test_flags_of_a_set_that_cannot_be_used(make):
 
 @pytest.mark.parametrize("change", [lambda text: text + "\nen\tThe car.", lambda text: text[:9]])
 def test_a_text_that_changes_meanwhile_is_told(make, tmp_path, monkeypatch, change):
-    whole = dataset.make_shard
+    check_settings = dataset.check_settings
 
-    def make_shard(*args):
+    def between_both_readings(*args):
         (tmp_path / "text.tsv").write_text(change("\n".join(LINES)), "utf-8")
-        return whole(*args)
-    monkeypatch.setattr(dataset, "make_shard", make_shard)
+        check_settings(*args)
+    monkeypatch.setattr(dataset, "check_settings", between_both_readings)
     with pytest.raises(BadInput, match="the texts have changed since the start"):
         make("a")
     assert not (tmp_path / "a" / "manifest.jsonl").exists()
