@@ -137,6 +137,8 @@ def test_length_rule(language, text, speed, frames):
     assert data.n_frames(Sentence(language, text), speed) == frames
     durations = data.char_durations(Sentence(language, text), speed)
     assert len(durations) == len(text) and math.isclose(durations.sum(), frames)
+    with pytest.raises(BadInput, match="speed 0 is out of range; 1 is natural"):
+        data.char_durations(Sentence(language, text), 0)
 
 
 def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(pocket, monkeypatch):
