@@ -139,7 +139,7 @@ class DiT(nn.Module):
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
         """Each unit, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
         text = self.letter_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, U, D)
-        text = text * cond["chars"].any(2, keepdim=True)  # not the bias of token_in from padding
+        text = text * cond["chars"].any(2, keepdim=True)  # padding is token 0, a real one
         text = text + F.silu(self.unit_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
         which, phase = alignment.long(), math.pi * alignment.frac()  # (B, N * patch)

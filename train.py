@@ -56,7 +56,7 @@ class Config:
     warmup: int = flag(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = flag(0.01, "AdamW", 0)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
-    ema: float = flag(0.99, "decay of the averaged weights, which are evaluated", 0, 1)
+    ema: float = flag(0.99, "decay of the averaged weights, which are evaluated; at first less", 0, 1)
     flow_weight: float = flag(0.3, "weight of the flow loss (not with --speech)", 0)
     drop_text: float = flag(0.1, "share of items without text and language, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
@@ -100,7 +100,7 @@ def draw_noise(batch: data.Batch, channels: int, drop_text: float,
 def learning_rate(step: int, width: int, config: Config) -> float:
     """Linear warm-up, then half a cosine down to a twentieth; lower in a wider network."""
     progress = max(0, step - config.warmup) / max(1, config.steps - config.warmup)
-    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * min(1, 128 / width) * min((step + 1) / config.warmup, cosine)
 
 
@@ -192,7 +192,8 @@ class Run:
         self.model.begin(*whisper.directions())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate,
-                                           (0.9, 0.99), weight_decay=config.weight_decay)
+                                           (0.9, 0.99), weight_decay=config.weight_decay,
+                                           fused=True)
 
     def save(self, log: Log) -> None:
         """ckpt.pt becomes a new one as a whole, and log.csv is that of its run."""

@@ -54,8 +54,8 @@ class FrozenWhisper:
     def silence_x1(self) -> Tensor:
         """What the encoder makes of silence (P, E)."""
         samples = torch.zeros(self.max_frames * 2 * HOP_LENGTH)
-        # Not in bf16, also where it is first asked for inside devices.mixed_precision.
-        with torch.autocast(self.device.type, enabled=False), sdpa_kernel(KERNELS):
+        # In float32, also where it is first asked for inside devices.mixed_precision.
+        with torch.autocast(self.device.type, enabled=False):
             return self.encode_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
 
     @cached_property
@@ -144,8 +144,9 @@ class FrozenWhisper:
         encoder = self.model.encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel.to(self.device))))).transpose(1, 2)
         x = x + encoder.positional_embedding[: x.shape[1]]  # shorter windows will do
-        for block in encoder.blocks:
-            x = block(x)
+        with sdpa_kernel(KERNELS):  # flash too, which in long windows is fast in bf16 as well
+            for block in encoder.blocks:
+                x = block(x)
         return F.layer_norm(x, x.shape[-1:])
 
     def features_of_mel(self, mel: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
         print(f"note: waiting for {n_ranks} processes", flush=True)
     try:
         if not dist.is_initialized():
-            dist.init_process_group(timeout=timedelta(days=1))  # while the first downloads
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(days=1))  # while the first downloads
     except (ValueError, RuntimeError) as error:
         raise BadInput(f"WORLD_SIZE is {n_ranks}, but {first_line(error)}; start it by torchrun"
                        ) from error

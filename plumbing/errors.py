@@ -39,7 +39,7 @@ def first_line(error: Exception) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "allocate memory" in str(error))
+            or bool(re.search("(allocate|out of|not enough) memory|ALLOC_FAILED", str(error))))
 
 
 class Outliving:

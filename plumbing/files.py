@@ -11,7 +11,7 @@ from uuid import uuid4
 import torch
 from tqdm import tqdm
 
-from plumbing.errors import BadInput, first_line
+from plumbing.errors import BadInput, first_line, is_out_of_memory
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -48,7 +48,7 @@ def atomic_write(file: Path, ready: Callable = lambda file: None):
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, where the disk is full
         if (error.errno not in FORBIDDEN | FULL if isinstance(error, OSError)  # a download's
-                else "enforce fail" not in str(error)):  # as torch.save has it
+                else "enforce fail" not in str(error) or is_out_of_memory(error)):  # torch.save's
             raise
         why = getattr(error, "strerror", first_line(error))
         way = ("give a place that you may write to" if getattr(error, "errno", None) in FORBIDDEN

@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from whisper.audio import HOP_LENGTH
 
 from data import FRAMES_PER_SECOND, Sentence, count_frames
 from flow import MAX_STEPS, Solver
 from plumbing import flags
 from plumbing.errors import BadInput
-from plumbing.files import atomic_write, locked
+from plumbing.files import atomic_write, fingerprint, locked
 from speech.sound import griffin_lim, is_whole_wav, log_mel, write_samples
 from text.error_rates import error_rates
 from text.sources import (
@@ -47,6 +48,7 @@ SEED_STEP = 1000  # between the seeds that --best_of tries, so that no other --s
 SOUNDS = ("wav", "flac")
 KINDS = ("features", "mel", *SOUNDS)
 SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # of Whisper's DecodingResult
+CHANGED = "the texts have changed since the start; put them back, or give another --out"
 MAX_REASONS = 1000  # why texts are left out, counted apart
 
 Cut = Callable[[Sentence], list[tuple[Sentence, np.ndarray]]]  # a text -> pieces, durations (S,)
@@ -149,7 +151,8 @@ def read_sounds(pieces: Sequence[Piece], whisper: FrozenWhisper) -> None:
     """Log-mels -> samples, and what is read in these: `cer_sound` of each row."""
     for piece in pieces:
         mel = piece.arrays["mel"].float().T.to(whisper.device)
-        piece.arrays["samples"] = griffin_lim(mel).cpu()
+        samples = griffin_lim(mel).cpu()
+        piece.arrays["samples"] = samples / samples.abs().max().clamp(min=1)  # as it is written
     for start in range(0, len(pieces), READ_AT_ONCE):
         group = pieces[start : start + READ_AT_ONCE]
         mels = torch.cat([log_mel(piece.arrays["samples"], whisper) for piece in group])
@@ -165,7 +168,7 @@ def write_sound(path: Path, samples: Tensor) -> None:
     if path.suffix == ".wav":
         return write_samples(path, samples)
     import soundfile
-    samples, file = samples / samples.abs().max().clamp(min=1), io.BytesIO()
+    file = io.BytesIO()
     soundfile.write(file, samples.numpy(), 16000, format="FLAC")
     with atomic_write(path) as part:  # it would not tell that a disk is full
         part.write_bytes(file.getvalue())
@@ -209,6 +212,15 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
                                 for row in [*rows, *left_out]), "utf-8", newline="\n")
 
 
+def is_whole_flac(path: Path, frames: int) -> bool:
+    """Whether so many latent frames of sound can be read from it."""
+    import soundfile
+    try:
+        return len(soundfile.read(path)[0]) == 2 * HOP_LENGTH * frames
+    except soundfile.LibsndfileError:
+        return False
+
+
 def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> bool:
     """Whether a shard is there, with rows of all its texts, and what these name."""
     try:
@@ -221,7 +233,7 @@ def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> b
         for row in rows:
             if "wav" in row and not is_whole_wav(folder / row["wav"], row["frames"]):
                 return False
-            if "flac" in row and not (folder / row["flac"]).stat().st_size:
+            if "flac" in row and not is_whole_flac(folder / row["flac"], row["frames"]):
                 return False
         return {int(row["id"].split("-")[0]) for row in rows} == {*numbers}
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
@@ -240,11 +252,9 @@ def read_lines(files: Sequence[str], language: str | None) -> Iterator[tuple[str
         yield from ((line, kind(path), code) for line in lines_of(path, code) if line.strip())
 
 
-def hashed(lines: Iterable[tuple], digest) -> Iterator[tuple]:
-    """The same lines; of all that were read the digest knows."""
-    for line, suffix, code in lines:
-        digest.update("\t".join((line.rstrip("\n"), suffix, str(code), "\n")).encode())
-        yield line, suffix, code
+def digest(lines: Iterable[tuple]) -> str:
+    """It changes with the texts of a shard, as `read_lines` gives them."""
+    return fingerprint([(line.rstrip("\n"), suffix, code) for line, suffix, code in lines])
 
 
 def cut_texts(lines: Sequence, start: int, cut: Cut, whisper: FrozenWhisper) -> tuple[list, ...]:
@@ -322,24 +332,27 @@ def parse_part(text: str) -> tuple[int, int]:
     return part, n
 
 
-def survey(args) -> tuple[str, int, list[str]]:
-    """One pass over all texts -> their digest, how many they are, notes. Raises BadInput."""
+def survey(args) -> tuple[list[str], int, list[str]]:
+    """One pass over all texts -> a digest of each shard's, how many they are, notes; BadInput."""
     for name in args.text_file:
         if (path := local_file(name)).exists() and not path.is_file():
             raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
                            "and give each file of a folder its --text_file")
-    digest, languages = hashlib.sha256(), Counter()  # no lists: there may be millions
+    digests, languages = [], Counter()  # no list of the texts: there may be millions
 
     def as_english() -> Iterator[str]:
-        for line, suffix, code in hashed(read_lines(args.text_file, args.language), digest):
-            languages[other_language(line, code) if suffix == ".tsv" else ""] += 1
-            if code == "en" != args.language:
-                yield line
+        lines = read_lines(args.text_file, args.language)
+        while block := list(islice(lines, TEXTS_A_SHARD)):
+            digests.append(digest(block))
+            for line, suffix, code in block:
+                languages[other_language(line, code) if suffix == ".tsv" else ""] += 1
+                if code == "en" != args.language:
+                    yield line
 
     notes = note_english(as_english()) + note_other(languages, args.language)
     if not languages:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
-    return digest.hexdigest(), languages.total(), notes
+    return digests, languages.total(), notes
 
 
 def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make: Make) -> str:
@@ -350,22 +363,24 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
         args.language = whisper.check_language(args.language)
         if args.language not in trained:
             print_notes([f"{args.ckpt} was not trained in {args.language!r}"])
-    digest, n_texts, notes = survey(args)
+    digests, n_texts, notes = survey(args)
     print_notes(notes)
     weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
-    settings = dict(language=args.language, text=digest[:16], checkpoint=weights.hexdigest()[:16],
-                    write=kinds, best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
-                    rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
+    settings = dict(language=args.language, text=fingerprint(digests),
+                    checkpoint=weights.hexdigest()[:16], write=kinds, best_of=args.best_of,
+                    max_cer=args.max_cer, speed=args.speed, rooms=args.rooms,
+                    **args.solver._asdict(), texts_a_shard=n)
     shards = {f"shard-{first // n:05d}": range(first, min(first + n, n_texts))
               for first in range(0, n_texts, n)}  # the numbers of their texts
     own = {*[*shards][part - 1 :: n_parts]}
-    written = hashlib.sha256()
-    lines = hashed(read_lines(args.text_file, args.language), written)
+    lines = read_lines(args.text_file, args.language)
     with (locked(folder, part=f"-{part}-{n_parts}" if n_parts > 1 else ""),
           tqdm(total=sum(len(shards[name]) for name in own), unit=" texts") as bar):
         check_settings(folder, settings)
-        for name, numbers in shards.items():
+        for (name, numbers), before in zip(shards.items(), digests):
             block = list(islice(lines, n))
+            if digest(block) != before:
+                raise BadInput(CHANGED)
             if name not in own:
                 continue
             if is_whole(name, folder, kinds, numbers):
@@ -373,8 +388,8 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             else:
                 make_shard(name, block, numbers[0], args, kinds, whisper, cut, make)
             bar.update(len(block))
-        if next(lines, None) or written.hexdigest() != digest:
-            raise BadInput("the texts have changed since the start; give another --out")
+        if next(lines, None):
+            raise BadInput(CHANGED)
     # Its own are whole now; others may have become so.
     missing = sum(not is_whole(name, folder, kinds, numbers)
                   for name, numbers in shards.items() if name not in own)

@@ -116,7 +116,7 @@ def test_spectrograms_and_sounds(make, tmp_path, pocket, monkeypatch):
         read = pocket.transcribe(heard, [row["language"]])[0].text
         assert abs(error_rates([(row["language"], row["text"])], [read]).cer - row["cer_sound"]
                    ) < 0.1
-    for kind, n_bytes in ("wav", None), ("wav", 900), ("flac", 0):  # a copy that broke off
+    for kind, n_bytes in ("wav", None), ("wav", 900), ("flac", 900):  # a copy that broke off
         sound = tmp_path / "a" / row[kind]
         sound.unlink() if n_bytes is None else sound.write_bytes(sound.read_bytes()[:n_bytes])
         assert make("a", "--write", "mel", "wav", "flac", "features", latent="mel") == files
@@ -124,6 +124,9 @@ def test_spectrograms_and_sounds(make, tmp_path, pocket, monkeypatch):
     rows = tmp_path / "b" / "shard-00001.jsonl"
     rows.write_bytes(rows.read_bytes()[: rows.read_bytes().index(b"\n") + 1])
     assert make("b", "--write", "wav", latent="mel") == files
+    for flags in ("--write wav mel", "--write wav --rooms .5"):
+        with pytest.raises(BadInput, match="was begun with --(write|rooms) .*, not with --"):
+            make("b", *flags.split(), latent="mel")
     with pytest.raises(BadInput, match="it needs --text_file, no --wav"):
         make("a", "--wav", str(tmp_path), latent="mel")
 
@@ -159,13 +162,16 @@ def test_flags_of_a_set_that_cannot_be_used(make):
             ("--language french", "with no --language, not with --language fr;"),
             ("--language klingon", "klingon"), ("--write mel", "have no sound"),
             ("--wav x", "have no sound"), ("--steps 2", "with --steps 4, not with --steps 2"),
+            ("--best_of 2", "with --best_of 1, not"), ("--max_cer .5", "with no --max_cer, not"),
+            ("--speed 2", "with --speed 1.0, not"),
             ("--write mp3", "invalid choice: 'mp3'")):
         with pytest.raises(BadInput) as error:
             make("a", *flags.split())
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("change", [lambda text: text + "\nen\tThe car.", lambda text: text[:9]])
+@pytest.mark.parametrize("change", [lambda text: text + "\nen\tThe car.", lambda text: text[:9],
+                                    lambda text: text.replace("red", "big")])
 def test_a_text_that_changes_meanwhile_is_told(make, tmp_path, monkeypatch, change):
     check_settings = dataset.check_settings
 
@@ -176,6 +182,9 @@ def test_a_text_that_changes_meanwhile_is_told(make, tmp_path, monkeypatch, chan
     with pytest.raises(BadInput, match="the texts have changed since the start"):
         make("a")
     assert not (tmp_path / "a" / "manifest.jsonl").exists()
+    monkeypatch.setattr(dataset, "check_settings", check_settings)
+    (tmp_path / "text.tsv").write_text("\n".join(LINES), "utf-8")  # nothing of the other is kept
+    assert make("a") == make("b")
 
 
 def test_reasons_without_number(make, monkeypatch, capsys):

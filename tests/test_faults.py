@@ -22,7 +22,7 @@ import sample
 import train
 from experiments.student import load_judge
 from plumbing import devices, files
-from plumbing.errors import BadInput, Outliving, guard
+from plumbing.errors import BadInput, Outliving, guard, is_out_of_memory
 from plumbing.files import Log, atomic_write, locked
 from plumbing.flags import parse_flags
 from speech import recordings
@@ -356,14 +356,20 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
         checkpoint.write_text("now")
     for error, words in (
             (OSError(28, "No space left"), r"x cannot be written \(No space left\); make room"),
-            (RuntimeError("enforce fail"), "x cannot be written"),  # torch.save on a full disk
+            (RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed"),
+             "x cannot be written"),  # torch.save on a full disk
             (OSError(104, "Connection reset"), "reset$"), (OSError("it is empty"), "^it is empty")):
         with pytest.raises(OSError, match=words), atomic_write(tmp_path / "x") as part:
             part.write_text("half")
             raise error
-    with pytest.raises(RuntimeError, match="^can't allocate memory"):  # no full disk
-        with atomic_write(tmp_path / "x") as part:
-            raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+    for why in ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 9 bytes", "MPS backend out of memory (9 GiB)",
+                "[enforce fail at alloc_cpu.cpp:98] data. DefaultCPUAllocator: not enough memory",
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(why)}$"):  # no full disk
+            with atomic_write(tmp_path / "x") as part:
+                raise RuntimeError(why)
+        assert is_out_of_memory(RuntimeError(why))
     (tmp_path / "part.csv").write_bytes(b"step,loss\n3,1\n\0,1\n\xff,1\n4,1\n5,1\n")
     Log(tmp_path / "part.csv", "step,loss", 5)  # of a log that was gone, and is damaged
     assert (tmp_path / "part.csv").read_text() == "step,loss\n3,1\n4,1\n"
@@ -548,6 +554,10 @@ def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, con
     (tmp_path / "t.tsv").write_bytes(content)
     with pytest.raises(BadInput, match=way):
         read_file(tmp_path / "t.tsv", "de", pocket)
+    (tmp_path / "u.txt.gz").write_bytes(gzip.compress(b"caf\xe9\n"))
+    with pytest.raises(BadInput, match="unpack it, then convert the file, e.g. `iconv -f latin1 .*"
+                                       "-t utf-8 .*u.txt`$"):
+        read_file(tmp_path / "u.txt.gz", "de", pocket)
 
 
 def test_what_is_not_read_in_a_folder_is_noted(pocket, tmp_path):

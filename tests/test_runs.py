@@ -219,7 +219,8 @@ def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     spy(train, "load_data", 2, 3)
-    spy(train, "MixedBatches", 2, 3, 4, 5)
+    spy(train, "MixedBatches", 2, 3, 4, 5, 0)
+    spy(train, "evaluate", 1)
     spy(data, "generator", 0, 1)
     spy(train, "draw_noise", 2)
     spy(train, "objective", 7)
@@ -231,6 +232,8 @@ def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
     train.main([*FLAGS, *argv, "--clip", "0.7", "--steps", "2", "--out_dir", str(tmp_path),
                 "--seed", "5", "--batch_size", "3"])
     assert seen["load_data"] == [1.2, 1.5] and seen["MixedBatches"][:4] == [3, 5, 1.2, 1.7]
+    trained, (held_out,) = seen["MixedBatches"][4], seen["evaluate"]
+    assert held_out and not {*map(data.key, held_out)} & {*map(data.key, trained)}
     drawn = [*zip(seen["generator"][::2], seen["generator"][1::2])]
     assert drawn[:4] == [(5, 0), (5, 2**31), (5, 1), (5, 2**31 + 1)]  # batch and noise of a step
     assert seen["draw_noise"] == [0.3] * 2 and seen["objective"] == [0.4] * 2
@@ -247,12 +250,17 @@ def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
     (dict(cpu_name="AMD EPYC", avx512_bf16=False), 512, False),
     (dict(cpu_name="Intel Xeon", avx512_bf16=True), 512, False),
     (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=True), 512, True), ({}, 512, False)])
-def test_matrix_products_are_bf16_where_that_is_faster(monkeypatch, cpu, width, fast):
+def test_matrix_products_are_bf16_where_that_is_faster(pocket, monkeypatch, cpu, width, fast):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
-    x = torch.ones(2, 2)
-    with devices.mixed_precision(torch.device("cpu"), width):
+    x, in_encoder = torch.ones(2, 2), []
+    attention = pocket.model.encoder.blocks[0].attn
+    hook = attention.register_forward_pre_hook(
+        lambda *_: in_encoder.append(torch.backends.cuda.flash_sdp_enabled()))
+    with devices.mixed_precision(torch.device("cpu"), width), hook:
         assert (x @ x).dtype == (torch.bfloat16 if fast else torch.float32)
         assert torch.backends.cuda.flash_sdp_enabled() != fast
+        pocket.encode_mel(torch.zeros(1, 80, 100))
+        assert in_encoder == [True]
     assert (x @ x).dtype == torch.float32 and torch.backends.cuda.flash_sdp_enabled()
 
 

@@ -23,7 +23,7 @@ from test_roundtrip import SENTENCES, batch_of, close, random_whisper
 from text import sources
 from text.error_rates import edit_distance, error_rates
 from text import long
-from text.long import MixedBatches, fits, split_long
+from text.long import MixedBatches, fits, spell, split_long
 from text.sources import builtin, load_data, make_sentence
 from text.spelling import latin_letter, strip_unspoken
 from whisper_decoder import FrozenWhisper
@@ -338,9 +338,23 @@ def test_targets_are_what_decode_can_write(pocket, text, code, written):
 
 @pytest.mark.parametrize("text, kept", [
     ("STOP IT NOW!", "Stop it now!"), ("S U N", "S U N"), ("N. A. S. A.!", "N. A. S. A.!"),
-    ('"О Н"', '"О Н"'), ("A BC", "A bc"), ("NASA", "NASA"), ("I am NASA.", "I am NASA.")])
+    ('"О Н"', '"О Н"'), ("A BC", "A bc"), ("NASA", "NASA"), ("I am NASA.", "I am NASA."),
+    ("NASA 2024", "NASA 2024"), ("그는 KBS 뉴스를 본다.", "그는 KBS 뉴스를 본다."),
+    ("¿QUÉ PASA?", "¿Qué pasa?")])
 def test_whole_words_in_capitals_are_shouted_and_letters_are_spelled(pocket, text, kept):
     assert make_sentence(text, "en", pocket).text == kept
+
+
+def test_turkish_has_two_letters_i(pocket, monkeypatch):
+    monkeypatch.setattr(pocket, "languages", ["tr"])
+    text = make_sentence("İKİ KIRMIZI ARABA İSTANBUL'DA.", "tr", pocket).text
+    assert text == "İki kırmızı araba istanbul'da."
+
+
+def test_only_words_of_an_alphabet_with_capitals_are_spelled():
+    assert [*map(spell, ("sun", "Été", "сон", "Fuß"))] == ["S U N", "É T É", "С О Н", "F U S S"]
+    for word in "სახლი", "ταΐζω", "घर", "猫", "x1", "Donaudampfschiff":
+        assert spell(word) == word
 
 
 def test_what_was_read_of_pieces_begins_with_the_first(pocket):

@@ -57,9 +57,10 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
 
 def spell(word: str) -> str:
     """ "sun" -> "S U N"; itself, if it is long, or no word in an alphabet with capitals."""
-    capitals = word.upper()
-    is_short = len(word) <= LETTERS and word.isalpha() and capitals != word.lower()
-    return " ".join(capitals) if is_short else word
+    capitals = word.upper()  # Georgian has them, too, but begins no word with one
+    has_capitals = capitals != word.lower() and capitals[:1] == word[:1].title()
+    is_short = len(word) <= LETTERS and word.isalpha() and capitals.isalpha()  # no lonely marks
+    return " ".join(capitals) if is_short and has_capitals else word
 
 
 def join(whole: str, pieces: Sequence[str], hypotheses: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text
 MAX_NOTES = 10  # on the lines of a file, on recordings
+SMALL_I = {ord("I"): "ı", ord("İ"): "i"}  # in Turkish and Azerbaijani
 URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
@@ -61,9 +62,13 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
         text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    if text.isupper() and " " in text and not re.fullmatch(r"\W*(\w(\W+|$))+", text):
+    with_letters = [word for word in text.split() if re.search(r"[^\W\d_]", word)]
+    if (len(with_letters) > 1 and all(map(str.isupper, with_letters))
+            and not re.fullmatch(r"\W*(\w(\W+|$))+", text)):
         # Whisper writes what is said; letters that are spelled stay capitals.
-        text = re.sub(r"[^\W\d_]", lambda first: first[0].upper(), text.lower(), count=1)
+        end = re.search(r"[^\W\d_]", text).end()
+        small = text[end:].translate(SMALL_I) if code in ("tr", "az") else text[end:]
+        text = text[:end] + small.lower()
     if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")
     return Sentence(code, text)
@@ -143,7 +148,8 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
 
 def way_to_utf8(path: Path) -> str:
     """What makes a file that is not UTF-8 one that is, by its first bytes."""
-    with open(path, "rb") as file:
+    packed = OPEN.get(path.suffix.lower())
+    with (packed or open)(path, "rb") as file:
         head = file.read(1000)
     for magic, name in PACKED.items():
         if head.startswith(magic):
@@ -153,7 +159,9 @@ def way_to_utf8(path: Path) -> str:
              "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else
              "utf-16be" if zeros[0] > zeros[1] else "utf-16le" if zeros[1] else
              "cp1252" if re.search(rb"[\x80-\x9f]", head) else "latin1")
-    return f"convert the file, e.g. `iconv -f {other} -t utf-8 {path}`"
+    return ("unpack it, then " * bool(packed)
+            + f"convert the file, e.g. `iconv -f {other} -t utf-8 "
+            + f"{path.with_suffix('') if packed else path}`")
 
 
 def other_language(line: str, language: str | None) -> str:
