@@ -58,12 +58,12 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
 
     What differs from a held-out one in signs, blanks and capitals only is dropped. Raises BadInput.
     """
-    shares = {s: hash_share(s) for s in sentences}
-    order = sorted(sentences, key=shares.get)  # so that the first few are a fair sample
+    hashes = {s: hash_share(s) for s in sentences}
+    order = sorted(sentences, key=hashes.get)  # so that the first few are a fair sample
     last, first = ({s.language: s for s in x} for x in (order, order[::-1]))
-    # Of all the one with the smallest hash, and that of each language that has two or more.
+    # At least that with the smallest hash of all, and of each language that has two or more.
     at_least = {*order[:1], *(s for s in first.values() if s != last[s.language])}
-    held_out = [s for s in order if shares[s] <= HELD_OUT or s in at_least]
+    held_out = [s for s in order if hashes[s] <= HELD_OUT or s in at_least]
     keys = set(map(key, held_out))  # so held-out sentences themselves drop out too
     training = [s for s in sentences if key(s) not in keys]
     if not training:
@@ -135,8 +135,9 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
                whisper: FrozenWhisper) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A text over its frames, by how long its characters last (S,), in any measure.
 
-    -> chars (U, BYTES + 2) and token (U,) of each unit; where in the text each frame is, in units
-    (T,), which leaves out units that are shorter than a frame; the middle of each token, in frames.
+    -> chars (U, BYTES + 2) and token (U,) of each unit; where in the text the middle of each frame
+    is, in units (T,), so that a unit shorter than a frame may be skipped; the middle of each token,
+    in frames.
     Units end where a character or token ends, in bytes: "河", three bytes in two tokens, is two.
     """
     language, text = sentence
@@ -147,8 +148,8 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
     ends = np.union1d(char_ends, token_ends)  # of units
     of_token, of_char = (np.searchsorted(x, ends) for x in (token_ends, char_ends))
-    shares = durations / np.bincount(of_char)  # units of a character share its duration
-    times = np.cumsum([0, *shares[of_char]])
+    unit_durations = durations / np.bincount(of_char)  # units of a character share its duration
+    times = np.cumsum([0, *unit_durations[of_char]])
     times *= frames / times[-1]
     alignment = np.interp(np.arange(frames) + 0.5, times, range(len(times)))
     middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, [0, *ends], times)
@@ -192,7 +193,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
-    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # longer ones: faster
+    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # faster, if too long
     chars, tokens, alignment, token_frames = zip(
         *(align_text(*item, whisper) for item in zip(sentences, durations, frames)))
     token_frames = [F.pad(x, (whisper.n_prompt, 1), value=-1) for x in token_frames]
@@ -247,8 +248,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> Batch:
         rng = generator(self.seed, step)
         sentences, durations = zip(*self.draw(step, rng))
-        paces = self.speed_range ** (2 * torch.rand(len(sentences), generator=rng) - 1)
-        durations = [d / pace for d, pace in zip(durations, paces.tolist())]
+        factors = self.speed_range ** (2 * torch.rand(len(sentences), generator=rng) - 1)
+        durations = [d / factor for d, factor in zip(durations, factors.tolist())]
         return make_batch(sentences, self.whisper, durations)
 
 

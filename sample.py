@@ -6,7 +6,7 @@
     echo "El perro duerme." | python sample.py --language es
     python sample.py "The dog sleeps." --wav dog.wav        # of a checkpoint of --latent mel
 """
-from plumbing.errors import BadInput, guard  # at once: see there
+from plumbing.errors import BadInput, guard  # first, for Ctrl-C
 import argparse
 from functools import partial
 from itertools import chain, islice
@@ -101,7 +101,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--guidance", type=float, help="1 is off (default: %(default)s)")
     add("--speed", type=float, help="1 is natural, 2 twice as fast (default: as it was trained)")
     add("--seed", type=int, help="of the noise (default: %(default)s)")
-    add("--rooms", type=float, default=0.0, help="up to 1: other voices (spectrograms only)")
+    add("--rooms", type=float, default=0.0, help="up to 1: other voices, rooms, paces (mel only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     dataset.add_flags(add)
     add("--wav", type=path, help="write the sound here: FILE.wav, or a folder of files")

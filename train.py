@@ -5,7 +5,7 @@
     python train.py --data fr=livre.txt builtin --whisper tiny      # --help lists all flags
     python train.py --resume            # go on where Ctrl-C stopped it
 """
-from plumbing.errors import BadInput, first_line, guard, is_out_of_memory  # first: see there
+from plumbing.errors import BadInput, first_line, guard, is_out_of_memory  # first, for Ctrl-C
 import copy
 import math
 import time
@@ -56,7 +56,7 @@ class Config:
     warmup: int = flag(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = flag(0.01, "AdamW", 0)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
-    ema: float = flag(0.99, "decay of the averaged weights, which are evaluated; at first less", 0, 1)
+    ema: float = flag(0.99, "decay of the averaged weights, which are evaluated; first less", 0, 1)
     flow_weight: float = flag(0.3, "weight of the flow loss (not with --speech)", 0)
     drop_text: float = flag(0.1, "share of items without text and language, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
@@ -77,7 +77,7 @@ class Config:
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
               room: Room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a step (), and of its items cross-entropy and flow loss (B,)."""
+    """The loss of a step (); of each item the cross-entropy and the flow loss, (B,) both."""
     # One solver step makes x1 of noise and text; the frozen Whisper reads it (the ear: in a room).
     x1 = model(x0, torch.zeros_like(t), batch.cond)
     loss, nll = critic.text_loss(x1, batch, room)
@@ -141,7 +141,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         frames = batch.cond["frames"]
         x1 = change(flow.last(generate(model, whisper, batch, solver)), batch)
         features = whisper.features(x1, frames)
-        read = whisper.transcribe(features, *zip(*batch.sentences))  # texts save time: see there
+        read = whisper.transcribe(features, *zip(*batch.sentences))  # one pass confirms most texts
         x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
         yield from map(RoundTrip, batch.sentences, x1, features, read)
 
@@ -267,7 +267,7 @@ def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = 
             # Other numbers than those that drew the batch, and of this process alone.
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
-            room = room_of_step(run.step, config.steps, rng)
+            room = room_of_step(run.step, config.steps, rng)  # the ear's
             with devices.mixed_precision(device, whisper.dims.n_text_state):
                 loss, nll, cfm = run_objective(run.model, whisper, batch, x0, t, drop, room,
                                                config.flow_weight)

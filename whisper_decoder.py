@@ -107,10 +107,10 @@ class FrozenWhisper:
     def token_direction(self) -> Tensor:
         """W₀ (E, E): where a frame shows a token, known from the frozen weights alone.
 
-        Attention to a frame x adds W_out W_value x to a state, and the product of that with e, the
-        embedding of a token, is its logit: it grows along (W_out W_value)^T e, which is the path
-        from value to logit of Elhage et al. 2021 ("OV circuit"), here summed over the layers, with
-        the gains of the LayerNorms in front of both, and scaled: W₀ e is about as long as e.
+        Attention to a frame x adds W_out W_value x to a state, and so e · W_out W_value x to the
+        logit of a token with the embedding e, if no later layer changes it. That grows along
+        (W_out W_value)^T e, the "OV circuit" of Elhage et al. 2021, here summed over the layers,
+        with the gains of the LayerNorms in front of both, and scaled: W₀ e is about as long as e.
         """
         decoder = self.model.decoder
         paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
@@ -158,7 +158,7 @@ class FrozenWhisper:
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """What the decoder sees of x1 and silence behind it, (B, T, C), (B,) -> (B, P, E)."""
         # Whisper cannot be told where speech ends: silence fills its window, in training too.
-        speech = self.model.encoder.ln_post(x1.float())  # norms again what guidance bent
+        speech = self.model.encoder.ln_post(x1.float())  # guidance leaves the sphere
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
@@ -192,8 +192,7 @@ class FrozenWhisper:
     def nll(self, states: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of language and text, nats per token, (B, L - 1, E), (B, L) -> (B,).
 
-        Speech shows its language: were its token not predicted, a flow's Mandarin would pass for
-        German.
+        The language's token is predicted too, or a flow's Mandarin could pass for German.
         """
         mask = targets[:, 1:] >= 0  # position i predicts token i + 1
         mask[:, : self.n_prompt - 1] = False
@@ -209,8 +208,8 @@ class FrozenWhisper:
                    texts: Sequence[str] | None = None) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
 
-        None: the language is detected. texts: what is probably read. Where it is, one pass confirms
-        it (text/greedy.py), and the result is that of decoding token by token.
+        None: the language is detected. texts: guesses. One that is right needs no decoding, as one
+        pass confirms it (text/greedy.py), with the same result.
         """
         return greedy.transcribe(self, features.float(), languages, texts)
 

@@ -4,8 +4,9 @@
 
 The rival is an autoregressive model from text to semantic tokens, 25 a second, as WhisperSpeech and
 Ichigo have: as many layers as the DiT and as wide, keys and values cached, random weights. Both say
-the same held-out sentences, one at a time and 50 at once. "tokens" is what both make: of the flow
-through the encoder, where it makes spectrograms, and a quantiser, of random weights too.
+the same held-out sentences, from their text on, one at a time and 50 at once. "tokens" is what both
+make: of the flow through the encoder, where it makes spectrograms, and a quantiser, of random
+weights too.
 """
 import argparse
 import sys
@@ -86,21 +87,27 @@ def main(argv=None) -> None:
             groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
             frames = sum(data.count_frames(rule(s, speed)) for s in sentences)
             seconds = frames / data.FRAMES_PER_SECOND
-            batches = [data.make_batch(g, critic, [rule(s, speed) for s in g]) for g in groups]
 
             def in_turn() -> None:
-                for batch in batches:
-                    n = int(batch.cond["frames"].max()) * PER_SECOND // data.FRAMES_PER_SECOND
-                    texts = N_CODES + batch.targets.to(device) % N_CODES  # it has no larger head
-                    say_in_turn(rival, texts, n)
+                for group in groups:
+                    longest = max(data.count_frames(rule(s, speed)) for s in group)
+                    codes, texts = zip(*group)
+                    tokens = critic.target_tokens(texts, codes).to(device)
+                    # It has no larger head.
+                    say_in_turn(rival, N_CODES + tokens % N_CODES,
+                                longest * PER_SECOND // data.FRAMES_PER_SECOND)
+
+            def at_once(steps: int, kind: str) -> None:
+                for group in groups:
+                    batch = data.make_batch(group, critic, [rule(s, speed) for s in group])
+                    say(batch, model, critic, quantiser, steps, kind)
 
             slow = seconds_of(in_turn, device)
             rows = [("one token after the other", slow)]
             kinds = ("mel", "wav") if isinstance(critic, Ear) else ("features",)
             for kind in (*kinds, "tokens"):
-                rows += [(f"{kind}, {n} steps", seconds_of(lambda: [
-                    say(batch, model, critic, quantiser, n, kind) for batch in batches], device))
-                    for n in (1, 4)]
+                rows += [(f"{kind}, {n} steps", seconds_of(lambda: at_once(n, kind), device))
+                         for n in (1, 4)]
             for name, took in rows:
                 print(f"| {path}, {name} | {size} | {len(sentences) / took:.1f} | "
                       f"{took / seconds:.5f} | {slow / took:.1f} |", flush=True)
