@@ -2,7 +2,10 @@
 
     python experiments/tokens.py espeak --out out/tokens                  # of real speech
     python experiments/tokens.py out/mel/ckpt.pt --out out/made_tokens    # of a flow's speech
-    python experiments/tokens.py espeak --quantiser out/tokens/quantiser.pt --write out/mel/ckpt.pt
+    python experiments/tokens.py --quantiser out/tokens/quantiser.pt --set out/set
+
+The last writes tokens of a data set of `sample.py --out out/set`, a file for each shard, in
+out/set/tokens; a run that was killed goes on at the first file that is missing.
 
 The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP(LN(x)), 64
 dimensions, the nearest of 512 codes by angle; back through a linear map, each twice, positions, one
@@ -20,10 +23,14 @@ import copy
 import json
 import math
 import sys
+from importlib.util import find_spec
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Iterable, NamedTuple, Sequence
+from typing import Iterable, Iterator, NamedTuple, Sequence
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -43,9 +50,10 @@ from experiments.utterances import (  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.errors import BadInput, first_line, guard  # noqa: E402
-from plumbing.files import atomic_write  # noqa: E402
+from plumbing.files import atomic_write, fingerprint  # noqa: E402
+from plumbing.flags import check_same  # noqa: E402
 from pocket import make_pocket  # noqa: E402
-from speech.ear import Ear  # noqa: E402
+from speech.ear import SILENT_FRAMES, Ear, silence_of  # noqa: E402
 from text.error_rates import cer_by_language, error_rates  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import load_sentences, print_notes  # noqa: E402
@@ -59,6 +67,7 @@ COPY = 0.75  # share of the steps before the decoder has a say: codes that say n
 RATE = 1e-3  # of learning
 TRANSCRIBE = "<|reserved_special_token_69|>"  # how Ichigo and Speechless begin this task
 SEED = 1000  # of espeak-ng's voices
+TABLE = ".parquet" if find_spec("pyarrow") else ".jsonl"
 
 
 # ---- the quantiser ---------------------------------------------------------------------------
@@ -228,7 +237,7 @@ def save_quantiser(quantiser: Quantiser, path: Path, whisper: FrozenWhisper) -> 
                         languages=quantiser.languages), part)
 
 
-def note_unheard(quantiser: Quantiser, sentences: Sequence) -> None:
+def note_unheard(quantiser: Quantiser, sentences: Iterable[data.Sentence]) -> None:
     """Print the languages that its tokens will not carry."""
     if unheard := {s.language for s in sentences} - {*quantiser.languages}:
         print_notes([f"the quantiser never heard {', '.join(sorted(unheard))}, only "
@@ -243,8 +252,12 @@ def tokenise(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> li
 
 @torch.no_grad()
 def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[str, float]:
-    """Use and entropy of the codes; CERs of what the decoder reads before and after, of all and of
-    each language."""
+    """Use and entropy of the codes; CERs of what the decoder reads in the speech ("plain") and in
+    what its tokens give back ("quantised"), of all and of each language.
+
+    Both are the frames of speech alone, with silence behind: people's are often harder to read so
+    than in the whole clip.
+    """
     counts = torch.tensor(sum(tokenise(quantiser, speech, whisper), [])).bincount(minlength=N_CODES)
     share = counts / counts.sum()
     figures = dict(codes=int((counts > 0).sum()),
@@ -292,21 +305,105 @@ def row(form: str, index: int, text: str, tokens: list[int]) -> dict:
                 prompt=sound(tokens), conversations=turns)
 
 
-def write_rows(rows: list[dict], folder: Path, name: str) -> Path:
-    """Rows as parquet where pyarrow is installed, else as JSON lines -> the file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        pyarrow = None
-    file = folder / f"{name}.{'parquet' if pyarrow else 'jsonl'}"
+def write_rows(rows: list[dict], file: Path) -> None:
+    """Rows as .parquet, by pyarrow, or as .jsonl."""
     with atomic_write(file) as part:
-        if pyarrow:
+        if file.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), part)
         else:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            part.write_text("".join(lines), "utf-8")
-    return file
+            part.write_text("".join(lines), "utf-8", newline="\n")
+
+
+# ---- tokens of a data set --------------------------------------------------------------------
+
+
+def rows_of(folder: Path) -> Iterator[dict]:
+    """The manifest's rows: pieces of text that were kept, in the order of the shards."""
+    with open(folder / "manifest.jsonl", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def shards_of(folder: Path) -> Iterator[tuple[Path, list[dict]]]:
+    """Each shard's .npz and its rows; one without rows is left out."""
+    for name, rows in groupby(rows_of(folder), itemgetter("shard")):
+        yield folder / name, list(rows)
+
+
+def load_shard(file: Path, rows: list[dict]) -> tuple[str, list[np.ndarray]]:
+    """"mel" and (2T, M) of each piece; where there are none "features" and (T, E). Or BadInput."""
+    try:
+        with np.load(file) as arrays:
+            if arrays["frames"].tolist() != [row["frames"] for row in rows]:
+                raise ValueError("its pieces are not those of manifest.jsonl")
+            kind, per_frame = ("mel", 2) if "mel" in arrays else ("features", 1)
+            return kind, np.split(arrays[kind], per_frame * arrays["frames"].cumsum()[:-1])
+    except (OSError, EOFError, ValueError, LookupError, BadZipFile) as error:
+        raise BadInput(f"{file} is damaged ({first_line(error)}); the command of sample.py that "
+                       "made it makes it again") from error
+
+
+def check_set(folder: Path, whisper: FrozenWhisper) -> None:
+    """Raises BadInput unless it is a finished set of `sample.py` that this Whisper understands."""
+    if not any(folder.glob("shard-*.jsonl")):
+        raise BadInput(f"{folder} has no shards; `python sample.py --text_file TEXT --out {folder}`"
+                       " makes them")
+    if not (folder / "manifest.jsonl").exists():
+        raise BadInput(f"{folder} is not finished, for it has no manifest.jsonl; the command of "
+                       "sample.py that began it goes on")
+    if "shard" not in next(rows_of(folder), {}):
+        raise BadInput(f"{folder} has neither mel nor features of any text; make another with "
+                       "`sample.py --write mel`, or with `--write features`")
+    kind, arrays = load_shard(*next(shards_of(folder)))
+    width, longest = arrays[0].shape[1], max(row["frames"] for row in rows_of(folder))
+    expected = whisper.dims.n_mels if kind == "mel" else whisper.dims.n_audio_state
+    if width != expected or longest > whisper.max_frames:
+        raise BadInput(f"{folder} has {kind} of width {width} and up to {longest} frames, and "
+                       f"{whisper.name} takes {expected} and at most {whisper.max_frames}; give "
+                       "the --whisper of the set, and a --quantiser of it")
+
+
+def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
+    """Raises BadInput if the folder has tokens of another quantiser, which nobody could tell."""
+    weights = b"".join(x.numpy().tobytes() for x in quantiser.state_dict().values())
+    settings, file = dict(quantiser=fingerprint(weights)), folder / "settings.json"
+    if file.exists():
+        return check_same(folder, json.loads(file.read_text("utf-8")), settings, "--set",
+                          ("quantiser",))
+    with atomic_write(file) as part:
+        part.write_text(json.dumps(settings) + "\n", "utf-8")
+
+
+def speech_features(mel: Tensor, whisper: FrozenWhisper) -> Tensor:
+    """Log-mel of speech (M, 2T) -> features (T, E), in a window hardly longer than the speech."""
+    frames = mel.shape[1] // 2
+    silent = min(SILENT_FRAMES, whisper.max_frames - frames)
+    mel = F.pad(mel, (0, 2 * silent), value=silence_of(mel.max()).item())
+    return whisper.features_of_mel(mel[None])[0, :frames]
+
+
+@torch.no_grad()
+def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhisper) -> int:
+    """FOLDER/tokens: a file for each shard, of those that are not there -> rows of all files."""
+    note_unheard(quantiser, (data.Sentence(row["language"], row["text"])
+                             for row in rows_of(folder)))
+    check_quantiser(folder / "tokens", quantiser)
+    n_rows, n_shards = 0, len({row["shard"] for row in rows_of(folder)})
+    for shard, pieces in tqdm(shards_of(folder), folder.name, n_shards, unit=" shards"):
+        file = folder / "tokens" / f"{form}-{shard.stem[len('shard-'):]}{TABLE}"
+        if not file.exists():
+            rows, (kind, arrays) = [], load_shard(shard, pieces)
+            for piece, array in zip(pieces, arrays):
+                x = torch.from_numpy(array).float()
+                features = speech_features(x.T, whisper) if kind == "mel" else x
+                tokens = quantiser.tokens(features[None], torch.tensor([len(features)]))[0].tolist()
+                rows.append(row(form, n_rows + len(rows), piece["text"], tokens)
+                            | {key: piece[key] for key in ("id", "language", "cer")})
+            write_rows(rows, file)
+        n_rows += len(pieces)
+    return n_rows
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -357,10 +454,11 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
     return generate(flow, sentences, Solver(seed=seed), voice, whisper)
 
 
-def main(argv=None) -> None:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("source", help="espeak, or a checkpoint of train.py: whose speech is quantised")
+    add("source", nargs="?", help="espeak, or a checkpoint of train.py: whose speech is quantised; "
+        "--set with --quantiser goes without")
     add("--whisper", default="pocket")
     add("--data", nargs="+", default=["builtin"], help="of train.py")
     add("--sentences", type=int, default=2000)
@@ -368,25 +466,34 @@ def main(argv=None) -> None:
     add("--seed", type=int, default=0)
     add("--recordings", type=Path, help="a folder of recordings to test on, too")
     add("--quantiser", type=Path, help="one that is there already")
-    add("--write", nargs="*", default=[], help="espeak or checkpoints whose tokens are written")
+    add("--set", nargs="+", type=Path, default=[], help="folders of `sample.py --out FOLDER`, whose"
+        " tokens are written to FOLDER/tokens")
     add("--form", choices=["ichigo", "speechless"], default="ichigo")
     add("--out", type=Path, default=ROOT / "out" / "tokens", help="folder")
     args = parser.parse_args(argv)
     if min(args.sentences, args.steps) < 1:
         raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; at least 1")
-    name_of = {s: Path(s).parent.name if Path(s).is_file() else Path(s).name for s in args.write}
-    if len({*name_of.values()}) < len(args.write):
-        raise BadInput(f"--write {' '.join(args.write)} would be written to one file; give other "
-                       "folders, or call twice")
-    work, tests, file = args.out / "speech", {}, args.out / "quantiser.pt"
+    if not args.source and (args.recordings or not (args.set and args.quantiser)):
+        raise BadInput("there is no source; give espeak or a checkpoint, or --set and --quantiser "
+                       "without --recordings")
+    file = args.out / "quantiser.pt"
     if file.exists() and not args.quantiser:
         raise BadInput(f"{file} is there already; --quantiser {file} uses it; or give another "
                        "--out")
-    whisper = FrozenWhisper(args.whisper)
+    if old := [folder / "tokens" for folder in args.set if (folder / "tokens").exists()]:
+        if not args.quantiser:
+            raise BadInput(f"{old[0]} has tokens of another quantiser; give it as --quantiser, or "
+                           "move them away")
+    return args
+
+
+def quantiser_of_source(args: argparse.Namespace, whisper: FrozenWhisper) -> Quantiser:
+    """Trained on the source's speech, or as --quantiser names it; how it is read is printed."""
+    work, tests = args.out / "speech", {}
     training, held_out = data.split(load_sentences(args.data, whisper))
     held_out = data.per_language(held_out, 100)
     training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
-    check_sources([*args.write, args.source], [*training, *held_out], whisper)
+    check_sources([args.source], [*training, *held_out], whisper)
     known = {*map(letters, training)}
     languages = {s.language for s in training}
     if args.recordings:
@@ -399,20 +506,35 @@ def main(argv=None) -> None:
     else:
         speech = speak(args.source, training, whisper, work, 7)  # what a model learns: other takes
         quantiser = train_quantiser(speech, whisper, args.steps, args.seed)
-        save_quantiser(quantiser, file, whisper)
+        save_quantiser(quantiser, args.out / "quantiser.pt", whisper)
     tests[f"{args.source}, held out"] = speak(args.source, held_out, whisper, work, 2)
-    print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most")
+    print_figures(quantiser, tests, whisper)
+    return quantiser
+
+
+def print_figures(quantiser: Quantiser, tests: dict[str, Speech], whisper: FrozenWhisper) -> None:
+    """What `judge` says of each test."""
+    print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most; CER "
+          "of the speech without what is before and after it, and of its tokens")
     for name, speech in tests.items():
         figures = judge(quantiser, speech, whisper)
         print(f"{name}: {figures['codes']} codes used, entropy {figures['entropy']:.2f} bits")
         for code in ("", *(f"_{code}" for code in sorted({s.language for s in speech.sentences}))):
             plain, quantised = (figures[f"cer_{x}{code}"] for x in ("plain", "quantised"))
-            print(f"  CER{code.replace('_', ' ')}: {plain:.2%} before, {quantised:.2%} after")
-    for source in args.write:
-        tokens = tokenise(quantiser, speak(source, training, whisper, work), whisper)
-        rows = [row(args.form, i, s.text, t) for i, (s, t) in enumerate(zip(training, tokens))]
-        file = write_rows(rows, args.out, f"{args.form}_{name_of[source]}")
-        print(f"wrote {file}: {len(rows)} rows")
+            print(f"  CER{code.replace('_', ' ')}: {plain:.2%} of the speech, {quantised:.2%} of "
+                  "its tokens")
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    whisper = FrozenWhisper(args.whisper)
+    for folder in args.set:  # it fails now, not after the work
+        check_set(folder, whisper)
+    quantiser = (quantiser_of_source(args, whisper) if args.source else
+                 load_quantiser(args.quantiser, whisper))
+    for folder in args.set:
+        n_rows = write_set(folder, args.form, quantiser, whisper)
+        print(f"wrote {folder / 'tokens'}: {n_rows} rows")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,8 @@ class Ear(FrozenWhisper):
     def spectrogram(self, x1: Tensor, frames: Tensor, window: int) -> Tensor:
         """x1 (B, T, M), lengths (B,) -> log-mel with silence behind, (B, M, 2 * window).
 
-        Like Whisper's own it is clipped 80 dB (2.0) below its peak, or at 1e-10 of full power
-        (-1.5), and that is its silence. The last frame is repeated, so that nothing behind the end
-        is smoothed into it.
+        It is clipped where its silence lies. The last frame is repeated, so that nothing behind the
+        end is smoothed into it.
         """
         last = torch.arange(x1.shape[1] + 1, device=x1.device).minimum(frames[:, None] - 1)
         mel = x1.float().gather(1, last[:, :, None].expand(-1, -1, self.channels)).transpose(1, 2)
@@ -80,7 +79,7 @@ class Ear(FrozenWhisper):
         mel = F.pad(mel, (0, 2 * window - mel.shape[2]))  # a negative number cuts
         mask = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
         loudest = mel.detach().masked_fill(~mask, -9).amax((1, 2), keepdim=True)
-        floor = (loudest - 2).clamp(min=-1.5)
+        floor = silence_of(loudest)
         return torch.where(mask, mel, floor).maximum(floor)
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
@@ -128,6 +127,12 @@ class Ear(FrozenWhisper):
             shown = F.linear(self.embed(tokens), self.token_direction)  # W₀ e
             logits = (told - told.mean(0)) @ shown.T / shown.shape[1] ** 0.5
         return mean_per_item(F.cross_entropy(logits, which, reduction="none"), mask)
+
+
+def silence_of(peak: Tensor) -> Tensor:
+    """The silence of a log-mel with such a peak, as Whisper clips its own: 80 dB (2.0) below it, or
+    at 1e-10 of full power (-1.5)."""
+    return (peak - 2).clamp(min=-1.5)
 
 
 def smooth(mel: Tensor) -> Tensor:

@@ -1,17 +1,25 @@
 """Sound tokens and the language model of them: experiments/tokens.py, speech_lm.py, speed.py."""
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import data
+import sample
 from data import Sentence
 from experiments import speech_lm, speed, tokens
 from experiments.student import Speech, letters
+from experiments.utterances import Voice, generate
+from flow import Solver
 from plumbing.errors import BadInput
 from pocket import make_pocket
+from speech import dataset
+from speech.ear import SILENT_FRAMES
 from speech.recordings import soundfile
-from test_roundtrip import close, randn
+from test_roundtrip import close, randn, random_whisper
 from text.sources import builtin, load_sentences
 from whisper_decoder import FrozenWhisper
 
@@ -20,6 +28,43 @@ from whisper_decoder import FrozenWhisper
 def real(pocket):
     speech = tokens.real_test(pocket, pocket.languages)
     return Speech(speech.sentences[::10], speech.x1[::10])
+
+
+@pytest.fixture(scope="module")
+def quantiser(real, pocket):
+    """A quantiser that learned nothing, but with codes of real speech."""
+    torch.manual_seed(0)
+    quantiser = tokens.Quantiser(pocket).eval()
+    quantiser.languages = ["de", "en"]
+    quantiser.begin(tokens.features_of([torch.cat(real.x1)], pocket)[0][0])
+    return quantiser
+
+
+@pytest.fixture
+def make_set(runs, tmp_path, monkeypatch):
+    """`make_set("mel", "--write", "mel")` -> a folder of shards that this flow made."""
+    monkeypatch.setattr(dataset, "TEXTS_A_SHARD", 3)
+    lines = ["en\tThe dog sleeps.", "xx\tNo.", "de\tDie Sonne scheint.", "xx\t1", "xx\t2", "xx\t3",
+             "de\tHallo.", "en\tThe dog sleeps near the door.", "en\t" + "a" * 300]  # it is cut
+    (tmp_path / "text.tsv").write_text("\n".join(lines), "utf-8")
+
+    def call(latent: str, *flags: str) -> Path:
+        sample.main(["--text_file", str(tmp_path / "text.tsv"), "--ckpt", str(runs[0] / latent),
+                     "--out", str(tmp_path / latent), *flags])
+        return tmp_path / latent
+    return call
+
+
+def read_rows(files) -> list[dict]:
+    """Rows of .parquet or .jsonl."""
+    rows = []
+    for file in files:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+            rows += pyarrow.parquet.read_table(file).to_pylist()
+        else:
+            rows += map(json.loads, file.read_text("utf-8").splitlines())
+    return rows
 
 
 def test_languages_that_no_clip_has(pocket):
@@ -45,12 +90,115 @@ def test_forms_of_other_projects(tmp_path):
                                      dict(content="A dog sleeps.", role="assistant")])
     assert tokens.row("speechless", 7, "A dog\nsleeps.", [2, 2]) == dict(
         index=7, prompt=task + "A dog sleeps.", answer="<|duration_02|><|sound_0002|>")
-    file = tokens.write_rows([ichigo], tmp_path, "x")
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-        assert pyarrow.parquet.read_table(file).to_pylist() == [ichigo]
-    else:
-        assert json.loads(file.read_text()) == ichigo
+    for suffix in {tokens.TABLE, ".jsonl"}:
+        tokens.write_rows([ichigo, ichigo], tmp_path / f"x{suffix}")
+        assert read_rows([tmp_path / f"x{suffix}"]) == [ichigo, ichigo]
+
+
+def test_a_set_has_tokens_of_its_own_features(make_set, quantiser, pocket, tmp_path, monkeypatch,
+                                              capsys):
+    monkeypatch.setattr(tokens, "TABLE", ".jsonl")
+    tokens.save_quantiser(quantiser, tmp_path / "quantiser.pt", pocket)
+    folder = make_set("features")
+    argv = ["--quantiser", str(tmp_path / "quantiser.pt"), "--set", str(folder)]
+    tokens.main(argv)
+    files = [folder / "tokens" / f"ichigo-0000{i}.jsonl" for i in (0, 2)]  # 1: all is left out
+    assert sorted(folder.glob("tokens/*")) == [*files, folder / "tokens" / "settings.json"]
+    rows = read_rows(files)
+    pieces = [*map(json.loads, (folder / "manifest.jsonl").read_text("utf-8").splitlines())]
+    for i, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
+        shard = np.load(folder / piece["shard"])
+        start = shard["frames"][: piece["index"]].sum()
+        x = torch.from_numpy(shard["features"][start : start + piece["frames"]]).float()
+        ids = quantiser.tokens(x[None], torch.tensor([len(x)]))[0].tolist()
+        assert len(ids) == (piece["frames"] + 1) // 2
+        expected = tokens.row("ichigo", i, piece["text"], ids)
+        expected |= dict(id=piece["id"], language=piece["language"], cer=piece["cer"])
+        assert row == expected and [*row] == [*expected]
+    assert len({str(row["tokens"]) for row in rows}) == len(rows) > 5
+    assert f"wrote {folder / 'tokens'}: {len(rows)} rows" in capsys.readouterr().out
+    before = [(f.read_bytes(), f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
+    files[1].unlink()
+    tokens.main(argv)  # as after a run that was killed
+    after = [(f.read_bytes(), f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
+    assert after[0] == before[0] and after[1][0] == before[1][0] and after[1][2] > before[1][2]
+    assert f"wrote {folder / 'tokens'}: {len(rows)} rows" in capsys.readouterr().out
+    tokens.main([*argv, "--form", "speechless"])
+    others = read_rows(sorted(folder.glob("tokens/speechless-*")))
+    assert [*others[0]] == ["index", "prompt", "answer", "id", "language", "cer"]
+    assert [row["answer"] for row in others] == [tokens.run_lengths(row["tokens"]) for row in rows]
+    assert [row["index"] for row in others] == [*range(len(rows))]
+    quantiser.languages, before = ["de"], quantiser.languages
+    tokens.write_set(folder, "ichigo", quantiser, pocket)
+    quantiser.languages = before
+    assert "the quantiser never heard en, only de" in capsys.readouterr().err
+
+
+def test_a_set_of_spectrograms_is_heard_as_its_flow_is(make_set, quantiser, pocket, runs, ear):
+    folder = make_set("mel", "--write", "mel", "features")
+    n_rows = tokens.write_set(folder, "ichigo", quantiser, pocket)
+    rows, pieces = read_rows(sorted(folder.glob("tokens/ichigo-*"))), [*tokens.rows_of(folder)]
+    flow, same = tokens.open_source(str(runs[0] / "mel"), [], pocket), []
+    for row, piece in zip(rows, pieces, strict=True):
+        sentence = Sentence(piece["language"], piece["text"])
+        speech = generate(flow, [sentence], Solver(), Voice(), pocket)  # in the same window
+        ids = tokens.tokenise(quantiser, speech, pocket)[0]
+        assert len(row["tokens"]) == len(ids) and row["text_prompt"] == sentence.text
+        same += [a == b for a, b in zip(row["tokens"], ids)]
+    assert n_rows == len(rows) and np.mean(same) > 0.97  # the set has 16 bits a value
+    for loudness in 0.5, 3.0:  # below and above a peak of 0.5
+        x1, frames, n = loudness * randn(1, 30, 80), torch.tensor([30]), 30 + SILENT_FRAMES
+        speech, whole = (ear.spectrogram(x1, frames, window) for window in (30, n))
+        assert (speech.max() > 0.6) == (loudness > 1)
+        close(tokens.speech_features(speech[0], pocket), pocket.features_of_mel(whole)[0, :30])
+
+
+def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeypatch):
+    file = tmp_path / "quantiser.pt"
+    tokens.save_quantiser(quantiser, file, pocket)
+    features, mel = make_set("features"), make_set("mel", "--write", "mel")
+
+    def fails(words: str, *argv) -> None:
+        with pytest.raises(BadInput, match=words):
+            tokens.main([*map(str, argv)])
+    fails("mel/x has no shards; `python sample.py --text_file TEXT --out .*mel/x` makes them",
+          "--quantiser", file, "--set", features, mel / "x")
+    assert not (features / "tokens").exists()  # all are looked at before the work
+    narrow, bands, short = (FrozenWhisper(random_whisper(tmp_path / f"{name}.pt", **dims)) for
+                            name, dims in (("narrow", {}), ("bands", dict(n_mels=128)),
+                                           ("short", dict(n_audio_ctx=20))))
+    for folder, whisper, words in (
+            (features, narrow, "features has features of width 128 .*narrow.pt takes 32 and"),
+            (mel, bands, "mel has mel of width 80 .*bands.pt takes 128 .* give the --whisper of"),
+            (mel, short, r"to \d+ frames, and .*short.pt takes 80 and at most 20")):
+        with pytest.raises(BadInput, match=words):
+            tokens.check_set(folder, whisper)
+    tokens.check_set(mel, narrow)  # whoever made it
+    tokens.main(["--quantiser", str(file), "--set", str(features)])
+    fails("features/tokens has tokens of another quantiser; give it as --quantiser, or move",
+          "espeak", "--set", features, "--out", tmp_path / "new")
+    with torch.no_grad():
+        quantiser.codes.neg_()
+        tokens.save_quantiser(quantiser, tmp_path / "other.pt", pocket)
+        quantiser.codes.neg_()
+    fails("features/tokens was begun with another quantiser, .* or another --set",
+          "--quantiser", tmp_path / "other.pt", "--set", features)
+    for argv in ([], ["--set", mel], ["--quantiser", file],
+                 ["--set", mel, "--quantiser", file, "--recordings", tmp_path]):
+        fails("there is no source; give espeak or a checkpoint, or --set and --quantiser", *argv)
+    shard = mel / "shard-00002.npz"
+    for content in shard.read_bytes()[:-9], (mel / "shard-00000.npz").read_bytes():
+        shard.write_bytes(content)
+        fails("mel/shard-00002.npz is damaged .*; the command of sample.py that made it makes it",
+              "--quantiser", file, "--set", mel)
+    (mel / "manifest.jsonl").unlink()
+    fails("mel is not finished, for it has no manifest.jsonl; the command of sample.py",
+          "--quantiser", file, "--set", mel)
+    only_sound = tmp_path / "sound"
+    monkeypatch.setattr(dataset, "griffin_lim", lambda mel: torch.zeros(160 * mel.shape[1]))
+    make_set("mel", "--write", "wav", "--out", str(only_sound))
+    fails("sound has neither mel nor features of any text; make another with `sample.py --write",
+          "--quantiser", file, "--set", only_sound)
 
 
 def test_a_quantiser_learns_and_padding_changes_nothing(pocket, real):
@@ -110,7 +258,7 @@ def test_a_language_model_learns_tokens_and_their_text():
     assert cer > 0.5 and other > 10 * perplexity
 
 
-def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):
+def test_commands(runs, make_set, pocket, tmp_path, monkeypatch, capsys):
     ear, features = (str(runs[0] / name) for name in ("mel", "features"))
     few = [Sentence("en", "The dog sleeps."), Sentence("de", "Die Sonne scheint.")]
     for code in ("en", "de"):
@@ -129,11 +277,12 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):
         tokens.speak(features, few, judge, tmp_path)
     monkeypatch.setattr(tokens, "real_test", lambda *args: known.append(args[2]) or speech)
     monkeypatch.setattr(speech_lm, "real_test", tokens.real_test)
-    tokens.main([ear, "--steps", "2", "--out", str(tmp_path), "--write", features, "--form",
+    made = make_set("features")
+    tokens.main([ear, "--steps", "2", "--out", str(tmp_path), "--set", str(made), "--form",
                  "speechless", *text])
     out = capsys.readouterr().out
-    assert "real speech: " in out and "speechless_features." in out and ": 2 rows" in out
-    assert "\n  CER: " in out and "\n  CER en: " in out
+    assert "real speech: " in out and f"wrote {made}/tokens: " in out
+    assert re.search(r"\n  CER: .*% of the speech, .*% of its tokens\n  CER de: ", out)
     assert judged == [few, held_out] and known == [{"the dog sleeps", "die sonne scheint"}]
     with pytest.raises(BadInput, match="quantiser.pt is there already; --quantiser .* uses it"):
         tokens.main([ear, "--out", str(tmp_path)])
@@ -141,8 +290,6 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):
         tokens.main([ear, "--quantiser", str(runs[0] / "mel" / "ckpt.pt"), *text])
     with pytest.raises(BadInput, match="is no quantiser of pocket/judge.pt .it is of another.; "):
         tokens.load_quantiser(tmp_path / "quantiser.pt", judge)
-    with pytest.raises(BadInput, match="would be written to one file"):
-        tokens.main([ear, "--write", ear, f"{ear}/ckpt.pt"])
     with pytest.raises(BadInput, match="hears at most 20 frames, and a sentence has"):
         monkeypatch.setattr(judge, "max_frames", 20)
         tokens.speak(ear, few, judge, tmp_path)
@@ -155,8 +302,9 @@ def test_commands(runs, pocket, tmp_path, monkeypatch, capsys):
         tokens.speak(ear, [Sentence("it", "Ciao.")], pocket, tmp_path)
     with pytest.raises(BadInput, match="never learned it"):
         tokens.check_sources([ear], [Sentence("it", "Ciao.")], pocket)
-    for study, flag in (tokens, ["--write"]), (speech_lm, []):
-        with monkeypatch.context() as patch, pytest.raises(BadInput, match="no checkpoint .*nix"):
+    for study, flag, words in ((tokens, ["--set"], "nix has no shards"),
+                               (speech_lm, [], "no checkpoint .*nix")):
+        with monkeypatch.context() as patch, pytest.raises(BadInput, match=words):
             patch.setattr(study, "speak", None)  # before the work
             study.main([ear, *flag, str(tmp_path / "nix"), "--quantiser",
                         str(tmp_path / "quantiser.pt"), *text])
