@@ -50,8 +50,9 @@ from experiments.utterances import (  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.errors import BadInput, first_line, guard  # noqa: E402
-from plumbing.files import atomic_write, fingerprint  # noqa: E402
+from plumbing.files import atomic_write  # noqa: E402
 from plumbing.flags import check_same  # noqa: E402
+from plumbing.weights import state_fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech.ear import SILENT_FRAMES, Ear, silence_of  # noqa: E402
 from text.error_rates import cer_by_language, error_rates  # noqa: E402
@@ -367,8 +368,8 @@ def check_set(folder: Path, whisper: FrozenWhisper) -> None:
 
 def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
     """Raises BadInput if the folder has tokens of another quantiser, which nobody could tell."""
-    weights = b"".join(x.numpy().tobytes() for x in quantiser.state_dict().values())
-    settings, file = dict(quantiser=fingerprint(weights)), folder / "settings.json"
+    settings = dict(quantiser=state_fingerprint(quantiser.state_dict()))
+    file = folder / "settings.json"
     if file.exists():
         return check_same(folder, json.loads(file.read_text("utf-8")), settings, "--set",
                           ("quantiser",))

@@ -58,7 +58,8 @@ def mixed_precision(device: torch.device, width: int):
     """Matrix products in bf16 where that is faster; on a CPU with matrices of 384 or more only."""
     on_cpu = device.type == "cpu"
     fast = has_bf16(device) and (width >= 384 or not on_cpu)
-    # On a CPU the backward pass of flash attention takes five times as long in bf16.
+    # On a CPU the backward pass of flash attention takes five times as long in bf16, but for long
+    # sequences: FrozenWhisper.encode_mel uses it.
     with (sdpa_kernel(KERNELS[1:] if on_cpu and fast else KERNELS),
           torch.autocast(device.type, torch.bfloat16, enabled=fast)):
         yield

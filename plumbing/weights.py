@@ -1,4 +1,5 @@
 """Whisper's weights, by name or from a file."""
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,14 @@ def weights_fingerprint(model: whisper.model.Whisper) -> str:
     """It changes with the weights, the first 1,000 of each tensor."""
     first = torch.cat([x.flatten()[:1000].float().cpu() for x in model.parameters()])
     return fingerprint(first.numpy().tobytes())
+
+
+def state_fingerprint(state: dict[str, Tensor]) -> str:
+    """It changes with any value of a state_dict."""
+    digest = hashlib.sha256()
+    for x in state.values():
+        digest.update(x.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,6 @@
 A shard is made of the same TEXTS_A_SHARD texts whatever the part, and does not depend on others, so
 a run that was killed goes on at the first that is missing, and ends with the same bytes.
 """
-import hashlib
 import io
 import json
 import math
@@ -35,6 +34,7 @@ from flow import MAX_STEPS, Solver
 from plumbing import flags
 from plumbing.errors import BadInput
 from plumbing.files import atomic_write, fingerprint, locked
+from plumbing.weights import state_fingerprint
 from speech.sound import griffin_lim, is_whole_wav, log_mel, write_samples
 from text.error_rates import error_rates
 from text.sources import (
@@ -365,11 +365,10 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             print_notes([f"{args.ckpt} was not trained in {args.language!r}"])
     digests, n_texts, notes = survey(args)
     print_notes(notes)
-    weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in checkpoint["ema"].values()))
     settings = dict(language=args.language, text=fingerprint(digests),
-                    checkpoint=weights.hexdigest()[:16], write=kinds, best_of=args.best_of,
-                    max_cer=args.max_cer, speed=args.speed, rooms=args.rooms,
-                    **args.solver._asdict(), texts_a_shard=n)
+                    checkpoint=state_fingerprint(checkpoint["ema"]), write=kinds,
+                    best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
+                    rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
     shards = {f"shard-{first // n:05d}": range(first, min(first + n, n_texts))
               for first in range(0, n_texts, n)}  # the numbers of their texts
     own = {*[*shards][part - 1 :: n_parts]}

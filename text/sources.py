@@ -62,7 +62,8 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
         text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    with_letters = [word for word in text.split() if re.search(r"[^\W\d_]", word)]
+    with_letters = ([word for word in text.split() if re.search(r"[^\W\d_]", word)]
+                    if text == text.upper() else [])  # hardly ever, and there may be millions
     if (len(with_letters) > 1 and all(map(str.isupper, with_letters))
             and not re.fullmatch(r"\W*(\w(\W+|$))+", text)):
         # Whisper writes what is said; letters that are spelled stay capitals.
@@ -148,9 +149,9 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
 
 def way_to_utf8(path: Path) -> str:
     """What makes a file that is not UTF-8 one that is, by its first bytes."""
-    packed = OPEN.get(path.suffix.lower())
-    with (packed or open)(path, "rb") as file:
-        head = file.read(1000)
+    unpack = OPEN.get(path.suffix.lower())
+    with (unpack or open)(path, "rb") as lines:
+        head = lines.read(1000)
     for magic, name in PACKED.items():
         if head.startswith(magic):
             return f"it is packed by {name}: unpack it, or name it as such (.gz, .bz2)"
@@ -159,9 +160,8 @@ def way_to_utf8(path: Path) -> str:
              "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else
              "utf-16be" if zeros[0] > zeros[1] else "utf-16le" if zeros[1] else
              "cp1252" if re.search(rb"[\x80-\x9f]", head) else "latin1")
-    return ("unpack it, then " * bool(packed)
-            + f"convert the file, e.g. `iconv -f {other} -t utf-8 "
-            + f"{path.with_suffix('') if packed else path}`")
+    first, file = ("unpack it, then ", path.with_suffix("")) if unpack else ("", path)
+    return f"{first}convert the file, e.g. `iconv -f {other} -t utf-8 {file}`"
 
 
 def other_language(line: str, language: str | None) -> str:
