@@ -1,13 +1,10 @@
-"""Text in, batches out: sentences, hold-out split, length rule, characters over frames, batches.
+"""Text in, batches out: sentences, hold-out split, characters over frames, batches.
 
 B batch, S characters, U units (characters; one that is k tokens counts as k units), T latent
 frames, L prompt + text + end tokens, C channels.
 """
 import hashlib
 import math
-import unicodedata
-from functools import lru_cache
-from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
@@ -18,20 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import BYTES, CAPITAL
 from plumbing.errors import BadInput
-from text.spelling import JOINERS, UNSPACED, latin_letter, letters, strip_unspoken, words
+from text.durations import char_durations, count_frames
+from text.spelling import latin_letter, letters, strip_unspoken
 from whisper_decoder import FrozenWhisper
 
-POCKET = Path(__file__).parent / "pocket"
 HELD_OUT = 0.1  # share of the sentences that training never sees
-FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
-MIN_SECONDS = 0.6
-DIGIT, BLANK = 4.0, 0.5  # how long digits, and blanks and signs, are said; a letter: 1
-# All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), words per second
-# (characters in UNSPACED; "-": not known), a sentence. experiments/pace.py measures the pace.
-LANGUAGE_ROWS = [line.split("\t") for line in
-                 (POCKET / "languages.tsv").read_text("utf-8").splitlines()]
-PACE = {code: float(pace) for code, _, pace, _ in LANGUAGE_ROWS if pace != "-"}
-DEFAULT_WORDS, DEFAULT_CHARACTERS = 2.7, 7.0  # per second, where it is not known: a mean; a guess
 
 
 class Sentence(NamedTuple):
@@ -77,42 +65,6 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
     languages = sorted({s.language for s in sentences})
     groups = ([s for s in sentences if s.language == code] for code in languages)
     return [s for group in groups for s in group[: math.ceil(n / len(languages))]]
-
-
-# ---- length ----------------------------------------------------------------------------------
-
-
-@lru_cache(2**12)  # it is asked for wherever a length is needed
-def char_durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
-    """The length rule: frames that each character lasts (S,), at speed 2 half as many, but a letter
-    at least one.
-
-    Raises BadInput for a speed that is out of range.
-    """
-    if not 0.1 <= speed <= 10:
-        raise BadInput(f"speed {speed} is out of range; 1 is natural, 0.1 to 10 is possible")
-    language, text = sentence
-    weight = dict(L=1.0, M=1.0, N=DIGIT)  # letters, their marks, digits
-    weights = np.array([0.0 if c in JOINERS else weight.get(unicodedata.category(c)[0], BLANK)
-                        for c in strip_unspoken(text)])
-    pace = PACE.get(language, DEFAULT_CHARACTERS if language in UNSPACED else DEFAULT_WORDS)
-    # A digit is said as a word.
-    n_words = sum(max(1, sum(map(str.isdigit, word))) for word in words(text, language))
-    seconds = max(n_words / pace, MIN_SECONDS) / speed
-    frames = math.ceil(max(seconds * FRAMES_PER_SECOND, weights.sum()))
-    durations = weights / weights.sum() * frames
-    durations.flags.writeable = False  # the cache keeps it
-    return durations
-
-
-def count_frames(durations: np.ndarray) -> int:
-    """Whole frames that durations (S,) need."""
-    return math.ceil(round(float(durations.sum()), 3))  # no frame more for a rounding error
-
-
-def n_frames(sentence: Sentence, speed: float = 1.0) -> int:
-    """Frames that the sentence lasts by the length rule."""
-    return count_frames(char_durations(sentence, speed))
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -171,14 +123,6 @@ class Batch(NamedTuple):
         """True in the frames of an item, (B, T)."""
         position = torch.arange(self.cond["alignment"].shape[1], device=self.targets.device)
         return position < self.cond["frames"][:, None]
-
-    def shard(self, rank: int, n_ranks: int) -> "Batch":
-        """Every n_ranks-th item; what does not divide is left out, but each process has one."""
-        n = len(self.sentences)
-        part = slice(rank % n, n - n % n_ranks or n, n_ranks)
-        cond = {name: x[part] for name, x in self.cond.items()}
-        x1 = None if self.x1 is None else self.x1[part]
-        return Batch(self.sentences[part], cond, self.targets[part], self.token_frames[part], x1)
 
     def to(self, whisper: FrozenWhisper) -> "Batch":
         """On the decoder's device, with Whisper's embeddings in place of token numbers; once."""

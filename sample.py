@@ -11,14 +11,14 @@ import argparse
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 
 import data
 import flow
-from data import FRAMES_PER_SECOND, Sentence
+from data import Sentence
 from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
@@ -29,8 +29,9 @@ from speech.align import durations_by
 from speech.sound import another_voice, pace, wav_files, write_manifest, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
+from text.report import show_round_trip
 from text.sources import print_notes, read_texts
-from train import LATENTS, RoundTrip, generate, load_checkpoint, round_trips
+from train import LATENTS, generate, load_checkpoint, round_trips
 from whisper_decoder import FrozenWhisper
 
 
@@ -60,23 +61,6 @@ def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Senten
     speed = pace(text, args.speed, args.seed, args.rooms)
     parts = split_long(text, whisper, speed, durations)
     return [(part, durations(part, speed)) for part in parts]
-
-
-def show(text: Sentence, whole: str, pieces: Sequence[RoundTrip], args) -> None:
-    """Print the round trip of a text: what was read, and lengths and scores of its pieces."""
-    cer, wer, _ = error_rates([text], [whole])
-    read, frames = [piece.read for piece in pieces], sum(len(piece.x1) for piece in pieces)
-    in_pieces = f" in {len(pieces)} pieces" if len(pieces) > 1 else ""
-    print(f"text         {text.text}  [{text.language}]")
-    print(f"read back    {whole}")
-    print(f"errors       CER {cer:.1%}, WER {wer:.1%}")
-    print(f"confidence   mean log-probability {np.mean([r.avg_logprob for r in read]):.2f}, no "
-          f"speech {max(r.no_speech_prob for r in read):.2f}, compression "
-          f"{max(r.compression_ratio for r in read):.2f}")
-    if max(r.compression_ratio for r in read) > 2.4:  # as whisper.transcribe has it
-        print("note         what was read repeats itself; try another --seed")
-    print(f"flow         {frames / FRAMES_PER_SECOND:.2f} s, {frames} frames{in_pieces}, "
-          f"{args.steps} {args.method} steps, NFE {args.solver.nfe}, seed {args.seed}")
 
 
 def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args) -> None:
@@ -145,7 +129,7 @@ def main(argv=None) -> None:
         group = list(islice(remaining, len(parts[i])))
         hypotheses.append(join(text.text, [piece.sentence.text for piece in group],
                                [piece.read.text for piece in group]))
-        show(text, hypotheses[-1], group, args)
+        show_round_trip(text, hypotheses[-1], group, args)
         if i == 0 and not args.text_file:
             print(f"forming      {group[0].sentence.text[:70]}")
             show_forming(model, whisper, *parts[0][0], args)

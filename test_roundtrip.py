@@ -31,6 +31,7 @@ from model import REACH, DiT, DiTConfig
 from plumbing.errors import BadInput
 from pocket.clips import spoken_clips
 from speech.ear import Ear, Room, room_of_step
+from text.durations import char_durations
 from text.error_rates import error_rates
 from whisper_decoder import FrozenWhisper
 
@@ -78,8 +79,7 @@ def network(whisper: FrozenWhisper) -> DiT:
 
 
 def batch_of(whisper: FrozenWhisper, sentences=SENTENCES) -> data.Batch:
-    durations = [data.char_durations(s) for s in sentences]
-    return data.make_batch(sentences, whisper, durations).to(whisper)
+    return data.make_batch(sentences, whisper, [*map(char_durations, sentences)]).to(whisper)
 
 
 def spoken(whisper: FrozenWhisper, every: int):

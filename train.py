@@ -5,7 +5,7 @@
     python train.py --data fr=livre.txt builtin --whisper tiny      # --help lists all flags
     python train.py --resume            # go on where Ctrl-C stopped it
 """
-from plumbing.errors import BadInput, first_line, guard, is_out_of_memory  # first, for Ctrl-C
+from plumbing.errors import BadInput, as_bad_input, guard  # first, for Ctrl-C
 import copy
 import math
 import time
@@ -25,11 +25,11 @@ from model import DiT, DiTConfig
 from plumbing import devices
 from plumbing.files import Log, atomic_write, fingerprint, locked
 from plumbing.flags import check_flags, check_same, flag, parse_flags
-from plumbing.report import report
 from speech.align import durations_by
 from speech.ear import Ear, Room, room_of_step
 from text.error_rates import cer_by_language, error_rates
 from text.long import MixedBatches
+from text.report import report
 from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper
 
@@ -233,7 +233,8 @@ def load_checkpoint(path: Path) -> dict:
     path = path if path.is_file() or path.suffix == ".pt" else path / "ckpt.pt"
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}; `python train.py --out_dir {path.parent}` makes one")
-    try:
+    with as_bad_input(f"{path} cannot be used as a checkpoint of this train.py",
+                      "give another, or train again"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["config"] = asdict(Config(**checkpoint["config"]))
         model = DiT(DiTConfig(**checkpoint["model_config"]))
@@ -246,11 +247,6 @@ def load_checkpoint(path: Path) -> dict:
                 and [len(x["params"]) for x in groups] == [len(list(model.parameters()))]):
             raise ValueError("weights that are no numbers, an impossible step or optimizer")
         return checkpoint
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise BadInput(f"{path} cannot be used as a checkpoint of this train.py "
-                       f"({first_line(error)}); give another, or train again") from error
 
 
 def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = objective,
@@ -263,7 +259,7 @@ def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = 
     log = Log(run.path.with_name("log.csv"), LOG, run.step) if rank == 0 else None
     with devices.catch_interrupts() as stops:
         for batch in bar:
-            batch = batch.shard(rank, n_ranks).to(whisper)  # all ranks make the same one
+            batch = devices.shard(batch, rank, n_ranks).to(whisper)  # all ranks make the same one
             # Other numbers than those that drew the batch, and of this process alone.
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)

@@ -5,8 +5,8 @@ and variance 1, as N(0, I) has; the decoder reads it. speech/ear.py's critic has
 `bound`, `speed_range`, `latents`, `features`, `text_loss` and `directions`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
-P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, H heads, R different
-rows of the token embedding.
+P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, R different rows of
+the token embedding.
 """
 from functools import cached_property
 from typing import Sequence
@@ -20,6 +20,7 @@ from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.decoding import DecodingResult
 from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
+from plumbing.attention import attend, keys_and_values, silence_behind
 from plumbing.devices import KERNELS
 from plumbing.errors import BadInput
 from plumbing.weights import distinct_rows, load_whisper, weights_fingerprint
@@ -66,17 +67,7 @@ class FrozenWhisper:
     @cached_property
     def silence_keys(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the silence in each layer of the decoder, (P, E) twice."""
-        with torch.autocast(self.device.type, enabled=False):
-            return [(block.cross_attn.key(self.silence), block.cross_attn.value(self.silence))
-                    for block in self.model.decoder.blocks]
-
-    def silence_behind(self, frames: Tensor, n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For `attend`, in each layer: keys and values of the silence behind the shortest item, and
-        the mask (B, 1, 1, n + silence) of n frames of speech and that silence. frames: (B,)."""
-        shortest = int(frames.min())
-        is_speech = torch.arange(self.max_frames, device=frames.device) < frames[:, None]
-        is_seen = torch.cat([is_speech[:, :n], ~is_speech[:, shortest:]], 1)[:, None, None]
-        return [(k[shortest:], v[shortest:], is_seen) for k, v in self.silence_keys]
+        return keys_and_values(self.model.decoder, self.silence)
 
     def check_language(self, language: str) -> str:
         """A code or English name -> the code; BadInput if this checkpoint does not know it."""
@@ -180,12 +171,13 @@ class FrozenWhisper:
         """
         decoder, inputs = self.model.decoder, targets[:, :-1].clamp(min=0)
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
-        silences = None if frames is None else self.silence_behind(frames, features.shape[1])
+        if frames is not None:
+            silences = silence_behind(self.silence_keys, frames, features.shape[1])
         for i, block in enumerate(decoder.blocks):
             x = x + block.attn(block.attn_ln(x), mask=decoder.mask)[0]
             y = block.cross_attn_ln(x)
-            x = x + (attend(block.cross_attn, y, features, *silences[i]) if silences else
-                     block.cross_attn(y, features)[0])
+            x = x + (block.cross_attn(y, features)[0] if frames is None else
+                     attend(block.cross_attn, y, features, *silences[i]))
             x = x + block.mlp(block.mlp_ln(x))
         return decoder.ln(x)
 
@@ -218,19 +210,3 @@ def mean_per_item(values: Tensor, mask: Tensor) -> Tensor:
     """Values of what a mask (B, L) marks, in its order -> their mean in each item (B,)."""
     grid = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
     return grid.sum(1) / mask.sum(1)
-
-
-def attend(layer: torch.nn.Module, x: Tensor, speech: Tensor, silent_k: Tensor, silent_v: Tensor,
-           is_seen: Tensor) -> Tensor:
-    """Whisper's cross-attention to speech and silence, (B, L, E), (B, T, E), ... -> (B, L, E).
-
-    Scores of both stand side by side in one softmax, which is exact; see `silence_behind`.
-    """
-    split = lambda x: x.unflatten(-1, (layer.n_head, -1)).transpose(-3, -2)  # noqa: E731
-    q, k, v = map(split, (layer.query(x), layer.key(speech), layer.value(speech)))
-    silent_k, silent_v = split(silent_k), split(silent_v)  # (H, silence, E/H)
-    q, n = q / q.shape[-1] ** 0.5, speech.shape[1]  # q (B, H, L, E/H)
-    scores = torch.cat([q @ k.mT, torch.einsum("bhld,hpd->bhlp", q, silent_k)], 3)
-    weights = scores.masked_fill(~is_seen, -torch.inf).softmax(3)
-    y = weights[..., :n] @ v + torch.einsum("bhlp,hpd->bhld", weights[..., n:], silent_v)
-    return layer.out(y.transpose(1, 2).flatten(2))

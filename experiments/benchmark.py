@@ -29,8 +29,10 @@ from model import DiT, DiTConfig  # noqa: E402
 from plumbing.devices import choose_device, has_bf16, mixed_precision, peak_memory  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import room_of_step  # noqa: E402
+from text.durations import FRAMES_PER_SECOND  # noqa: E402
 from text.long import MixedBatches  # noqa: E402
 from text.sources import load_data  # noqa: E402
+from text.spelling import words  # noqa: E402
 
 # n_mels, width, heads, encoder layers, decoder layers, n_vocab of the official checkpoints
 SHAPES = {
@@ -106,7 +108,7 @@ def choose(sentences: list, span: str, n_languages: int) -> list:
     if not (shortest.isdecimal() and longest.isdecimal()):
         raise BadInput(f"--words {span} is no range; give for example 5-10")
     chosen = [s for s in sentences if s.language in codes[: n_languages or None]
-              and int(shortest) <= len(data.words(*s[::-1])) <= int(longest)]
+              and int(shortest) <= len(words(*s[::-1])) <= int(longest)]
     if not chosen:
         raise BadInput(f"no sentence of {span} words in {n_languages} languages; give more --data")
     return chosen
@@ -156,7 +158,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
         backward(loss)
         update()
         run.optimizer.zero_grad()
-    seconds = sum(frames) / args.steps / data.FRAMES_PER_SECOND
+    seconds = sum(frames) / args.steps / FRAMES_PER_SECOND
     form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
     parts = " | ".join(f"{1000 * times[part] / args.steps:.0f}" for part in PARTS)
     print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | {n} | {span} | "

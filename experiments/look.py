@@ -22,6 +22,7 @@ from experiments import figures  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech.recordings import speech_span  # noqa: E402
+from text.durations import FRAMES_PER_SECOND  # noqa: E402
 
 
 def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
@@ -30,7 +31,7 @@ def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
         1, len(panels), figsize=(2 * len(panels), 3), sharey=True, layout="constrained")
     for axis, (title, x, read) in zip(axes, panels):
         axis.imshow(x.T.numpy(), origin="lower", aspect="auto", vmin=-3, vmax=3, cmap="magma",
-                    extent=(0, len(x) / data.FRAMES_PER_SECOND, 0, x.shape[1]))
+                    extent=(0, len(x) / FRAMES_PER_SECOND, 0, x.shape[1]))
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("\n".join(textwrap.wrap(read, 26)), fontsize=8, loc="left", va="top")
     axes[0].set_ylabel("channel", fontsize=8)

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
 from pocket import make_pocket  # noqa: E402
+from text.durations import LANGUAGE_ROWS  # noqa: E402
+from text.spelling import words  # noqa: E402
 
 # Letters that espeak-ng names in place of reading them, and how it reads them.
 RESPELLED = {"as": {"\u09af\u09bc": "\u09df", "\u09a2\u09bc": "\u09f0"},
@@ -39,12 +40,12 @@ def seconds(text: str, voice: str) -> float | None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     make_pocket.need_espeak()
-    for code, iso, _, text in data.LANGUAGE_ROWS:
+    for code, iso, _, text in LANGUAGE_ROWS:
         said = text
         for sign, letters in RESPELLED.get(code, {}).items():
             said = said.replace(sign, letters)
         spoken = seconds(said, make_pocket.voice_of(code))
-        pace = f"{len(data.words(text, code)) / spoken:.1f}" if spoken else "-"
+        pace = f"{len(words(text, code)) / spoken:.1f}" if spoken else "-"
         print(code, iso, pace)
 
 

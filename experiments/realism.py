@@ -56,6 +56,7 @@ from speech import sound  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import speech_span  # noqa: E402
 from speech.sound import log_mel  # noqa: E402
+from text.durations import FRAMES_PER_SECOND  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -240,7 +241,7 @@ class Study:
         versions = [say(v) for v in range(N_VERSIONS)]
         figures = dict(lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
                        diversity=diversity(versions),
-                       seconds=statistics.mean(map(len, x1)) / data.FRAMES_PER_SECOND)
+                       seconds=statistics.mean(map(len, x1)) / FRAMES_PER_SECOND)
         if self.has_voices:
             figures |= dict(frechet=frechet(torch.cat(x1), torch.cat(self.reference)),
                             classifier=classifier_accuracy(x1, self.reference, seed))

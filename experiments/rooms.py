@@ -25,6 +25,7 @@ from model import bounded  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import ROOM, Ear, Room  # noqa: E402
+from text.durations import FRAMES_PER_SECOND, char_durations, n_frames  # noqa: E402
 from text.sources import load_sentences  # noqa: E402
 
 RATE = 0.1  # of Adam, on x1
@@ -76,13 +77,13 @@ def main(argv=None) -> dict[str, tuple[float, float]]:
         raise BadInput(f"{args.whisper} hears {ear.channels} bins and {args.judge} {judge.channels}"
                        "; give a judge that hears as many")
     held_out = data.split(load_sentences(args.data, ear))[1]
-    longest = min(data.FRAMES_PER_SECOND * args.longest, judge.max_frames)
-    short = [s for s in held_out if data.n_frames(s) <= longest and s.language in judge.languages]
+    longest = min(FRAMES_PER_SECOND * args.longest, judge.max_frames)
+    short = [s for s in held_out if n_frames(s) <= longest and s.language in judge.languages]
     if not short or args.sentences < 1 or args.steps < 1:
         raise BadInput(f"--longest {args.longest} --sentences {args.sentences} --steps {args.steps}"
                        " leave nothing to do; give more")
     sentences, rates = per_language(short, args.sentences), {}
-    batch = data.make_batch(sentences, ear, [data.char_durations(s) for s in sentences]).to(ear)
+    batch = data.make_batch(sentences, ear, [char_durations(s) for s in sentences]).to(ear)
     print(f"| {len(sentences)} held-out sentences | {args.whisper} | {args.judge} |\n"
           "| --- | --- | --- |")
     for name, strength in strengths.items():

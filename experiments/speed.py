@@ -27,6 +27,7 @@ from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.sound import griffin_lim  # noqa: E402
+from text.durations import FRAMES_PER_SECOND, count_frames  # noqa: E402
 from text.sources import split_of  # noqa: E402
 
 
@@ -85,17 +86,17 @@ def main(argv=None) -> None:
         sentences = data.per_language(held_out, args.sentences)
         for size in (1, len(sentences)):
             groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
-            frames = sum(data.count_frames(rule(s, speed)) for s in sentences)
-            seconds = frames / data.FRAMES_PER_SECOND
+            frames = sum(count_frames(rule(s, speed)) for s in sentences)
+            seconds = frames / FRAMES_PER_SECOND
 
             def in_turn() -> None:
                 for group in groups:
-                    longest = max(data.count_frames(rule(s, speed)) for s in group)
+                    longest = max(count_frames(rule(s, speed)) for s in group)
                     codes, texts = zip(*group)
                     tokens = critic.target_tokens(texts, codes).to(device)
                     # It has no larger head.
                     say_in_turn(rival, N_CODES + tokens % N_CODES,
-                                longest * PER_SECOND // data.FRAMES_PER_SECOND)
+                                longest * PER_SECOND // FRAMES_PER_SECOND)
 
             def at_once(steps: int, kind: str) -> None:
                 for group in groups:

@@ -24,6 +24,7 @@ from experiments.student import greedy_cer, load_judge  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from text.durations import FRAMES_PER_SECOND, count_frames  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import split_of  # noqa: E402
 
@@ -50,16 +51,16 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
     held_out = [s for s in split_of(checkpoint["config"], whisper)[1]
                 if fits(s, whisper, slowest, durations)
                 and all(s.language in reader.languages and reader.max_frames
-                        >= data.count_frames(durations(s, slowest)) for reader in readers)]
+                        >= count_frames(durations(s, slowest)) for reader in readers)]
     if not held_out:
         raise BadInput(f"no held-out sentence can be heard at all of {kind} {values}; give others")
     for value, reader in zip(values, readers):
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))
         speed = value if kind == "speed" else trained_speed
         low, high = value if kind == "seconds" else (0, math.inf)
-        frames = [data.count_frames(durations(s, speed)) for s in held_out]
+        frames = [count_frames(durations(s, speed)) for s in held_out]
         sentences = data.per_language([s for s, x in zip(held_out, frames) if low <= x
-                                       / data.FRAMES_PER_SECOND < high], n)
+                                       / FRAMES_PER_SECOND < high], n)
         if not sentences:
             raise BadInput(f"no held-out sentence lasts {low} to {high} seconds; give others")
         lengths = [durations(s, speed) for s in sentences]

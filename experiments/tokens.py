@@ -49,7 +49,7 @@ from experiments.utterances import (  # noqa: E402
 )
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
-from plumbing.errors import BadInput, first_line, guard  # noqa: E402
+from plumbing.errors import BadInput, as_bad_input, first_line, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
 from plumbing.flags import check_same  # noqa: E402
 from plumbing.weights import state_fingerprint  # noqa: E402
@@ -219,15 +219,13 @@ def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: in
 def load_quantiser(path: Path, whisper: FrozenWhisper) -> Quantiser:
     """What `main` saved; BadInput if it is missing, something else, or of another Whisper."""
     quantiser = Quantiser(whisper).eval()
-    try:
+    with as_bad_input(f"{path} is no quantiser of {whisper.name}",
+                      "experiments/tokens.py makes one where --quantiser is left out"):
         saved = torch.load(path, weights_only=True)
         if saved["whisper"] != whisper.fingerprint:
             raise ValueError("it is of another")
         quantiser.load_state_dict(saved["quantiser"])
         quantiser.languages = saved["languages"]
-    except Exception as error:
-        raise BadInput(f"{path} is no quantiser of {whisper.name} ({first_line(error)}); "
-                       "experiments/tokens.py makes one where --quantiser is left out") from error
     return quantiser
 
 

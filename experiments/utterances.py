@@ -30,6 +30,7 @@ from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
 from speech.recordings import speech_span  # noqa: E402
 from speech.sound import log_mel  # noqa: E402
+from text.durations import char_durations, count_frames  # noqa: E402
 from text.sources import MAX_NOTES, print_notes  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -161,8 +162,8 @@ def even(speech: Speech, speed: float = 1.0) -> Speech:
     """
     x1 = []
     for sentence, x, n in zip(*speech, align.align_characters(*speech)):
-        rule = data.char_durations(sentence, speed)
-        frames = data.count_frames(rule)
+        rule = char_durations(sentence, speed)
+        frames = count_frames(rule)
         ends, even_ends = (np.cumsum([0, *widths[n > 0]]) for widths in (n, rule))
         frame = (np.arange(frames) + 0.5) / frames * even_ends[-1]
         x1.append(resample(x, np.interp(frame, even_ends, ends) - 0.5))

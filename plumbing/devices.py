@@ -133,6 +133,16 @@ def first_rank_first(rank: int):
             wait_for_all()
 
 
+def shard(batch: "data.Batch", rank: int, n_ranks: int) -> "data.Batch":  # noqa: F821
+    """Every n_ranks-th item; what does not divide is left out, but each process has one."""
+    n = len(batch.sentences)
+    part = slice(rank % n, n - n % n_ranks or n, n_ranks)
+    fields = batch._asdict()
+    cond = {name: x[part] for name, x in fields.pop("cond").items()}
+    return batch._replace(cond=cond, **{name: x if x is None else x[part]
+                                        for name, x in fields.items()})
+
+
 def average_gradients(model: torch.nn.Module, stop: bool) -> bool:
     """Gradients become their mean over all processes -> whether one of these is to stop."""
     if not dist.is_initialized():

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Callable
@@ -40,6 +41,17 @@ def first_line(error: Exception) -> str:
 def is_out_of_memory(error: Exception) -> bool:
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or bool(re.search("(allocate|out of|not enough) memory|ALLOC_FAILED", str(error))))
+
+
+@contextmanager
+def as_bad_input(what: str, way_out: str):
+    """Whatever fails inside, such as a download, becomes a BadInput, but for lack of memory."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"{what} ({first_line(error)}); {way_out}") from error
 
 
 class Outliving:

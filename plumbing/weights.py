@@ -7,10 +7,10 @@ import torch
 import whisper
 from torch import Tensor
 
-from plumbing.errors import BadInput, first_line, is_out_of_memory
+from plumbing.errors import BadInput, as_bad_input
 from plumbing.files import fingerprint
 
-POCKET_WEIGHTS = Path(__file__).parent.parent / "pocket" / "pocket.pt"
+POCKET = Path(__file__).parent.parent / "pocket"
 
 
 def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
@@ -20,19 +20,15 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
         raise BadInput(f"the Whisper {name} is not there; put it back, or train with another")
     if name not in names and not Path(name).is_file():
         raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
-    try:
-        model = whisper.load_model(str(POCKET_WEIGHTS) if name == "pocket" else name, "cpu")
+    hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves them"
+            if Path(name).is_file() else "check the network, or use the embedded pocket")
+    with as_bad_input(f"cannot load Whisper {name!r}", hint):
+        model = whisper.load_model(str(POCKET / "pocket.pt") if name == "pocket" else name, "cpu")
         d = model.dims
         whole = not (d.n_audio_state % d.n_audio_head or d.n_text_state % d.n_text_head)
         if not (whole and d.n_audio_state == d.n_text_state and d.n_mels in (80, 128)
                 and d.n_vocab >= 51864):
             raise ValueError(f"no Whisper has such sizes: {d}")
-    except Exception as error:  # whatever the download, torch.load and the constructor raise
-        if is_out_of_memory(error):
-            raise
-        hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves "
-                "them" if Path(name).is_file() else "check the network, or use the embedded pocket")
-        raise BadInput(f"cannot load Whisper {name!r} ({first_line(error)}); {hint}") from error
     if device.type == "mps":  # has no sparse tensors; only word times need these
         model.alignment_heads = model.alignment_heads.to_dense()
     return model.to(device)

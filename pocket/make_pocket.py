@@ -34,10 +34,11 @@ sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint  # noqa: E402
-from plumbing.weights import POCKET_WEIGHTS  # noqa: E402
+from plumbing.weights import POCKET  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
 from speech.sound import resample  # noqa: E402
+from text.durations import FRAMES_PER_SECOND, n_frames  # noqa: E402
 from text.error_rates import error_rates  # noqa: E402
 from text.sources import builtin  # noqa: E402
 from text.spelling import between_words  # noqa: E402
@@ -185,7 +186,7 @@ def read_clips(path):
 
 def takes(sentence):
     """How often it is spoken: few short sentences exist, and spoken once they are not learned."""
-    seconds = data.n_frames(sentence) / data.FRAMES_PER_SECOND
+    seconds = n_frames(sentence) / FRAMES_PER_SECOND
     return min(max(round((3 / seconds) ** 2), 1), MAX_TAKES)
 
 
@@ -455,7 +456,7 @@ def main():
     parser.add_argument("--work_dir", type=Path, default=HERE / "build", help="shards and state")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the network, not of the speech")
-    parser.add_argument("--out", type=Path, default=POCKET_WEIGHTS)
+    parser.add_argument("--out", type=Path, default=POCKET / "pocket.pt")
     parser.add_argument("--test", type=int, default=500, help="test sentences per language")
     parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
@@ -486,7 +487,7 @@ def main():
         print(f"sentences that are not in the training text, in voices {name} in training:")
         check(whisper, tests, clips)
     where = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}
-    if args.out == POCKET_WEIGHTS:
+    if args.out == POCKET / "pocket.pt":
         shipped = [i for c in LANGUAGES for i in where[c][: args.ship]]
         save_speech([tests[i] for i in shipped], [clips[i] for i in shipped], SPEECH)
         print(f"{SPEECH}: {SPEECH.stat().st_size / 1e6:.2f} MB")

@@ -12,7 +12,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from data import Sentence, char_durations
+from data import Sentence
+from text.durations import char_durations
 from text.spelling import JOINERS, strip_unspoken
 
 PAUSE, EDGE = " ", "\n"  # between words; before the first and after the last character

@@ -29,13 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 from whisper.audio import HOP_LENGTH
 
-from data import FRAMES_PER_SECOND, Sentence, count_frames
+from data import Sentence
 from flow import MAX_STEPS, Solver
 from plumbing import flags
 from plumbing.errors import BadInput
 from plumbing.files import atomic_write, fingerprint, locked
 from plumbing.weights import state_fingerprint
 from speech.sound import griffin_lim, is_whole_wav, log_mel, write_samples
+from text.durations import FRAMES_PER_SECOND, count_frames
 from text.error_rates import error_rates
 from text.sources import (
     kind, lines_of, local_file, note_english, note_other, other_language, print_notes, read_line,

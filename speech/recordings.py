@@ -25,6 +25,7 @@ from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write, fingerprint
 from speech.align import Rhythm, align_characters, fit_rhythm, spelling
 from speech.sound import log_mel, resample
+from text.durations import FRAMES_PER_SECOND
 from text.sources import MAX_NOTES, make_sentence, way_to_utf8
 from whisper_decoder import FrozenWhisper
 
@@ -188,7 +189,7 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
         raise BadInput(f"{folder} has no usable recording; {reasons[0]}")
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"{len(notes) - MAX_NOTES} more recordings are left out"]
-    minutes = sum(len(r.x1) for r in training) / data.FRAMES_PER_SECOND / 60
+    minutes = sum(len(r.x1) for r in training) / FRAMES_PER_SECOND / 60
     return training, [*notes, f"{len(training)} recordings, {minutes:.1f} minutes of speech; "
                               f"{len(known) - len(training)} of held-out sentences are left out"]
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from whisper.audio import log_mel_spectrogram
 
-import data
 import sample
 from data import Sentence
 from plumbing.errors import BadInput
@@ -17,6 +16,7 @@ from speech import sound
 from speech.ear import MEL_STD, NEAR, ROOM, VOICE, Ear, Room, random_room
 from speech.recordings import read_manifest
 from test_roundtrip import SENTENCES, batch_of, cer_of, close, randn, sampled, spoken
+from text.durations import char_durations
 
 
 def test_ear_without_a_room_hears_what_whisper_hears(ear):
@@ -174,7 +174,7 @@ def test_a_quiet_spectrogram_is_heard_above_no_silence_that_whisper_cannot_make(
 def test_lens_tells_tokens_apart_near_their_frames(ear):
     batch = batch_of(ear, [Sentence("en", "The dog sleeps.")])  # tokens of 3, 4, 7 and 1 letters
     frames, targets = batch.token_frames, batch.targets
-    ends = np.cumsum([0, *data.char_durations(batch.sentences[0])])
+    ends = np.cumsum([0, *char_durations(batch.sentences[0])])
     middles = np.interp([1.5, 5, 10.5, 14.5], range(16), ends)
     close(frames[0], torch.tensor([-1] * 4 + middles.tolist() + [-1]))
     tokens = targets[0, 4:-1]

@@ -24,10 +24,13 @@ from experiments import (
 )
 from plumbing.errors import BadInput
 from plumbing.files import Log
+from plumbing.weights import POCKET
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech import sound
 from speech.ear import ROOM, VOICE
 from speech.recordings import speech_span
+from text import spelling
+from text.durations import LANGUAGE_ROWS, PACE, char_durations, n_frames
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
 
@@ -43,7 +46,7 @@ def checkpoints(tmp_path_factory):
     paths = {}
     for name, kind in train.LATENTS.items():
         config = train.Config(str(tmp_path_factory.mktemp(name)), latent=name, depth=1,
-                              data=(str(data.POCKET / "sentences"),), max_lines=400)
+                              data=(str(POCKET / "sentences"),), max_lines=400)
         run = train.Run(config, kind("pocket"))
         run.save(Log(run.path.with_name("log.csv"), train.LOG, 0))
         paths[name] = str(run.path)
@@ -59,10 +62,10 @@ def test_sentences_are_those_of_the_grammars_and_phases_follow_each_other(tmp_pa
     monkeypatch.setattr(make_pocket, "HERE", tmp_path)
     monkeypatch.setattr(make_pocket, "SENTENCES", tmp_path)
     make_pocket.write_sentences()
-    for path in (data.POCKET / "sentences").iterdir():
+    for path in (POCKET / "sentences").iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
     # Short sentences are spoken more often.
-    takes = [make_pocket.takes(s) for s in sorted(builtin(), key=data.n_frames)]
+    takes = [make_pocket.takes(s) for s in sorted(builtin(), key=n_frames)]
     assert takes == sorted(takes, reverse=True)
     assert takes[0] == make_pocket.MAX_TAKES and takes[-1] == 1
     (n, *first), (_, *second) = make_pocket.PHASES[:2]
@@ -189,8 +192,8 @@ def test_espeak_speaks_once_and_in_the_time_there_is(tmp_path, monkeypatch):
         file.write_bytes(file.read_bytes()[:-99])  # a copy that broke off
     again = make_pocket.speak_all(TEXTS, variants, 1, tmp_path, "x")
     assert all(map(np.array_equal, b, again))
-    text = next(text for code, *_, text in data.LANGUAGE_ROWS if code == "fi")
-    assert abs(len(data.words(text, "fi")) / pace.seconds(text, "fi") / data.PACE["fi"] - 1) < 0.1
+    text = next(text for code, *_, text in LANGUAGE_ROWS if code == "fi")
+    assert abs(len(spelling.words(text, "fi")) / pace.seconds(text, "fi") / PACE["fi"] - 1) < 0.1
 
 
 def test_measures_of_known_distributions():
@@ -213,10 +216,10 @@ def test_even_speech_gives_every_letter_the_same_time_and_blanks_half(monkeypatc
     monkeypatch.setattr(utterances.align, "align_characters", lambda *_: [lasting])
     x1 = torch.eye(14).repeat_interleave(torch.from_numpy(lasting[:14]), dim=0)
     slow = utterances.even(student.Speech([sentence], [x1])).x1[0]
-    assert len(slow) == data.n_frames(sentence) > 42
+    assert len(slow) == n_frames(sentence) > 42
     fast = utterances.even(student.Speech([sentence], [x1]), 1.2).x1[0]
-    assert len(fast) == data.n_frames(sentence, 1.2) < len(slow)
-    rule = data.char_durations(sentence)[:14]
+    assert len(fast) == n_frames(sentence, 1.2) < len(slow)
+    rule = char_durations(sentence)[:14]
     assert rule[4] < 0.6 * rule[0]  # a blank
     frames = rule / rule.sum() * len(slow)
     assert np.abs(np.bincount(slow.argmax(-1), minlength=14) - frames).max() <= 1
@@ -428,7 +431,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
         sweep.main(["speed", "2", "0.5", "--checkpoints", checkpoints[latent]])
         assert chosen.pop() == chosen.pop()  # those that fit at the slower one
         sweep.main(["seconds", "0-1", "1-2", "--checkpoints", checkpoints[latent]])
-    assert [{data.n_frames(s) // 50 for s in part} for part in chosen] == [{0}, {1}]
+    assert [{n_frames(s) // 50 for s in part} for part in chosen] == [{0}, {1}]
     out = capsys.readouterr().out
     assert out.endswith(f"\n| sentences | {len(chosen[0])} | {len(chosen[1])} |\n")
     for wrong in ("--steps", "--batch_size"):
@@ -441,7 +444,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     assert lines[2].split(" | ")[1:5:3] == ["12", "37 M"]
     monkeypatch.setitem(benchmark.SHAPES, "tiny", (80, 64, 2, 1, 1, 51865))
     for code in ("de", "en"):
-        lines = (data.POCKET / "sentences" / f"{code}.txt").read_text("utf-8").splitlines()[:400]
+        lines = (POCKET / "sentences" / f"{code}.txt").read_text("utf-8").splitlines()[:400]
         (tmp_path / f"{code}.txt").write_text("\n".join(lines), "utf-8")
     args = argparse.Namespace(device="cpu", latent=latent, depth=0, data=[str(tmp_path)], steps=1,
                               warmup=1, batch_size=[4], words=["3-4"], languages=[2])

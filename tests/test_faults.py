@@ -28,6 +28,7 @@ from plumbing.flags import parse_flags
 from speech import recordings
 from speech.recordings import read_audio, soundfile
 from test_roundtrip import FLAGS, ROOT, random_whisper
+from text.durations import LANGUAGE_ROWS, char_durations, n_frames
 from text.error_rates import error_rates
 from text.sources import (
     builtin, load_data, make_sentence, read_file, read_texts, split_of,
@@ -87,7 +88,7 @@ def test_a_whisper_of_sizes_that_do_not_fit(tmp_path, changes):
 
 
 def test_a_perfect_reading_of_every_language_has_no_errors():
-    sentences = [(code, text) for code, _, _, text in data.LANGUAGE_ROWS]
+    sentences = [(code, text) for code, _, _, text in LANGUAGE_ROWS]
     rates = error_rates(sentences, [strip_unspoken(text) for _, text in sentences])
     assert len(sentences) > 90 and rates == (0, 0, 1)
 
@@ -151,15 +152,15 @@ def test_recordings_like_held_out_sentences_are_not_learned_from(pocket, tmp_pat
 
 def test_every_letter_has_a_frame():
     for text in ("Donaudampfschifffahrt 1", "Kapitän 123456789", "狗" * 30, "no"):
-        durations = data.char_durations(data.Sentence("de", text), 1.7)
+        durations = char_durations(data.Sentence("de", text), 1.7)
         assert min(n for n, c in zip(durations, text) if c != " ") > 0.99
 
 
 def test_digits_last_as_long_as_they_are_spoken():
-    assert data.n_frames(data.Sentence("en", "It was in 1984.")) == data.n_frames(
+    assert n_frames(data.Sentence("en", "It was in 1984.")) == n_frames(
         data.Sentence("en", "It was in one nine eight four."))
-    assert data.char_durations(data.Sentence("fa", "می\u200cخواهم"))[2] == 0  # a joiner
-    durations = data.char_durations(data.Sentence("en", "Ah, 5 é."))
+    assert char_durations(data.Sentence("fa", "می\u200cخواهم"))[2] == 0  # a joiner
+    durations = char_durations(data.Sentence("en", "Ah, 5 é."))
     assert np.allclose(durations / durations[0], [1, 1, 0.5, 0.5, 4, 0.5, 1, 0.5])
 
 

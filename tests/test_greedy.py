@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-import data
+from plumbing.weights import POCKET
 from test_roundtrip import random_whisper, spoken
 from text import greedy
 from whisper_decoder import FrozenWhisper
@@ -67,7 +67,7 @@ def test_rules_and_equal_rows_change_nothing(pocket, tmp_path, monkeypatch):
     for changed, like, factor, n in ((blank, said[0], 0.99, 8), (blank, said[1], 0.99, 8),
                                      (blank, said[1], 1 - 1e-6, 7), (unused, said[0], 1, 4),
                                      (unused, no_speech, 1, 5)):
-        saved = torch.load(data.POCKET / "pocket.pt", weights_only=True)
+        saved = torch.load(POCKET / "pocket.pt", weights_only=True)
         weight = saved["model_state_dict"]["decoder.token_embedding.weight"].float()
         weight[changed] = factor * weight[like]
         saved["model_state_dict"]["decoder.token_embedding.weight"] = weight

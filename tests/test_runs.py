@@ -18,8 +18,9 @@ from data import Sentence
 from plumbing import devices
 from plumbing.errors import BadInput
 from speech.ear import LENS
-from text.error_rates import error_rates
 from test_roundtrip import FLAGS, ROOT, batch_of, close, log_of, random_whisper
+from text.durations import count_frames, n_frames
+from text.error_rates import error_rates
 
 
 def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeypatch):
@@ -156,10 +157,10 @@ def test_a_run_has_its_seed_and_its_speed(pocket, monkeypatch):
     assert not torch.equal(one.model.token_in.weight, other.model.token_in.weight)
     lengths = []
     monkeypatch.setattr(train, "round_trips", lambda model, whisper, sentences, durations, solver: (
-        lengths.extend(map(data.count_frames, durations)), [])[1])
+        lengths.extend(map(count_frames, durations)), [])[1])
     sentence = Sentence("en", "The children play football in the park.")
     one.transcribe_samples([sentence])
-    assert lengths == [data.n_frames(sentence, 2.0)] < [data.n_frames(sentence)]
+    assert lengths == [n_frames(sentence, 2.0)] < [n_frames(sentence)]
 
 
 def test_the_log_tells_the_flow_loss_by_quarters_of_time(tmp_path, monkeypatch):

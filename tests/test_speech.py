@@ -11,12 +11,14 @@ import torch
 import data
 import train
 from data import Sentence
+from plumbing import devices
 from plumbing.errors import BadInput
 from plumbing.weights import weights_fingerprint
 from pocket.clips import spoken_clips
 from speech import align, recordings, sound
 from speech.align import durations_by
 from speech.ear import Ear, room_of_step
+from text.durations import char_durations
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
 
@@ -90,7 +92,7 @@ def test_rhythm_is_that_of_the_recordings():
     assert 2 < rhythm.durations(Sentence("de", "x" * 9))[4] < 7  # never heard: about the mean
     assert np.allclose(rhythm.durations(Sentence("fr", "ang,c")), 7)
     other = Sentence("es", "nananga")
-    assert rhythm.durations(other).tolist() == data.char_durations(other).tolist()
+    assert rhythm.durations(other).tolist() == char_durations(other).tolist()
     short = align.Rhythm(**align.fit_rhythm(sentences, [np.zeros(30)] * 150))
     assert np.allclose(short.durations(Sentence("de", "an,")), [align.SHORTEST, align.SHORTEST, 0])
     assert not align.fit_rhythm([Sentence("de", "abc")], [np.ones(3)])["chars"]  # too little
@@ -211,12 +213,12 @@ def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
     for batch in (b for b in batches if b.x1 is not None):
         for s, n, x1 in zip(batch.sentences, batch.cond["frames"].tolist(), batch.x1):
             assert n == len(recorded[s]) and torch.equal(x1[:n], recorded[s])
-        second = batch.shard(1, 2)
+        second = devices.shard(batch, 1, 2)
         assert second.sentences == batch.sentences[1::2]
         assert torch.equal(second.x1, batch.x1[1::2]) and len(second.mask) == len(second.targets)
     for s, found in zip(steps.text.sentences, steps.text.durations):
         assert np.array_equal(found, durations_by(rhythm)(s, 2.0))
-        assert np.array_equal(found, data.char_durations(s) / 2) == (s.language == "fr")
+        assert np.array_equal(found, char_durations(s) / 2) == (s.language == "fr")
         assert found.sum() in steps.text.frames
     assert "4 recordings, 0.2 minutes of speech; 0 of held-out" in notes[-1]
     steps, *_ = join(folder, pocket, held_out=[Sentence("en", TEXTS[0])])
@@ -268,4 +270,4 @@ def test_training_with_recordings_goes_on_where_it_stopped(folder, tmp_path, kin
         assert all(torch.equal(x, resumed[name][key]) for key, x in straight[name].items())
     sentence = Sentence("en", TEXTS[0])
     found = durations_by(resumed["rhythm"])(sentence)
-    assert not np.allclose(found, data.char_durations(sentence))
+    assert not np.allclose(found, char_durations(sentence))

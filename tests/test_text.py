@@ -18,14 +18,15 @@ import sample
 import train
 from data import Sentence
 from model import CAPITAL, DiT, DiTConfig
+from plumbing import devices
 from plumbing.errors import BadInput
 from test_roundtrip import SENTENCES, batch_of, close, random_whisper
-from text import sources
+from text import long, sources
+from text.durations import FRAMES_PER_SECOND, LANGUAGE_ROWS, char_durations, n_frames
 from text.error_rates import edit_distance, error_rates
-from text import long
 from text.long import MixedBatches, fits, spell, split_long
 from text.sources import builtin, load_data, make_sentence
-from text.spelling import latin_letter, strip_unspoken
+from text.spelling import latin_letter, strip_unspoken, words
 from whisper_decoder import FrozenWhisper
 
 
@@ -134,11 +135,11 @@ def test_builtin_sentences_and_the_held_out_ones():
     ("zh", "老师，喝茶。", 1, 52), ("en", "a" * 90, 1, 90),
     ("hi", "हिन्दी भाषा है!", 1, 56)])
 def test_length_rule(language, text, speed, frames):
-    assert data.n_frames(Sentence(language, text), speed) == frames
-    durations = data.char_durations(Sentence(language, text), speed)
+    assert n_frames(Sentence(language, text), speed) == frames
+    durations = char_durations(Sentence(language, text), speed)
     assert len(durations) == len(text) and math.isclose(durations.sum(), frames)
     with pytest.raises(BadInput, match="speed 0 is out of range; 1 is natural"):
-        data.char_durations(Sentence(language, text), 0)
+        char_durations(Sentence(language, text), 0)
 
 
 def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(pocket, monkeypatch):
@@ -159,11 +160,11 @@ def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(po
     frames = torch.cat([batch.cond["frames"] for batch in found])
     assert 800 < frames.max() <= 1500 and frames.min() < 400 < frames.float().mean()
     assert max(len(pocket.encode(s.text, s.language)) for b in found for s in b.sentences) <= 112
-    assert sum(len(found[0].shard(rank, 4).sentences) for rank in range(4)) == 4  # none is empty
+    assert sum(len(devices.shard(found[0], i, 4).sentences) for i in range(4)) == 4  # none empty
     often = MixedBatches(dict.fromkeys(shares, 1.0) | {Sentence("en", "So it is."): 1e4}, *args)
     joined = often.lengthen(next(s for s in shares if s.language == "en"), data.generator(0, 0))
     assert len(joined.text.split(" So it is.")) > 9  # by their shares
-    assert [len(plain[0].shard(rank, 3).sentences) for rank in range(3)] == [2, 2, 2]  # of eight
+    assert [len(devices.shard(plain[0], i, 3).sentences) for i in range(3)] == [2, 2, 2]  # of 8
 
 
 def test_every_fourth_batch_has_a_few_words_of_sentences(pocket, monkeypatch):
@@ -174,7 +175,7 @@ def test_every_fourth_batch_has_a_few_words_of_sentences(pocket, monkeypatch):
     monkeypatch.setattr(long, "SPELLED", 10**9)  # none is
     found = [s for i in range(2, 400, 4) for s in batches[i].sentences]
     assert found == [s for i in range(2, 400, 4) for s in batches[i].sentences]
-    parts = lambda s: data.words(*s[::-1]) if s.language == "zh" else s.text.split()  # noqa: E731
+    parts = lambda s: words(*s[::-1]) if s.language == "zh" else s.text.split()  # noqa: E731
     short = [s for s in found if s not in shares]
     assert {*map(len, map(parts, short))} == {1, 2, 3, 4} and len(found) == 800
     for s in short:
@@ -216,10 +217,10 @@ def test_training_never_draws_held_out_words(tmp_path, monkeypatch):
 def test_long_texts_are_split_and_nothing_is_lost(pocket, language, text):
     pieces = split_long(Sentence(language, text.strip()), pocket)
     assert len(pieces) > 1 and all(fits(p, pocket, 1.0) for p in pieces)
-    assert all(data.words(p.text, language) and p.text[0] != "\u0301" for p in pieces)
+    assert all(words(p.text, language) and p.text[0] != "\u0301" for p in pieces)
     joined = sample.join(text, [p.text for p in pieces], [p.text for p in pieces])
     assert joined == text.strip(' "')
-    batch = data.make_batch(pieces, pocket, [10 * data.char_durations(p) for p in pieces])
+    batch = data.make_batch(pieces, pocket, [10 * char_durations(p) for p in pieces])
     assert batch.cond["frames"].max() == pocket.max_frames
 
 
@@ -275,12 +276,12 @@ def test_a_draw_is_that_of_multinomial_also_of_more_items_than_it_takes():
 
 
 def test_every_language_comes_through(official):
-    assert {row[0] for row in data.LANGUAGE_ROWS} == set(official.languages)
-    for code, _, _, text in data.LANGUAGE_ROWS:
+    assert {row[0] for row in LANGUAGE_ROWS} == set(official.languages)
+    for code, _, _, text in LANGUAGE_ROWS:
         sentence = make_sentence(text, code, official)
         pieces = split_long(sentence, official)  # Georgian and Burmese: a token a byte
         assert "".join(p.text for p in pieces).replace(" ", "") == text.replace(" ", ""), code
-        assert 2 < data.n_frames(sentence) / data.FRAMES_PER_SECOND < 12, code
+        assert 2 < n_frames(sentence) / FRAMES_PER_SECOND < 12, code
         said, tokens = strip_unspoken(text), official.encode(text, code)
         assert official.tokenizer(code).decode(tokens).strip() == said
         encoding = official.tokenizer(code).encoding

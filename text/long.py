@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 import data
-from data import Sentence, char_durations, count_frames
+from data import Sentence
 from plumbing.errors import BadInput
+from text.durations import char_durations, count_frames
 from text.spelling import UNSPACED, between_words, words
 from whisper_decoder import FrozenWhisper
 

@@ -21,9 +21,11 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from data import LANGUAGE_ROWS, POCKET, Sentence, n_frames, split
+from data import Sentence, split
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write
+from plumbing.weights import POCKET
+from text.durations import LANGUAGE_ROWS, n_frames
 from text.long import split_long
 from text.spelling import JOINERS, language_code, words
 from whisper_decoder import FrozenWhisper

@@ -1,0 +1,49 @@
+"""What is printed: the figures of a run, which are kept too, and a round trip."""
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+from plumbing.files import atomic_write
+from text.durations import FRAMES_PER_SECOND
+from text.error_rates import error_rates
+
+
+def block(result: dict) -> str:
+    """A line `key: value` for each."""
+    return "".join(f"{key}: {value:.4f}\n" if isinstance(value, float) else f"{key}: {value}\n"
+                   for key, value in result.items())
+
+
+def report(path: Path, **result) -> dict:
+    """Print a block of lines and write it; of over eight languages print the worst five only."""
+    shown = dict(result)
+    for steps in (1, 4):
+        cers = {key: v for key, v in result.items() if key.startswith(f"val_cer_{steps}step_")}
+        if len(cers) > 8:
+            for key in sorted(cers, key=cers.get)[:-5]:
+                del shown[key]
+            shown[f"val_cer_{steps}step_mean"] = np.mean([*cers.values()])
+            shown[f"val_cer_{steps}step_median"] = np.median([*cers.values()])
+    print(block(shown), end="")
+    with atomic_write(path) as part:
+        part.write_text(block(result))
+    return result
+
+
+def show_round_trip(text: "data.Sentence", hypothesis: str,  # noqa: F821
+                    pieces: Sequence["train.RoundTrip"], args) -> None:  # noqa: F821
+    """Print what was read of a text, and lengths and scores of its pieces; args: sample.py's."""
+    cer, wer, _ = error_rates([text], [hypothesis])
+    read, frames = [piece.read for piece in pieces], sum(len(piece.x1) for piece in pieces)
+    in_pieces = f" in {len(pieces)} pieces" if len(pieces) > 1 else ""
+    repeats = max(r.compression_ratio for r in read)
+    print(f"text         {text.text}  [{text.language}]")
+    print(f"read back    {hypothesis}")
+    print(f"errors       CER {cer:.1%}, WER {wer:.1%}")
+    print(f"confidence   mean log-probability {np.mean([r.avg_logprob for r in read]):.2f}, no "
+          f"speech {max(r.no_speech_prob for r in read):.2f}, compression {repeats:.2f}")
+    if repeats > 2.4:  # as whisper.transcribe has it
+        print("note         what was read repeats itself; try another --seed")
+    print(f"flow         {frames / FRAMES_PER_SECOND:.2f} s, {frames} frames{in_pieces}, "
+          f"{args.steps} {args.method} steps, NFE {args.solver.nfe}, seed {args.seed}")
