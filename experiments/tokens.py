@@ -254,8 +254,7 @@ def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[
     """Use and entropy of the codes; CERs of what the decoder reads in the speech ("plain") and in
     what its tokens give back ("quantised"), of all and of each language.
 
-    Both are the frames of speech alone, with silence behind: people's are often harder to read so
-    than in the whole clip.
+    Both are the frames of speech alone (`recordings.speech_span`), with silence behind.
     """
     counts = torch.tensor(sum(tokenise(quantiser, speech, whisper), [])).bincount(minlength=N_CODES)
     share = counts / counts.sum()
@@ -514,7 +513,7 @@ def quantiser_of_source(args: argparse.Namespace, whisper: FrozenWhisper) -> Qua
 def print_figures(quantiser: Quantiser, tests: dict[str, Speech], whisper: FrozenWhisper) -> None:
     """What `judge` says of each test."""
     print(f"{N_CODES} codes, {PER_SECOND} a second, of {math.log2(N_CODES):.0f} bits at most; CER "
-          "of the speech without what is before and after it, and of its tokens")
+          "of the speech, in front of silence, and of its tokens")
     for name, speech in tests.items():
         figures = judge(quantiser, speech, whisper)
         print(f"{name}: {figures['codes']} codes used, entropy {figures['entropy']:.2f} bits")

@@ -158,7 +158,7 @@ def real_test(whisper: FrozenWhisper, languages: Collection[str],
 def even(speech: Speech, speed: float = 1.0) -> Speech:
     """The same, in the rhythm of the length rule at a speed: every letter as long as any other.
 
-    Of several signs in a row one counts, and none behind the last word.
+    Of several signs in a row one counts.
     """
     x1 = []
     for sentence, x, n in zip(*speech, align.align_characters(*speech)):

@@ -41,11 +41,11 @@ def is_letter(c: str) -> bool:
 def spelling(text: str) -> tuple[str, list[int]]:
     """What is heard of a text: letters, a pause between words; their places among S (N,).
 
-    Of the signs between two words the first is the pause; the others, and joiners, take no time.
+    Of several signs in a row the first is the pause; the others, joiners and signs in front take
+    no time. Recordings end with some silence, the sign behind the last word.
     """
     heard = "".join(c if is_letter(c) or c in JOINERS else PAUSE for c in symbols(text))
-    n = len(heard.rstrip(PAUSE))  # recordings end with the last word
-    places = [i for i in range(n) if heard[i] != PAUSE or i and heard[i - 1] != PAUSE]
+    places = [i for i, c in enumerate(heard) if c != PAUSE or i and heard[i - 1] != PAUSE]
     places = [i for i in places if heard[i] not in JOINERS]
     return "".join(heard[i] for i in places), places
 

@@ -38,6 +38,7 @@ SPEECH_ALONE = 0.75  # share of the run, at its beginning, that has recordings o
 TEXT_WEIGHT = 0.2  # of the cross-entropy, in the other steps of text
 SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
+TAIL = 10  # frames behind the last sound: without them an official decoder may repeat itself
 MAX_SECONDS = 3600  # of a recording; a Whisper hears 30
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of recordings that no manifest names
 
@@ -114,9 +115,9 @@ def read_audio(path: Path) -> np.ndarray:
 
 
 def speech_span(mel: Tensor) -> slice:
-    """Latent frames between silence and silence, (M, 2P): within 40 dB, 1 in Whisper's units."""
+    """Latent frames of what is within 40 dB, 1 in Whisper's units, and TAIL behind, (M, 2P)."""
     loud = (mel.amax(0) > mel.max() - 1).nonzero()[:, 0].tolist()
-    return slice(loud[0] // 2, loud[-1] // 2 + 1)
+    return slice(loud[0] // 2, loud[-1] // 2 + 1 + TAIL)
 
 
 def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple:
@@ -150,7 +151,7 @@ def content_key(entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
     """It changes with the recordings, their texts, and who encodes them."""
     stats = [(path.stat().st_size, path.stat().st_mtime_ns) if os.path.isfile(path) else None
              for path, _ in entries]
-    return fingerprint((entries, stats, whisper.fingerprint))
+    return fingerprint((entries, stats, whisper.fingerprint, TAIL))
 
 
 def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:

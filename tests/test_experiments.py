@@ -296,7 +296,7 @@ def test_people_are_heard_where_the_text_is_new_and_has_no_digits(tmp_path, ear,
     manifest = "".join(f"{text}wav\ten\t{text}\n" for text in seconds)
     (tmp_path / "manifest.tsv").write_text(manifest)
     found = utterances.people(tmp_path, {"en"}, {"it is known"}, ear)
-    assert [s.text for s in found.sentences] == ["A new one."] and 74 <= len(found.x1[0]) <= 77
+    assert [s.text for s in found.sentences] == ["A new one."] and 84 <= len(found.x1[0]) <= 87
     err = capsys.readouterr().err
     assert "It is no sound.wav: no sound in it\n" in err and "\n1 clips of " in err
     names = [f"{text}wav" for text in seconds if seconds[text] > 1]
