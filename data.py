@@ -1,6 +1,6 @@
 """Text in, batches out: sentences, hold-out split, characters over frames, batches.
 
-B batch, S characters, U units (characters; one that is k tokens counts as k units), T latent
+B batch, S characters, U units (a character is one, or k if it is k tokens), T latent
 frames, L prompt + text + end tokens, C channels.
 """
 import hashlib
@@ -48,7 +48,7 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     """
     hashes = {s: hash_share(s) for s in sentences}
     order = sorted(sentences, key=hashes.get)  # so that the first few are a fair sample
-    last, first = ({s.language: s for s in x} for x in (order, order[::-1]))
+    last, first = ({s.language: s for s in x} for x in (order, order[::-1]))  # of each language
     # At least that with the smallest hash of all, and of each language that has two or more.
     at_least = {*order[:1], *(s for s in first.values() if s != last[s.language])}
     held_out = [s for s in order if hashes[s] <= HELD_OUT or s in at_least]
@@ -85,11 +85,11 @@ def characters(text: str) -> Tensor:
 
 def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
                whisper: FrozenWhisper) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A text over its frames, by how long its characters last (S,), in any measure.
+    """Spread a text over its frames; durations (S,): of its characters, relative to each other.
 
-    -> chars (U, BYTES + 2) and token (U,) of each unit; where in the text the middle of each frame
-    is, in units (T,), so that a unit shorter than a frame may be skipped; the middle of each token,
-    in frames.
+    -> chars (U, BYTES + 2) and token (U,) of each unit; alignment (T,): in which unit the middle of
+    each frame is, as a fraction how much of it is said (a unit shorter than a frame may have none);
+    the middle of each token, in frames.
     Units end where a character or token ends, in bytes: "河", three bytes in two tokens, is two.
     """
     language, text = sentence
@@ -125,7 +125,7 @@ class Batch(NamedTuple):
         return position < self.cond["frames"][:, None]
 
     def to(self, whisper: FrozenWhisper) -> "Batch":
-        """On the decoder's device, with Whisper's embeddings in place of token numbers; once."""
+        """Once: on the decoder's device, with Whisper's embeddings in place of token numbers."""
         cond = {name: x.to(whisper.device) for name, x in self.cond.items()}
         cond |= {name: whisper.embed(cond[name]) for name in ("tokens", "language")}
         x1 = None if self.x1 is None else self.x1.to(whisper.device).float()

@@ -1,10 +1,10 @@
 """The DiT: a transformer from noise, text and time to the endpoint of the flow.
 
 Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which character
-sounds in it, as in ZipVoice (arXiv 2506.13053), and how far that has come; Whisper's embedding of
+sounds in it, as in ZipVoice (arXiv 2506.13053), and how much of it is said; Whisper's embedding of
 its token also goes straight into the endpoint.
 
-B batch, U units of text (characters; one that is k tokens counts as k units), T latent frames (50
+B batch, U units of text (a character is one, or k if it is k tokens), T latent frames (50
 per second), C latent channels, D model width, H heads, N = ceil(T / patch) patches, E width of the
 frozen token embeddings.
 """
@@ -100,7 +100,7 @@ class DiT(nn.Module):
     cond["chars"]     (B, U, BYTES + 2)  ids of UTF-8 bytes, Latin letter, CAPITAL; 0: none
     cond["tokens"]    (B, U, E)          Whisper's own embedding of the token
     cond["alignment"] (B, T)             where in the text each frame is: number of its unit, and
-                                         as a fraction how far that has come
+                                         as a fraction how much of it is said
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
     cond["language"]  (B, E)             Whisper's own embedding of the language token
     cond["drop"]      (B,)               True: ignore text and language (for guidance)
@@ -114,7 +114,7 @@ class DiT(nn.Module):
         self.token_in = nn.Linear(config.embedding, width)
         self.letter_in = nn.Embedding(CAPITAL + 1, width, padding_idx=0)
         self.unit_conv = nn.Conv1d(width, width, 9, padding=4)  # a unit and its neighbours
-        self.phase_in = nn.Linear(2, width)  # how far a unit has come
+        self.phase_in = nn.Linear(2, width)  # how much of a unit is said
         self.order_in = nn.Linear(patch * width, width, bias=False)
         self.time_in = mlp(width, width, width)
         self.language_in = nn.Linear(config.embedding, width)
@@ -137,9 +137,9 @@ class DiT(nn.Module):
         self.marks.copy_(marks)
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
-        """Each unit, repeated over its frames, mask (B, N * patch) -> (B, N * patch, D)."""
+        """The embedding of each frame's unit, mask (B, N * patch) -> (B, N * patch, D)."""
         text = self.letter_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, U, D)
-        text = text * cond["chars"].any(2, keepdim=True)  # padding is token 0, a real one
+        text = text * cond["chars"].any(2, keepdim=True)  # padded units have token 0, a real one
         text = text + F.silu(self.unit_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
         which, phase = alignment.long(), math.pi * alignment.frac()  # (B, N * patch)

@@ -23,7 +23,7 @@ from flow import Solver
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
 from plumbing.files import make_folder
-from plumbing.flags import Parser, path
+from plumbing.flags import Parser, file_path
 from speech import dataset
 from speech.align import durations_by
 from speech.sound import another_voice, pace, wav_files, write_manifest, write_wav
@@ -44,13 +44,16 @@ class Flow(NamedTuple):
     speed: float  # that it was trained at
 
 
-def load_flow(checkpoint: dict, device: torch.device) -> Flow:
-    """What `train.load_checkpoint` loads -> a Flow; BadInput if its Whisper has changed."""
+def load_flow(checkpoint: dict, device: torch.device, whisper: str | None = None) -> Flow:
+    """What `train.load_checkpoint` loads -> a Flow; BadInput if its Whisper has changed.
+
+    whisper: where the file of this Whisper is now.
+    """
     config = checkpoint["config"]
-    critic = LATENTS[config["latent"]](config["whisper"], device)
+    critic = LATENTS[config["latent"]](whisper or config["whisper"], device)
     if checkpoint["origin"]["whisper"] != critic.fingerprint:
-        raise BadInput(f"{critic.name} has changed since the checkpoint was trained with it; put "
-                       "the file of then back, or train again")
+        raise BadInput(f"{critic.name} is not the Whisper that the checkpoint was trained with; "
+                       "give that as --whisper FILE.pt, or train again")
     model = DiT(DiTConfig(**checkpoint["model_config"])).to(device).eval()
     model.load_state_dict(checkpoint["ema"])
     return Flow(model, critic, durations_by(checkpoint["rhythm"]), config["speed"])
@@ -79,7 +82,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--language", help="of the texts (default: en, or as a .tsv says)")
     add("--text_file", action="append", default=[], help="FILE or URL of .txt or .tsv; equal lines "
         "are read once, except for --out FOLDER")
-    add("--ckpt", type=path, default=Path("out/ckpt.pt"), help="of train.py")
+    add("--ckpt", type=file_path, default=Path("out/ckpt.pt"), help="of train.py")
+    add("--whisper", help="where the file of its Whisper is now, if it has moved")
     add("--steps", type=int, help="steps of the ODE solver (default: %(default)s)")
     add("--method", choices=list(flow.ORDER), help="solver (default: %(default)s)")
     add("--guidance", type=float, help="1 is off (default: %(default)s)")
@@ -88,7 +92,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--rooms", type=float, default=0.0, help="up to 1: other voices, rooms, paces (mel only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     dataset.add_flags(add)
-    add("--wav", type=path, help="write the sound here: FILE.wav, or a folder of files")
+    add("--wav", type=file_path, help="write the sound here: FILE.wav, or a folder of files")
     parser.set_defaults(**Solver()._asdict())
     args = parser.parse_args(argv)
     if args.text and args.text_file:
@@ -102,7 +106,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device, checkpoint = choose_device(args.device), load_checkpoint(args.ckpt)
     dataset.check(args, checkpoint["config"]["latent"])
-    model, whisper, durations, speed = load_flow(checkpoint, device)
+    model, whisper, durations, speed = load_flow(checkpoint, device, args.whisper)
     args.speed = speed if args.speed is None else args.speed
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
     make = partial(round_trips, model, whisper, change=change)

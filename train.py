@@ -26,7 +26,7 @@ from plumbing import devices
 from plumbing.files import Log, atomic_write, fingerprint, locked
 from plumbing.flags import check_flags, check_same, flag, parse_flags
 from speech.align import durations_by
-from speech.ear import Ear, Room, room_of_step
+from speech.ear import Ear, Room
 from text.error_rates import cer_by_language, error_rates
 from text.long import MixedBatches
 from text.report import report
@@ -76,7 +76,7 @@ class Config:
 
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
-              room: Room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+              room: Room | None, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a step (); of each item the cross-entropy and the flow loss, (B,) both."""
     # One solver step makes x1 of noise and text; the frozen Whisper reads it (the ear: in a room).
     x1 = model(x0, torch.zeros_like(t), batch.cond)
@@ -106,7 +106,7 @@ def learning_rate(step: int, width: int, config: Config) -> float:
 
 @torch.no_grad()
 def update_ema(ema: DiT, model: DiT, step: int, decay: float) -> None:
-    """ema += (1 - decay) (model - ema), in place; young averages forget faster."""
+    """ema += rate (model - ema), in place; rate is 9 / (10 + step), later 1 - decay."""
     for averaged, now in zip(ema.parameters(), model.parameters()):
         averaged.lerp_(now, max(1 - decay, 9 / (10 + step)))
 
@@ -135,7 +135,10 @@ def generate(model: DiT, whisper: FrozenWhisper, batch: data.Batch,
 def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sentence],
                 durations: Sequence[np.ndarray], solver: flow.Solver = flow.Solver(),
                 change: Callable = lambda x1, batch: x1) -> Iterator[RoundTrip]:
-    """Sentences, each with the durations of its characters (S,) -> greedy round trips, in order."""
+    """Sentences, each with the durations of its characters (S,) -> greedy round trips, in order.
+
+    change(x1, batch) -> x1: what sample.py --rooms does to it before it is read.
+    """
     for i in tqdm(range(0, len(sentences), 50), "round trips", leave=False, delay=1):
         batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
         frames = batch.cond["frames"]
@@ -174,7 +177,8 @@ def show_samples(run: "Run", held_out: list) -> None:
 
 
 class Run:
-    """What a checkpoint keeps: network, its average, optimizer, step, rhythm, origin, flags."""
+    """What a checkpoint keeps: network, its average, optimizer, step, flags; rhythm (how long
+    characters last in recordings, of each language) and origin (digests of Whisper and text)."""
 
     def __init__(self, config: Config, whisper: FrozenWhisper, rhythm: dict | None = None,
                  shares: dict | None = None):
@@ -240,7 +244,7 @@ def load_checkpoint(path: Path) -> dict:
         model = DiT(DiTConfig(**checkpoint["model_config"]))
         for weights in checkpoint["model"], checkpoint["ema"]:
             model.load_state_dict(weights)
-        durations_by(checkpoint["rhythm"]), checkpoint["origin"]["whisper"]
+        durations_by(checkpoint["rhythm"]), checkpoint["origin"]["whisper"]  # they fail here
         groups = checkpoint["optimizer"]["param_groups"]  # AdamW itself takes seconds to import
         if not (all(x.isfinite().all() for x in checkpoint["ema"].values())
                 and checkpoint["step"] in range(checkpoint["config"]["steps"] + 1)
@@ -263,7 +267,7 @@ def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = 
             # Other numbers than those that drew the batch, and of this process alone.
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
-            room = room_of_step(run.step, config.steps, rng)  # the ear's
+            room = whisper.room_of_step(run.step, config.steps, rng)  # None but for the ear
             with devices.mixed_precision(device, whisper.dims.n_text_state):
                 loss, nll, cfm = run_objective(run.model, whisper, batch, x0, t, drop, room,
                                                config.flow_weight)

@@ -2,7 +2,7 @@
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
 and variance 1, as N(0, I) has; the decoder reads it. speech/ear.py's critic has its own `channels`,
-`bound`, `speed_range`, `latents`, `features`, `text_loss` and `directions`.
+`bound`, `speed_range`, `room_of_step`, `latents`, `features`, `text_loss` and `directions`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, R different rows of
@@ -33,6 +33,7 @@ class FrozenWhisper:
 
     bound = "sphere"  # of the endpoint, see model.DiTConfig
     speed_range = 1.7  # in training: up to so many times slower or faster
+    room_of_step = staticmethod(lambda step, n_steps, rng: None)  # how a step is heard: the ear's
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         self.name, self.device = name, torch.device(device)
@@ -149,7 +150,7 @@ class FrozenWhisper:
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """What the decoder sees of x1 and silence behind it, (B, T, C), (B,) -> (B, P, E)."""
         # Whisper cannot be told where speech ends: silence fills its window, in training too.
-        speech = self.model.encoder.ln_post(x1.float())  # guidance leaves the sphere
+        speech = self.model.encoder.ln_post(x1.float())  # the sphere again, which guidance leaves
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
@@ -167,7 +168,7 @@ class FrozenWhisper:
                       frames: Tensor | None = None) -> Tensor:
         """The decoder's last states, (B, T, E), (B, L) -> (B, L - 1, E).
 
-        With frames (B,), silence up to the official window stands behind the features.
+        With frames (B,), silence up to P positions stands behind the features.
         """
         decoder, inputs = self.model.decoder, targets[:, :-1].clamp(min=0)
         x = decoder.token_embedding(inputs) + decoder.positional_embedding[: inputs.shape[1]]
@@ -200,8 +201,8 @@ class FrozenWhisper:
                    texts: Sequence[str] | None = None) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
 
-        None: the language is detected. texts: guesses. One that is right needs no decoding, as one
-        pass confirms it (text/greedy.py), with the same result.
+        None: the language is detected. texts: what it may have written. If one pass confirms a text
+        (text/greedy.py), nothing is decoded; the result is the same.
         """
         return greedy.transcribe(self, features.float(), languages, texts)
 

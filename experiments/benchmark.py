@@ -28,7 +28,6 @@ import train  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
 from plumbing.devices import choose_device, has_bf16, mixed_precision, peak_memory  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from speech.ear import room_of_step  # noqa: E402
 from text.durations import FRAMES_PER_SECOND  # noqa: E402
 from text.long import MixedBatches  # noqa: E402
 from text.sources import load_data  # noqa: E402
@@ -152,7 +151,7 @@ def measure_training(name: str, bf16: bool, args) -> None:
             frames.clear()
         batch, rng, noise = draw(step)
         frames.append(batch.mask.sum().item() / len(batch.mask))
-        room = room_of_step(config.steps, config.steps, rng)
+        room = whisper.room_of_step(config.steps, config.steps, rng)
         with mixed_precision(device, whisper.dims.n_text_state) if bf16 else nullcontext():
             loss, *_ = train.objective(run.model, whisper, batch, *noise, room, config.flow_weight)
         backward(loss)

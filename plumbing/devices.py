@@ -87,6 +87,8 @@ def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
                        "multiple of their number")
     if n_ranks == 1:
         return 0, 1
+    if device.type == "mps":
+        raise BadInput(f"{n_ranks} processes cannot work together on mps; give --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if os.environ.get("RANK") == "0":

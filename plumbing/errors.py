@@ -12,7 +12,7 @@ from textwrap import shorten
 from typing import Callable
 
 
-def told(kind: type, error: BaseException, traceback) -> None:
+def excepthook(kind: type, error: BaseException, traceback) -> None:
     """In place of Python's own excepthook: what goes wrong while modules are imported."""
     if issubclass(kind, KeyboardInterrupt):
         why = "stopped; nothing had begun"
@@ -25,7 +25,7 @@ def told(kind: type, error: BaseException, traceback) -> None:
     print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
 
 
-sys.excepthook = told
+sys.excepthook = excepthook
 
 
 class BadInput(ValueError):
@@ -97,6 +97,5 @@ def guard(main: Callable) -> None:
                "--batch_size (also with --resume, if there is a checkpoint), or anew --depth")
     except KeyboardInterrupt:
         why = "stopped; what is written is whole"
-    # Of the processes of torchrun, which sets both; a scheduler may set RANK alone.
-    is_main = "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"))
-    sys.exit(f"{Path(sys.argv[0]).name}: {why}" if is_main else 1)
+    rank = os.environ.get("RANK", "0")  # of torchrun's processes all tell what is wrong with them
+    sys.exit(f"{Path(sys.argv[0]).name}{f', process {rank}' * (rank != '0')}: {why}")

@@ -26,7 +26,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def fingerprint(things: object) -> str:
-    """It changes with what their `repr` says, of tensors with all values, to four digits."""
+    """A digest of their `repr`, in which tensors have all values, to four digits."""
     torch.set_printoptions(profile="full")
     try:
         return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
@@ -36,8 +36,8 @@ def fingerprint(things: object) -> str:
 
 @contextmanager
 def atomic_write(file: Path, ready: Callable = lambda file: None):
-    """A temporary name that becomes `file` when all is written, after ready(file); if not, no half
-    stays."""
+    """Yields a temporary path. If all goes well, it calls ready(file), and renames that to `file`;
+    if not, it deletes it."""
     part = file.with_name(f"{file.name}.{uuid4().hex[:12]}.tmp")  # machines share folders
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,11 +17,11 @@ class Parser(argparse.ArgumentParser):
         self.hint = hint
 
     def parse_args(self, *args) -> argparse.Namespace:
-        found = super().parse_args(*args)
-        for name, value in vars(found).items():
+        flags = super().parse_args(*args)
+        for name, value in vars(flags).items():
             if value == "":  # a variable of the shell that is not set
                 raise BadInput(f"--{name} is empty; give something, or leave it out")
-        return found
+        return flags
 
     def error(self, message: str) -> None:
         message = message.replace("ignored explicit argument", "it takes no value, not")
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; {self.hint}--help lists all flags")
 
 
-def path(text: str) -> Path:
+def file_path(text: str) -> Path:
     """A path, also where the shell has left its ~, as in --out=~/x; "" is none."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty; give something, or leave it out")
@@ -54,7 +54,7 @@ def check_flags(config) -> None:
             raise BadInput(f"--{f.name} {value!r} is none of {', '.join(choices)}")
 
 
-def check_same(place: Path, before: dict, now: dict, way_out: str, things: Container = ()) -> None:
+def check_same(path: Path, before: dict, now: dict, way_out: str, things: Container = ()) -> None:
     """BadInput if a flag, or one of things, such as a text, is not what a run began with."""
     for name, value in now.items():
         if (was := before.get(name)) != value:
@@ -62,7 +62,7 @@ def check_same(place: Path, before: dict, now: dict, way_out: str, things: Conta
                           for x in (was, value))
             difference = (f"another {name}, which has changed since" if name in things
                           else f"{was}, not with {value}")
-            raise BadInput(f"{place} was begun with {difference}; give the same, or another "
+            raise BadInput(f"{path} was begun with {difference}; give the same, or another "
                            f"{way_out}")
 
 

@@ -38,15 +38,17 @@ def is_letter(c: str) -> bool:
 # ---- forced alignment ------------------------------------------------------------------------
 
 
-def spelling(text: str) -> tuple[str, list[int]]:
-    """What is heard of a text: letters, a pause between words; their places among S (N,).
+def spoken_symbols(text: str) -> tuple[str, list[int]]:
+    """What is heard of a text: letters, a pause after each word; their places among S (N,).
 
     Of several signs in a row the first is the pause; the others, joiners and signs in front take
-    no time. Recordings end with some silence, the sign behind the last word.
+    no time. Without a sign at the end the last letter counts as the pause, too.
     """
     heard = "".join(c if is_letter(c) or c in JOINERS else PAUSE for c in symbols(text))
     places = [i for i, c in enumerate(heard) if c != PAUSE or i and heard[i - 1] != PAUSE]
     places = [i for i in places if heard[i] not in JOINERS]
+    if heard[places[-1]] != PAUSE:  # recordings end with one
+        return "".join(heard[i] for i in places) + PAUSE, [*places, places[-1]]
     return "".join(heard[i] for i in places), places
 
 
@@ -103,9 +105,9 @@ def align_characters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> lis
     durations = [np.zeros(len(symbols(s.text)), int) for s in sentences]
     for language in {s.language for s in sentences}:
         items = [i for i, s in enumerate(sentences) if s.language == language]
-        texts, places = zip(*(spelling(sentences[i].text) for i in items))
+        texts, places = zip(*(spoken_symbols(sentences[i].text) for i in items))
         for i, at, frames in zip(items, places, viterbi_training(texts, [x1[i] for i in items])):
-            durations[i][at] = frames
+            np.add.at(durations[i], at, frames)
     return durations
 
 

@@ -63,7 +63,7 @@ def is_set(path: Path | None) -> bool:
 
 def add_flags(add: Callable) -> None:
     """Flags of sample.py, by `add` of its parser."""
-    add("--out", type=flags.path, help="write the features here: FILE.npz, or a FOLDER of shards")
+    add("--out", type=flags.file_path, help="write features here: FILE.npz, or a FOLDER of shards")
     add("--write", nargs="+", action="extend", default=[], choices=KINDS,
         help="to the FOLDER (default: features)")
     add("--best_of", type=int, default=1, help="so many seeds are tried, the best read is written")

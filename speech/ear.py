@@ -27,7 +27,7 @@ ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equali
             mask=0.2)
 RAMP = (0.08, 0.38)  # of a run, while rooms grow: first the flow learns to be read at all
 LENS = 5.0  # weight of nll * `Ear.lens` at first; it fades in the first third of a run
-NEAR = 6  # frames: how far from its middle a token may be told, a standard deviation
+NEAR = 6  # frames: standard deviation of where a token may be heard, around its middle
 VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --rooms`
 
 
@@ -53,6 +53,7 @@ class Ear(FrozenWhisper):
 
     bound = "tanh"
     speed_range = 1.25  # as people do; more cannot be heard in rooms
+    room_of_step = staticmethod(room_of_step)
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         super().__init__(name, device)
@@ -123,9 +124,9 @@ class Ear(FrozenWhisper):
         near = torch.exp(-((distance / NEAR) ** 2) / 2)  # (B, L, T)
         tokens, which = targets[mask].unique(return_inverse=True)
         with torch.autocast(heard.device.type, enabled=False):  # texts differ little at first
-            told = (near @ heard.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, E)
+            mean = (near @ heard.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, E)
             shown = F.linear(self.embed(tokens), self.token_direction)  # W₀ e
-            logits = (told - told.mean(0)) @ shown.T / shown.shape[1] ** 0.5
+            logits = (mean - mean.mean(0)) @ shown.T / shown.shape[1] ** 0.5
         return mean_per_item(F.cross_entropy(logits, which, reduction="none"), mask)
 
 

@@ -23,7 +23,7 @@ import flow
 from data import Sentence
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write, fingerprint
-from speech.align import Rhythm, align_characters, fit_rhythm, spelling
+from speech.align import ROUNDS, STRAY, Rhythm, align_characters, fit_rhythm, spoken_symbols
 from speech.sound import log_mel, resample
 from text.durations import FRAMES_PER_SECOND
 from text.sources import MAX_NOTES, make_sentence, way_to_utf8
@@ -117,7 +117,7 @@ def read_audio(path: Path) -> np.ndarray:
 def speech_span(mel: Tensor) -> slice:
     """Latent frames of what is within 40 dB, 1 in Whisper's units, and TAIL behind, (M, 2P)."""
     loud = (mel.amax(0) > mel.max() - 1).nonzero()[:, 0].tolist()
-    return slice(loud[0] // 2, loud[-1] // 2 + 1 + TAIL)
+    return slice(loud[0] // 2, min(loud[-1] // 2 + 1 + TAIL, mel.shape[1] // 2))
 
 
 def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple:
@@ -128,7 +128,7 @@ def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tu
             raise BadInput(f"{whisper.name} is not sure of what it says: {read.text!r}")
         sentence = make_sentence(read.text, read.language, whisper)
     x1 = whisper.latents(mel)[0, speech_span(mel[0])].half().cpu()
-    if len(spelling(sentence.text)[1]) > len(x1):
+    if len(spoken_symbols(sentence.text)[1]) > len(x1) - TAIL:
         raise BadInput(f"{len(x1)} frames are too few for {sentence.text[:60]!r}")
     return sentence, x1
 
@@ -147,16 +147,19 @@ def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
     return dict(sentences=[*map(tuple, sentences)], x1=x1, durations=durations, notes=notes)
 
 
-def content_key(entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
-    """It changes with the recordings, their texts, and who encodes them."""
+def content_key(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
+    """It changes with the recordings, their texts, and who encodes and aligns them how."""
+    texts = [(os.path.relpath(path, folder), text) for path, text in entries]
     stats = [(path.stat().st_size, path.stat().st_mtime_ns) if os.path.isfile(path) else None
              for path, _ in entries]
-    return fingerprint((entries, stats, whisper.fingerprint, TAIL))
+    constants = TAIL, MIN_LOGPROB, MAX_NO_SPEECH, ROUNDS, STRAY
+    return fingerprint((texts, stats, whisper.fingerprint, constants))
 
 
 def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
     """What `encode_recordings` makes, from a file in the folder that is made anew if need be."""
-    cache, key = folder / f"encoded_{type(whisper).__name__}.pt", content_key(entries, whisper)
+    cache = folder / f"encoded_{type(whisper).__name__}.pt"
+    key = content_key(folder, entries, whisper)
     try:
         if (encoded := torch.load(cache, weights_only=True))["key"] == key:
             return encoded
@@ -238,6 +241,8 @@ def with_recordings(text: data.Batches, held_out: Sequence[Sentence], config) ->
 
     Text lasts as long as the recordings say, in their languages.
     """
+    if config.flow_weight != type(config).flow_weight:
+        raise BadInput(f"--flow_weight {config.flow_weight} does nothing with --speech; leave one")
     recordings, notes = load_recordings(Path(config.speech), text.whisper, held_out)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
     text.set_durations(Rhythm(**rhythm).durations)

@@ -17,10 +17,10 @@ import train
 from data import Sentence
 from plumbing import devices
 from plumbing.errors import BadInput
-from speech.ear import LENS
 from test_roundtrip import FLAGS, ROOT, batch_of, close, log_of, random_whisper
 from text.durations import count_frames, n_frames
 from text.error_rates import error_rates
+from whisper_decoder import FrozenWhisper
 
 
 def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeypatch):
@@ -32,7 +32,7 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
 
     def both(model, critic, batch, x0, t, drop, room, flow_weight):
         parts, step = [], next(count)
-        assert flow_weight == 0.3 and room.lens_weight == LENS * max(0, 1 - 3 * step / 6)
+        assert flow_weight == 0.3 and room == (step, 6)
         for rank in range(2):
             shard = data.Batch(batch.sentences[rank::2], {key: x[rank::2] for key, x in
                                batch.cond.items()}, batch.targets[rank::2],
@@ -43,6 +43,7 @@ def test_two_processes_take_the_steps_of_one_with_their_shares(tmp_path, monkeyp
         return [sum(part) / 2 if part[0].ndim == 0 else torch.cat(part) for part in zip(*parts)]
 
     monkeypatch.setattr(train, "objective", both)
+    monkeypatch.setattr(FrozenWhisper, "room_of_step", staticmethod(lambda *args: args[:2]))
     train.main([*FLAGS, "--out_dir", str(tmp_path / "one")])
     one, two = (train.load_checkpoint(tmp_path / x / "ckpt.pt")["ema"] for x in ("one", "two"))
     for name in one:
@@ -146,7 +147,11 @@ def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_langu
     said[n_languages > 1 : whisper.n_prompt - 1] = -100  # the language only, if there is a choice
     plain = F.cross_entropy(logits, said)
     close(whisper.nll(whisper.teacher_force(features, batch.targets), batch.targets)[0], plain)
-    sample.main(["Hello.", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--steps", "1"])
+    (tmp_path / "w.pt").rename(tmp_path / "moved.pt")
+    argv = ["Hello.", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--steps", "1"]
+    with pytest.raises(BadInput, match="w.pt is not there; say where it is now by --whisper"):
+        sample.main(argv)
+    sample.main([*argv, "--whisper", str(tmp_path / "moved.pt")])
     assert "letter by letter" in capsys.readouterr().out
 
 
@@ -274,6 +279,14 @@ def test_a_signal_to_all_processes_does_not_reach_those_that_make_batches():
     settings = devices.workers(torch.device("cuda"), 1)
     session, = torch.utils.data.DataLoader(Sessions(), None, sampler=range(1), **settings)
     assert session != os.getsid(0)
+
+
+def test_processes_that_cannot_work_together(monkeypatch):
+    for n, device, words in (("4", "cpu", "--batch_size 6 cannot be shared by 4"),
+                             ("2", "mps", "2 processes cannot work together on mps")):
+        monkeypatch.setenv("WORLD_SIZE", n)
+        with pytest.raises(BadInput, match=words):
+            devices.start_ranks(torch.device(device), 6)
 
 
 def test_readme_says_how_long_the_files_are():
