@@ -15,8 +15,8 @@ from whisper_decoder import FrozenWhisper
 
 EVERY = 4  # batches: one of them is of long texts, and one of a few words each
 FEW = 4  # words of a short text, at most
-SPELLED = 3  # short texts: in one of them a word is spelled,
-LETTERS = 6  # of so many letters at most
+SPELLED = 3  # one short text in so many has a spelled word
+LETTERS = 6  # of a word that is spelled, at most
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
 CUTS = (r"(?<=[.!?…]\s)|(?<=[。！？।؟])", r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",

@@ -9,16 +9,16 @@ from whisper.tokenizer import TO_LANGUAGE_CODE
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』\u2640-\u267f]"""
 PARTING_SIGNS = r"[#+/:;=@\\]|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
-# A letter's name in Unicode, as HEBREW LETTER FINAL MEM, says how it sounds, but for such words,
+# A letter's name in Unicode, as HEBREW LETTER FINAL MEM, says how it sounds, behind such words.
 QUALITY = (r"SMALL|FINAL|SHORT|DOTLESS|OPEN|STRAIGHT|BARRED|SUPERSCRIPT|FARSI|\S*UKRAINIAN|SARA"
            r"|CANDRA|VOCALIC|CHILLU|MEDIAL|TALL|GLOTTAL|PHARYNGEAL|\S*PRAANA|DANTAJA|\S*DHAJA"
            r"|KETTI|DIGA")
 SOUND = re.compile(rf"(?:LETTER|LIGATURE|SIGN|SYLLABLE|CHARACTER) (?:(?:{QUALITY}) )*([A-Z])")
-# such signs, which do not sound, signs that are an "n" or an "h" in many scripts, and such letters,
-# whose names begin otherwise, as CYRILLIC ... EF, among them vowels of Sinhala and Lao.
+# Names of signs that do not sound; of signs that are an "n" or an "h" in many scripts.
 SILENT = re.compile("MODIFIER|VIRAMA|COENG|ASAT|LAKUNA|NUKTA|AVAGRAHA|DOT BELOW|MAI |MAITAIKHU"
                     "|MAIYAMOK|PAIYANNOI|THANTHAKHAT|BANTOC|TOANDAKHIAT|(HARD|SOFT) SIGN")
 NASAL, BREATHED = "ANUSVARA|CANDRABINDU|BINDI|NIKAHIT", "VISARGA|REAHMUK"
+# Letters whose names do not begin with their sound (CYRILLIC ... EF); vowels of Sinhala and Lao.
 NAMED = dict(zip("флмнрсңеєəәðŋ" "\u0dd4\u0dd6\u0dd9\u0dda\u0ddc\u0ddd\u0eb1\u0ebb",
                  "flmnrsneeaadn" "uueeooao"))
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
