@@ -47,9 +47,9 @@ def spoken_symbols(text: str) -> tuple[str, list[int]]:
     heard = "".join(c if is_letter(c) or c in JOINERS else PAUSE for c in symbols(text))
     places = [i for i, c in enumerate(heard) if c != PAUSE or i and heard[i - 1] != PAUSE]
     places = [i for i in places if heard[i] not in JOINERS]
-    if heard[places[-1]] != PAUSE:  # recordings end with one
-        return "".join(heard[i] for i in places) + PAUSE, [*places, places[-1]]
-    return "".join(heard[i] for i in places), places
+    spoken = "".join(heard[i] for i in places)
+    is_ended = spoken.endswith(PAUSE)  # as recordings are
+    return (spoken, places) if is_ended else (spoken + PAUSE, [*places, places[-1]])
 
 
 def best_path(score: np.ndarray) -> np.ndarray:
