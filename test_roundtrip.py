@@ -30,7 +30,7 @@ from flow import Solver
 from model import REACH, DiT, DiTConfig
 from plumbing.errors import BadInput
 from pocket.clips import spoken_clips
-from speech.ear import Ear, Room, room_of_step
+from speech.ear import Ear, Room
 from text.durations import char_durations
 from text.error_rates import error_rates
 from whisper_decoder import FrozenWhisper
@@ -357,9 +357,9 @@ def test_schedules_of_a_run(pocket):
     rates = [train.learning_rate(step, 128, config) for step in (0, 49, 100, 150)]
     np.testing.assert_allclose(rates, [1 / 50, 1, 0.05 + 0.95 / 2, 0.05])
     assert train.learning_rate(60, 32, config) == 4 * train.learning_rate(60, 512, config)
-    most = [max(room_of_step(step, 100, data.generator(0, i)).amount for i in range(200))
+    most = [max(Ear.room_of_step(step, 100, data.generator(0, i)).amount for i in range(200))
             for step in (8, 23, 50)]
-    lens = [room_of_step(step, 99, torch.Generator()).lens_weight for step in (0, 11, 33, 98)]
+    lens = [Ear.room_of_step(step, 99, torch.Generator()).lens_weight for step in (0, 11, 33, 98)]
     np.testing.assert_allclose(lens, [5, 10 / 3, 0, 0], atol=1e-9)
     assert most[0] == 0 and 0.45 < most[1] <= 0.5 and 0.9 < most[2] < 1
     assert train.Run(train.Config(), pocket).model.config.width == pocket.channels  # depth 0

@@ -40,24 +40,23 @@ class Room(NamedTuple):
     lens_weight: float = 0.0  # of `Ear.lens`
 
 
-def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
-    """How a step of training is heard: in rooms that grow, through a lens that fades."""
-    most = float(np.interp(step / n_steps, RAMP, (0, 1)))
-    # Weaker by a random factor: a flow that trained in strong rooms only is read worse without one.
-    amount = most * torch.rand((), generator=rng, device=rng.device).item()
-    return Room(amount, rng, lens_weight=LENS * max(0, 1 - 3 * step / n_steps))
-
-
 class Ear(FrozenWhisper):
     """A frozen Whisper that hears: x1 (B, T, M) is Whisper's own log-mel / MEL_STD."""
 
     bound = "tanh"
     speed_range = 1.25  # as people do; more cannot be heard in rooms
-    room_of_step = staticmethod(room_of_step)
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         super().__init__(name, device)
         self.channels = self.dims.n_mels
+
+    @staticmethod
+    def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
+        """How a step of training is heard: in rooms that grow, through a lens that fades."""
+        most = float(np.interp(step / n_steps, RAMP, (0, 1)))
+        # Weaker by a random factor: a flow trained in strong rooms only is read worse without one.
+        amount = most * torch.rand((), generator=rng, device=rng.device).item()
+        return Room(amount, rng, lens_weight=LENS * max(0, 1 - 3 * step / n_steps))
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Zeros, (M, E), (P, M): which spectrogram a token has, the weights do not tell."""

@@ -19,7 +19,7 @@ from plumbing.weights import weights_fingerprint
 from pocket.clips import spoken_clips
 from speech import align, recordings, sound
 from speech.align import durations_by
-from speech.ear import Ear, room_of_step
+from speech.ear import Ear
 from text.durations import char_durations
 from text.sources import builtin
 from whisper_decoder import FrozenWhisper
@@ -244,7 +244,7 @@ def test_recordings_teach_the_flow_and_the_decoder_only_the_text(folder, kind):
         batch, times = steps[step].to(whisper), []
         noise = train.draw_noise(batch, whisper.channels, 1.0, rng)
         hook = model.register_forward_pre_hook(lambda _, x: times.append(x[1][0].item()))
-        room = room_of_step(step, 16, rng)
+        room = whisper.room_of_step(step, 16, rng)
         loss, nll, cfm = objective(model, whisper, batch, *noise, room, 0.3)
         hook.remove()
         assert torch.isclose(loss, recordings.TEXT_WEIGHT * nll.mean() if is_text else cfm.mean())
