@@ -19,6 +19,7 @@ from torch import Tensor
 REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
 BYTES = 4  # most bytes of a character in UTF-8
 CAPITAL = 1 + 256 * BYTES  # id of what every capital adds, behind those of all bytes
+OF_WHISPER = "token_in", "language_in", "token_out", "marks"  # what one Whisper's weights shape
 ASCII = 128  # ids 1 to 128 are the first 128 bytes, see data.characters
 
 

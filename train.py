@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import flow
-from model import DiT, DiTConfig
+from model import OF_WHISPER, DiT, DiTConfig
 from plumbing import devices
 from plumbing.files import Log, atomic_write, fingerprint, locked
 from plumbing.flags import check_flags, check_same, flag, parse_flags
@@ -29,7 +29,7 @@ from speech.align import durations_by
 from speech.ear import Ear, Room
 from text.error_rates import cer_by_language, error_rates
 from text.long import MixedBatches
-from text.report import report
+from text.report import report, show_samples
 from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper
 
@@ -164,15 +164,6 @@ def evaluate(run: "Run", held_out: list) -> dict:
     return result | dict(cer_shuffled_text=chance, evaluation_seconds=time.time() - start)
 
 
-def show_samples(run: "Run", held_out: list) -> None:
-    """A held-out sentence of each of up to five languages, others each time; loops are cut."""
-    order = torch.randperm(len(held_out), generator=data.generator(run.config.seed, run.step))
-    sentences = list({held_out[i].language: held_out[i] for i in order.tolist()}.values())[:5]
-    pairs = zip(sentences, run.transcribe_samples(sentences))
-    lines = [f"  {s.language}  {s.text}  ->  {text[:3 * len(s.text)]}" for s, text in pairs]
-    tqdm.write("\n".join([f"step {run.step}", *lines]))
-
-
 # ---- the run ---------------------------------------------------------------------------------
 
 
@@ -217,12 +208,20 @@ class Run:
             getattr(self, name).load_state_dict(checkpoint[name])
 
     def begin_with(self, checkpoint: dict) -> None:
-        """The averaged weights of another run, of the same Whisper and shape. Raises BadInput."""
-        theirs = checkpoint["origin"]["whisper"], checkpoint["model_config"]
-        if theirs != (self.origin["whisper"], asdict(self.model.config)):
-            raise BadInput(f"{self.config.init_from} needs its own --whisper, --latent and --depth")
+        """The averaged weights of another run of the same shape. Raises BadInput.
+
+        An ear may go on with another Whisper: only what knows its embeddings begins anew.
+        """
+        theirs, own = checkpoint["model_config"], self.model.config
+        is_same = checkpoint["origin"]["whisper"] == self.origin["whisper"]
+        whispers = {} if is_same else dict(embedding=own.embedding, max_frames=own.max_frames)
+        if theirs | whispers != asdict(own) or not (is_same or own.bound == "tanh"):
+            raise BadInput(f"{self.config.init_from} needs its own --latent and --depth, and "
+                           "features their own --whisper")
+        weights = {name: x for name, x in checkpoint["ema"].items()
+                   if is_same or name.split(".")[0] not in OF_WHISPER}
         for network in (self.model, self.ema):
-            network.load_state_dict(checkpoint["ema"])
+            network.load_state_dict(weights, strict=is_same)
 
     def transcribe_samples(self, sentences: Sequence[data.Sentence],
                            solver: flow.Solver = flow.Solver()) -> list[str]:

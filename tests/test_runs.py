@@ -15,6 +15,7 @@ import data
 import sample
 import train
 from data import Sentence
+from model import OF_WHISPER
 from plumbing import devices
 from plumbing.errors import BadInput
 from test_roundtrip import FLAGS, ROOT, batch_of, close, log_of, random_whisper
@@ -74,10 +75,28 @@ def test_a_run_begins_with_the_weights_of_another(runs, tmp_path):
         for name in ("model", "ema"):
             assert all(torch.allclose(x, before[key], atol=1e-7)
                        for key, x in after[name].items()) == same
-    with pytest.raises(BadInput, match="features needs its own --whisper, --latent and --depth"):
+    with pytest.raises(BadInput, match="features needs its own --latent and --depth, and feat"):
         train.main([*flags, "--depth", "2", "--out_dir", str(tmp_path / "other")])
     with pytest.raises(BadInput, match=r"no checkpoint .*none/ckpt\.pt"):
         train.main([*flags, "--init_from", str(tmp_path / "none")])
+
+
+def test_an_ear_goes_on_with_another_whisper(runs, tmp_path):
+    other = random_whisper(tmp_path / "other.pt")  # with narrower embeddings and a longer window
+    flags = ["--whisper", other, "--steps", "1", "--depth", "1", "--batch_size", "2", "--device",
+             "cpu", "--max_lines", "40", "--eval_sentences", "1", "--learning_rate", "1e-9",
+             "--out_dir", str(tmp_path)]
+    train.main([*flags, "--latent", "mel", "--init_from", str(runs[0] / "mel")])
+    before, after = (train.load_checkpoint(x)["ema"] for x in (runs[0] / "mel", tmp_path))
+    anew = {name.split(".")[0] for name, x in after.items() if x.shape != before[name].shape
+            or not torch.allclose(x, before[name], atol=1e-7)}
+    assert anew == {*OF_WHISPER} and after["token_out.weight"].abs().max() < 1e-9
+    with pytest.raises(BadInput, match="features needs .*, and features their own --whisper"):
+        train.main([*flags, "--init_from", str(runs[0] / "features")])
+    # Of the same shape, too: what its numbers mean is known to its own decoder alone.
+    judge = ["--whisper", str(ROOT / "pocket/judge.pt"), "--init_from", str(runs[0] / "features")]
+    with pytest.raises(BadInput, match="features needs .*, and features their own --whisper"):
+        train.main([*flags, *judge])
 
 
 def test_samples_are_of_five_languages_and_others_each_time(capsys):

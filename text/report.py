@@ -1,9 +1,12 @@
-"""What is printed: the figures of a run, which are kept too, and a round trip."""
+"""What is printed: the figures of a run, which are kept too, samples, and a round trip."""
 from pathlib import Path
 from typing import Sequence
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
+import data
 from plumbing.files import atomic_write
 from text.durations import FRAMES_PER_SECOND
 from text.error_rates import error_rates
@@ -31,7 +34,16 @@ def report(path: Path, **result) -> dict:
     return result
 
 
-def show_round_trip(text: "data.Sentence", hypothesis: str,  # noqa: F821
+def show_samples(run: "train.Run", held_out: list) -> None:  # noqa: F821
+    """A held-out sentence of each of up to five languages, others each time; loops are cut."""
+    order = torch.randperm(len(held_out), generator=data.generator(run.config.seed, run.step))
+    sentences = list({held_out[i].language: held_out[i] for i in order.tolist()}.values())[:5]
+    pairs = zip(sentences, run.transcribe_samples(sentences))
+    lines = [f"  {s.language}  {s.text}  ->  {text[:3 * len(s.text)]}" for s, text in pairs]
+    tqdm.write("\n".join([f"step {run.step}", *lines]))
+
+
+def show_round_trip(text: data.Sentence, hypothesis: str,
                     pieces: Sequence["train.RoundTrip"], args) -> None:  # noqa: F821
     """Print what was read of a text, and lengths and scores of its pieces; args: sample.py's."""
     cer, wer, _ = error_rates([text], [hypothesis])
