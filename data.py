@@ -31,7 +31,7 @@ class Sentence(NamedTuple):
 
 
 def key(sentence: Sentence) -> tuple:
-    """Equal for sentences that differ in signs, blanks and capitals only."""
+    """Equal for sentences that differ only in punctuation, spaces and case."""
     return sentence.language, "".join(letters(sentence.text.lower()).split())
 
 
@@ -44,7 +44,7 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     """Training and held-out sentences, by a hash of each: a line that is added moves no other,
     unless a set or language is so small that one must be held out.
 
-    What differs from a held-out one in signs, blanks and capitals only is dropped. Raises BadInput.
+    What differs from a held-out one in punctuation, spaces or case is dropped. Raises BadInput.
     """
     hashes = {s: hash_share(s) for s in sentences}
     order = sorted(sentences, key=hashes.get)  # so that the first few are a fair sample
@@ -75,7 +75,7 @@ def characters(text: str) -> Tensor:
     rows = []
     for c in strip_unspoken(text):
         lower = c.lower()[0]  # of the two of "İ".lower() the first will do
-        # Its UTF-8 bytes, each place has its own ids; to an "é" or "ж" also that of the "e" or "z".
+        # An id for each UTF-8 byte and its place; "é" and "ж" also have the id of "e" and "z".
         ids = [1 + 256 * i + byte for i, byte in enumerate(lower.encode())]
         latin = "" if lower.isascii() else latin_letter(lower)
         rows.append([*ids, *[0] * (BYTES - len(ids)), 1 + ord(latin) if latin else 0,
@@ -142,26 +142,22 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
         *(align_text(*item, whisper) for item in zip(sentences, durations, frames)))
     token_frames = [F.pad(x, (whisper.n_prompt, 1), value=-1) for x in token_frames]
     cond = dict(
-        chars=pad_sequence(chars, True),
-        tokens=pad_sequence(tokens, True),
-        alignment=pad_sequence(alignment, True),
-        frames=torch.tensor(frames),
+        chars=pad_sequence(chars, True), tokens=pad_sequence(tokens, True),
+        alignment=pad_sequence(alignment, True), frames=torch.tensor(frames),
         language=torch.tensor([whisper.language_token(code) for code in codes]),
-        drop=torch.zeros(len(texts), dtype=torch.bool),
-    )
+        drop=torch.zeros(len(texts), dtype=torch.bool))
     return Batch(list(sentences), cond, whisper.target_tokens(texts, codes),
                  pad_sequence(token_frames, True, padding_value=-1),
                  None if x1 is None else pad_sequence(x1, True))
 
 
 def draw(sums: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """n items, (n,), by running sums of their weights (N,): torch.multinomial in log N."""
-    uniform = torch.rand(n, generator=rng, dtype=torch.double)
-    return torch.searchsorted(sums, uniform * sums[-1])
+    """n items, (n,), by running sums of their weights (N,): torch.multinomial, O(log N) each."""
+    return torch.searchsorted(sums, sums[-1] * torch.rand(n, generator=rng, dtype=torch.double))
 
 
 def draw_similar(sums: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
-    """n items of similar frames (N,), for less padding: a random quarter of 4n draws, sorted."""
+    """n items of similar frames (N,), for less padding: one quarter of 4n draws that are sorted."""
     picks = draw(sums, 4 * n, rng)
     picks = picks[frames[picks].argsort(stable=True)]
     first = n * int(torch.randint(4, (), generator=rng))

@@ -1,4 +1,4 @@
-"""The DiT: a transformer from noise, text and time to the endpoint of the flow.
+"""The DiT (diffusion transformer): noise, text and time in, the endpoint of the flow out.
 
 Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which character
 sounds in it, as in ZipVoice (arXiv 2506.13053), and how much of it is said; Whisper's embedding of
@@ -19,8 +19,7 @@ from torch import Tensor
 REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
 BYTES = 4  # most bytes of a character in UTF-8
 CAPITAL = 1 + 256 * BYTES  # id of what every capital adds, behind those of all bytes
-OF_WHISPER = "token_in", "language_in", "token_out", "marks"  # what one Whisper's weights shape
-ASCII = 128  # ids 1 to 128 are the first 128 bytes, see data.characters
+OF_WHISPER = "token_in", "language_in", "token_out", "marks"  # parameters that fit one Whisper
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ class DiT(nn.Module):
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of time
-        # All but ASCII begin as the Latin letters that they sound like.
-        nn.init.zeros_(self.letter_in.weight[1 + ASCII : CAPITAL])
+        # All but ASCII (ids 1 to 128) begin as the Latin letters that they sound like.
+        nn.init.zeros_(self.letter_in.weight[129:CAPITAL])
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)  # until `begin`
 
@@ -146,8 +145,7 @@ class DiT(nn.Module):
         which, phase = alignment.long(), math.pi * alignment.frac()  # (B, N * patch)
         text = text.take_along_dim(which[:, :, None], 1)
         text = text + self.phase_in(torch.stack([phase.cos(), phase.sin()], 2))
-        text = torch.where(cond["drop"][:, None, None], self.no_text.to(text.dtype), text)
-        return text * mask[:, :, None]
+        return torch.where(cond["drop"][:, None, None], self.no_text, text) * mask[:, :, None]
 
     def embed_condition(self, t: Tensor, cond: dict) -> Tensor:
         """Time and language in one vector, (B,), (B, E) -> (B, 1, D)."""
@@ -157,9 +155,8 @@ class DiT(nn.Module):
 
     def token_shortcut(self, cond: dict) -> Tensor:
         """What the token of each frame adds past the blocks, which may be narrower, (B, T, C)."""
-        which = cond["alignment"].long()[:, :, None]
-        shortcut = self.token_out(cond["tokens"]).take_along_dim(which, 1)
-        return shortcut * ~cond["drop"][:, None, None]
+        unit = cond["alignment"].long()[:, :, None]
+        return self.token_out(cond["tokens"]).take_along_dim(unit, 1) * ~cond["drop"][:, None, None]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
         """(B, T, C), (B,) -> x1_hat (B, T, C), bounded in every frame, 0 behind each item's end."""

@@ -62,8 +62,7 @@ def load_flow(checkpoint: dict, device: torch.device, whisper: str | None = None
 def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
     """A text -> parts that fit the decoder, each with its durations (S,), as the flags say."""
     speed = pace(text, args.speed, args.seed, args.rooms)
-    parts = split_long(text, whisper, speed, durations)
-    return [(part, durations(part, speed)) for part in parts]
+    return [(part, durations(part, speed)) for part in split_long(text, whisper, speed, durations)]
 
 
 def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args) -> None:
@@ -110,8 +109,8 @@ def main(argv=None) -> None:
     args.speed = speed if args.speed is None else args.speed
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
     make = partial(round_trips, model, whisper, change=change)
+    cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
     if dataset.is_set(args.out):
-        cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     files = wav_files(args.wav, len(texts))
@@ -120,7 +119,7 @@ def main(argv=None) -> None:
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
     print_notes(notes)
-    parts = [cut(text, durations, whisper, args) for text in texts]
+    parts = [*map(cut_text, texts)]
     trips = make(*zip(*chain(*parts)), args.solver)
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None) for trip in trips]
     if args.out:

@@ -56,12 +56,12 @@ class Config:
     warmup: int = flag(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = flag(0.01, "AdamW", 0)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
-    ema: float = flag(0.99, "decay of the averaged weights, which are evaluated; first less", 0, 1)
+    ema: float = flag(0.99, "largest decay of the average of weights, which is evaluated", 0, 1)
     flow_weight: float = flag(0.3, "weight of the flow loss (not with --speech)", 0)
     drop_text: float = flag(0.1, "share of items without text and language, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
-    init_from: str = flag("", "checkpoint whose weights it begins with, to learn other text")
+    init_from: str = flag("", "checkpoint to begin with, for other text, an ear's other Whisper")
     seed: int = flag(0, "of everything random", 0, 2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     resume: bool = flag(False, "go on from out_dir/ckpt.pt")
@@ -78,11 +78,11 @@ class Config:
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
               room: Room | None, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a step (); of each item the cross-entropy and the flow loss, (B,) both."""
-    # One solver step makes x1 of noise and text; the frozen Whisper reads it (the ear: in a room).
+    # One solver step makes x1 from noise and text; the frozen Whisper reads it (an ear in a room).
     x1 = model(x0, torch.zeros_like(t), batch.cond)
     loss, nll = critic.text_loss(x1, batch, room)
-    # Every t learns to point there, so that any number of steps may be taken afterwards: pairs
-    # that the model made itself, as in reflow (Liu et al. 2022, arXiv 2209.03003).
+    # At every t the network learns to predict this x1, so that any number of steps will do: pairs
+    # that it made itself, as in reflow.
     cond = batch.cond | dict(drop=drop)  # some without their text, for guidance
     cfm = flow.cfm_loss(model, x0, x1.detach(), t, cond, batch.mask)
     return loss.mean() + flow_weight * cfm.mean(), nll, cfm
@@ -169,7 +169,7 @@ def evaluate(run: "Run", held_out: list) -> dict:
 
 class Run:
     """What a checkpoint keeps: network, its average, optimizer, step, flags; rhythm (how long
-    characters last in recordings, of each language) and origin (digests of Whisper and text)."""
+    characters last in recordings, of each language), origin (digests of Whisper, text, rhythm)."""
 
     def __init__(self, config: Config, whisper: FrozenWhisper, rhythm: dict | None = None,
                  shares: dict | None = None):
@@ -186,12 +186,11 @@ class Run:
         self.model = DiT(shape).to(whisper.device)
         self.model.begin(*whisper.directions())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.learning_rate,
-                                           (0.9, 0.99), weight_decay=config.weight_decay,
-                                           fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), fused=True,
+                                           weight_decay=config.weight_decay)
 
     def save(self, log: Log) -> None:
-        """ckpt.pt becomes a new one as a whole, and log.csv is that of its run."""
+        """Write ckpt.pt as a whole; log.csv becomes the log of this run."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         states |= dict(step=self.step, rhythm=self.rhythm, origin=self.origin,
                        config=asdict(self.config), model_config=asdict(self.model.config))
@@ -199,7 +198,7 @@ class Run:
             torch.save(states, file)
 
     def load(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint; BadInput if Whisper, text or a flag not CHANGEABLE differs."""
+        """Go on from a checkpoint; BadInput if its origin or a flag not CHANGEABLE differs."""
         flags = {name: x for name, x in asdict(self.config).items() if name not in CHANGEABLE}
         check_same(self.path, checkpoint["config"], flags, "--out_dir")
         check_same(self.path, checkpoint["origin"], self.origin, "--out_dir", self.origin)
@@ -208,16 +207,17 @@ class Run:
             getattr(self, name).load_state_dict(checkpoint[name])
 
     def begin_with(self, checkpoint: dict) -> None:
-        """The averaged weights of another run of the same shape. Raises BadInput.
+        """Take the averaged weights of another run of the same shape. Raises BadInput.
 
         An ear may go on with another Whisper: only what knows its embeddings begins anew.
         """
-        theirs, own = checkpoint["model_config"], self.model.config
+        theirs, own = checkpoint["model_config"], asdict(self.model.config)
         is_same = checkpoint["origin"]["whisper"] == self.origin["whisper"]
-        whispers = {} if is_same else dict(embedding=own.embedding, max_frames=own.max_frames)
-        if theirs | whispers != asdict(own) or not (is_same or own.bound == "tanh"):
-            raise BadInput(f"{self.config.init_from} needs its own --latent and --depth, and "
-                           "features their own --whisper")
+        if not is_same:
+            theirs |= {name: own[name] for name in ("embedding", "max_frames")}
+        if theirs != own or not (is_same or own["bound"] == "tanh"):
+            raise BadInput(f"{self.config.init_from} needs its --latent, --depth {theirs['depth']} "
+                           "and --whisper; an ear only a Whisper with as many mel bins")
         weights = {name: x for name, x in checkpoint["ema"].items()
                    if is_same or name.split(".")[0] not in OF_WHISPER}
         for network in (self.model, self.ema):

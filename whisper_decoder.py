@@ -1,8 +1,9 @@
 """The frozen Whisper: tokens, latents and features, cross-entropy; reading: text/greedy.py.
 
 x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
-and variance 1, as N(0, I) has; the decoder reads it. speech/ear.py's critic has its own `channels`,
-`bound`, `speed_range`, `room_of_step`, `latents`, `features`, `text_loss` and `directions`.
+and variance 1, as N(0, I) has; with them it is the features, which the decoder reads. Another
+critic, such as speech/ear.py's, overrides `channels`, `bound`, `speed_range`, `room_of_step`,
+`latents`, `features`, `text_loss` and `directions`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, R different rows of
@@ -32,8 +33,8 @@ class FrozenWhisper:
     """A Whisper whose weights never change: pocket, an official name, or a checkpoint file."""
 
     bound = "sphere"  # of the endpoint, see model.DiTConfig
-    speed_range = 1.7  # in training: up to so many times slower or faster
-    room_of_step = staticmethod(lambda step, n_steps, rng: None)  # how a step is heard: the ear's
+    speed_range = 1.7  # speech in training is up to this many times slower or faster
+    room_of_step = staticmethod(lambda step, n_steps, rng: None)  # augmentation: the ear's alone
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         self.name, self.device = name, torch.device(device)
@@ -119,10 +120,10 @@ class FrozenWhisper:
         return self.token_direction, marks / (2 * marks.square().mean().sqrt())
 
     def encode(self, text: str, language: str) -> list[int]:
-        """Text, after a blank -> the tokens that `whisper.decode` can write for it."""
+        """Text, after a space -> the tokens that `whisper.decode` can write for it."""
         tokenizer = self.tokenizer(language)
         tokens = tokenizer.encode(" " + strip_unspoken(text), disallowed_special=())
-        # It never begins with a token that is a blank alone, as before Chinese (suppress_blank).
+        # It never begins with a token that is a single space, as before Chinese (suppress_blank).
         return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
 
     def target_tokens(self, texts: Sequence[str], languages: Sequence[str]) -> Tensor:
@@ -136,7 +137,7 @@ class FrozenWhisper:
         encoder = self.model.encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel.to(self.device))))).transpose(1, 2)
         x = x + encoder.positional_embedding[: x.shape[1]]  # shorter windows will do
-        with sdpa_kernel(KERNELS):  # flash too, which in long windows is fast in bf16 as well
+        with sdpa_kernel(KERNELS):  # with flash attention, fast in long windows in bf16 too
             for block in encoder.blocks:
                 x = block(x)
         return F.layer_norm(x, x.shape[-1:])
@@ -155,9 +156,8 @@ class FrozenWhisper:
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
 
-    def text_loss(self, x1: Tensor, batch: "data.Batch",  # noqa: F821
-                  room: object = None) -> tuple[Tensor, Tensor]:
-        """x1 (B, T, C) -> the loss and, here the same, nll, (B,) each. room is the ear's."""
+    def text_loss(self, x1: Tensor, batch, room=None) -> tuple[Tensor, Tensor]:
+        """x1 (B, T, C), a data.Batch -> the loss and, here the same, nll, (B,) each."""
         # What `features` makes, but the keys and values of the silence are not computed again.
         speech = self.model.encoder.ln_post(x1.float())
         states = self.teacher_force(speech, batch.targets, batch.cond["frames"])

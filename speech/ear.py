@@ -86,14 +86,13 @@ class Ear(FrozenWhisper):
         """What the decoder sees in the official window, (B, T, M), (B,) -> (B, P, E)."""
         return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))
 
-    def text_loss(self, x1: Tensor, batch: "data.Batch",  # noqa: F821
-                  room: Room | None = None) -> tuple[Tensor, Tensor]:
+    def text_loss(self, x1: Tensor, batch, room: Room | None = None) -> tuple[Tensor, Tensor]:
         """How hard the text is to read where the encoder hears x1 in a random room.
 
-        x1 (B, T, M) -> the loss, nll + lens_weight * nll * lens, and nll alone, (B,) each; this
-        factor nll is a constant: what the decoder reads needs no lens. The window is hardly longer
-        than the speech, which in a room begins after a random delay of up to 240 ms. That moves the
-        tokens' frames; that a room's uneven pace moves them too is neglected.
+        x1 (B, T, M), a data.Batch -> the loss, nll + lens_weight * nll * lens, and nll alone, (B,)
+        each; this factor nll is a constant: what the decoder reads needs no lens. The window is
+        hardly longer than the speech, which in a room begins after a random delay of up to 240 ms.
+        That moves the tokens' frames; that a room's uneven pace moves them too is neglected.
         """
         window, middles = min(x1.shape[1] + SILENT_FRAMES, self.max_frames), batch.token_frames
         mel = self.spectrogram(x1, batch.cond["frames"], window)

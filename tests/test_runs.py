@@ -75,7 +75,7 @@ def test_a_run_begins_with_the_weights_of_another(runs, tmp_path):
         for name in ("model", "ema"):
             assert all(torch.allclose(x, before[key], atol=1e-7)
                        for key, x in after[name].items()) == same
-    with pytest.raises(BadInput, match="features needs its own --latent and --depth, and feat"):
+    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
         train.main([*flags, "--depth", "2", "--out_dir", str(tmp_path / "other")])
     with pytest.raises(BadInput, match=r"no checkpoint .*none/ckpt\.pt"):
         train.main([*flags, "--init_from", str(tmp_path / "none")])
@@ -91,12 +91,16 @@ def test_an_ear_goes_on_with_another_whisper(runs, tmp_path):
     anew = {name.split(".")[0] for name, x in after.items() if x.shape != before[name].shape
             or not torch.allclose(x, before[name], atol=1e-7)}
     assert anew == {*OF_WHISPER} and after["token_out.weight"].abs().max() < 1e-9
-    with pytest.raises(BadInput, match="features needs .*, and features their own --whisper"):
+    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
         train.main([*flags, "--init_from", str(runs[0] / "features")])
-    # Of the same shape, too: what its numbers mean is known to its own decoder alone.
-    judge = ["--whisper", str(ROOT / "pocket/judge.pt"), "--init_from", str(runs[0] / "features")]
-    with pytest.raises(BadInput, match="features needs .*, and features their own --whisper"):
-        train.main([*flags, *judge])
+    # Of the same shape, too: what features mean is known to their own decoder alone.
+    flags += ["--whisper", str(ROOT / "pocket/judge.pt")]
+    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
+        train.main([*flags, "--init_from", str(runs[0] / "features")])
+    train.main([*flags, "--latent", "mel", "--init_from", str(runs[0] / "mel")])
+    after = train.load_checkpoint(tmp_path)["ema"]
+    assert {name.split(".")[0] for name, x in after.items() if not torch.allclose(
+        x, before[name], atol=1e-7)} == {*OF_WHISPER} - {"marks"}  # an ear has none
 
 
 def test_samples_are_of_five_languages_and_others_each_time(capsys):
@@ -111,6 +115,15 @@ def test_samples_are_of_five_languages_and_others_each_time(capsys):
                    for line in lines)
         shown += lines
     assert len({*shown}) > 10
+
+
+def test_the_first_process_is_alone_at_first(monkeypatch):
+    for rank, order in ((0, ["work", "wait"]), (1, ["wait", "work"])):
+        seen = []
+        monkeypatch.setattr(devices, "wait_for_all", lambda: seen.append("wait"))
+        with devices.first_rank_first(rank):
+            seen.append("work")
+        assert seen == order
 
 
 @pytest.mark.skipif(devices.resource is None, reason="the system does not tell")
