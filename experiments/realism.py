@@ -56,7 +56,7 @@ from speech import sound  # noqa: E402
 from speech.ear import VOICE, Ear  # noqa: E402
 from speech.recordings import speech_span  # noqa: E402
 from speech.sound import log_mel  # noqa: E402
-from text.durations import FRAMES_PER_SECOND  # noqa: E402
+from text.durations import FRAMES_PER_SECOND, count_frames  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -73,6 +73,7 @@ COLUMNS = {  # name of a figure -> heading, format
     "human": ("student's CER on human speech", "{:.1%}"),
     "student": ("student's CER on espeak-ng", "{:.1%}"),
     "own": ("student on its own kind", "{:.1%}"),
+    "steps": ("its steps", "{:.0f}"),
     "frechet": ("Frechet distance", "{:.2f}"),
     "lag1": ("autocorrelation, 20 ms", "{:.2f}"),
     "lag5": ("100 ms", "{:.2f}"),
@@ -206,14 +207,17 @@ class Study:
             if isinstance(readers["critic"], Ear) or "channels" not in str(error):
                 raise
             print(f"note: no judge of {path}: {error}")
-        for whisper in readers.values():
-            if not self.readable(whisper):
-                raise BadInput(f"{whisper.name} knows no language of the text; give another judge")
+        if not self.readable(self.flows[path], readers):
+            raise BadInput(f"{readers.get('judge', readers['critic']).name} knows no language of "
+                           "the text, or hears too little at once; give another judge")
         return readers
 
-    def readable(self, whisper: FrozenWhisper) -> list:
-        """Held-out sentences in languages that a Whisper knows."""
-        return [s for s in self.held_out if s.language in whisper.languages]
+    def readable(self, flow: Flow, readers: dict[str, FrozenWhisper]) -> list:
+        """Held-out sentences in languages that all readers know, and that fit their windows."""
+        return [s for s in self.held_out if all(
+            s.language in whisper.languages and
+            count_frames(flow.durations(s, flow.speed)) <= whisper.max_frames
+            for whisper in readers.values())]
 
     def spectrograms(self, sentences: list, seed: int, whisper: FrozenWhisper,
                      variants=make_pocket.VARIANTS, voice: Voice = Voice()) -> Iterator[Tensor]:
@@ -232,7 +236,7 @@ class Study:
     def student(self, speech: Speech, own: Speech, seed: int) -> dict:
         student = train_student(speech, self.alphabet, seed, self.args.steps)
         return {name: student_cer(student, test, self.alphabet)
-                for name, test in [*self.tests.items(), ("own", own)]}
+                for name, test in [*self.tests.items(), ("own", own)]} | dict(steps=student.steps)
 
     def measures(self, x1: list[Tensor], say: Callable, seed: int) -> dict:
         """All that needs no reader; some of it against other real speech. say: version -> x1."""
@@ -244,7 +248,9 @@ class Study:
                        seconds=statistics.mean(map(len, x1)) / FRAMES_PER_SECOND)
         if self.has_voices:
             figures |= dict(frechet=frechet(torch.cat(x1), torch.cat(self.reference)),
-                            classifier=classifier_accuracy(x1, self.reference, seed))
+                            # Of the first take, as later ones have the same sentences.
+                            classifier=classifier_accuracy(x1[: len(self.reference)],
+                                                           self.reference, seed))
         return figures
 
     def readings(self, path: Path, speak: Callable, name: str) -> dict:
@@ -252,9 +258,8 @@ class Study:
 
         speak(sentences, whisper) -> features of a few at a time, log-mel (n_mels, 2T) each.
         """
-        figures = {}
+        figures, sentences = {}, self.readable(self.flows[path], self.readers[path])
         for who, whisper in self.readers[path].items():
-            sentences = self.readable(whisper)
             features, mels = speak(sentences, whisper)
             features = list(features)
             figures[who] = greedy_cer(whisper, sentences, features)

@@ -108,6 +108,7 @@ def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Stud
     """A student of these utterances: its averaged weights at the least loss on those set aside.
 
     It stops when PATIENCE checks in a row were hardly BETTER than one before; or after `steps`.
+    Its attribute `steps` tells when.
     """
     torch.manual_seed(seed)
     texts = [torch.tensor([alphabet[c] for c in letters(s)]) for s in speech.sentences]
@@ -148,6 +149,7 @@ def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Stud
             break
     else:
         print(f"note: after {steps} steps a student was still learning; give it more --steps")
+    best.steps = step
     return best
 
 

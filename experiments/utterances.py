@@ -13,6 +13,7 @@ from typing import Callable, Collection, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from whisper.audio import HOP_LENGTH, SAMPLE_RATE
@@ -28,7 +29,7 @@ from pocket.clips import mel_from_bytes, spoken_clips  # noqa: E402
 from sample import Flow  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
 from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
-from speech.recordings import speech_span  # noqa: E402
+from speech.recordings import TAIL, speech_span  # noqa: E402
 from speech.sound import log_mel  # noqa: E402
 from text.durations import char_durations, count_frames  # noqa: E402
 from text.sources import MAX_NOTES, print_notes  # noqa: E402
@@ -158,15 +159,15 @@ def real_test(whisper: FrozenWhisper, languages: Collection[str],
 def even(speech: Speech, speed: float = 1.0) -> Speech:
     """The same, in the rhythm of the length rule at a speed: every letter as long as any other.
 
-    Of several signs in a row one counts.
+    Of several signs in a row one counts. The silence behind the last sound stays as it is.
     """
-    x1 = []
-    for sentence, x, n in zip(*speech, align.align_characters(*speech)):
+    x1, spoken = [], Speech(speech.sentences, [x[:-TAIL] for x in speech.x1])
+    for sentence, x, n, whole in zip(*spoken, align.align_characters(*spoken), speech.x1):
         rule = char_durations(sentence, speed)
         frames = count_frames(rule)
         ends, even_ends = (np.cumsum([0, *widths[n > 0]]) for widths in (n, rule))
         frame = (np.arange(frames) + 0.5) / frames * even_ends[-1]
-        x1.append(resample(x, np.interp(frame, even_ends, ends) - 0.5))
+        x1.append(torch.cat([resample(x, np.interp(frame, even_ends, ends) - 0.5), whole[-TAIL:]]))
     return Speech(speech.sentences, x1)
 
 
@@ -189,9 +190,12 @@ def latents(flow: Flow, sentences: list, solver: Solver,
 @torch.no_grad()
 def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
              hears: FrozenWhisper | None = None) -> Speech:
-    """The flow says the sentences; spectrograms as the critic's encoder, or another, hears them."""
+    """The flow says the sentences; spectrograms as the critic's encoder, or another, hears them.
+
+    With as much silence behind as real speech has here; a rhythm of recordings has its own.
+    """
     critic, encoded = flow.critic, []
-    hears = hears or critic
+    hears, tail = hears or critic, TAIL * (flow.durations is char_durations)
     for x1, frames in latents(flow, sentences, solver, voice):
         if isinstance(critic, Ear):
             window = min(x1.shape[1] + SILENT_FRAMES, hears.max_frames)
@@ -199,5 +203,9 @@ def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
                 raise BadInput(f"{hears.name} hears at most {window} frames, and a sentence has "
                                f"{int(frames.max())}; give shorter --data")
             x1 = hears.encode_mel(critic.spectrogram(x1, frames, window))
-        encoded += [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
+        else:
+            x1 = F.pad(x1, (0, 0, 0, tail))[:, : critic.max_frames]
+            mask = torch.arange(x1.shape[1], device=x1.device) < frames[:, None]
+            x1 = torch.where(mask[:, :, None], x1, critic.silence_x1[: x1.shape[1]])
+        encoded += [x[: n + tail].clone() for x, n in zip(x1.cpu(), frames.tolist())]
     return Speech(sentences, encoded)

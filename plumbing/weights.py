@@ -17,7 +17,8 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     """`whisper.load_model`, with one clear sentence, a BadInput, where it fails."""
     names = ["pocket", *whisper.available_models()]
     if name not in names and Path(name).is_absolute() and not Path(name).is_file():
-        raise BadInput(f"the Whisper {name} is not there; say where it is now by --whisper")
+        raise BadInput(f"the Whisper {name} is not there; put it back, or say where it is "
+                       "now, by --whisper of train.py or sample.py")
     if name not in names and not Path(name).is_file():
         raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
     hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves them"

@@ -5,6 +5,7 @@ import re
 import shutil
 import statistics
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from plumbing.files import Log
 from plumbing.weights import POCKET
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech import sound
-from speech.ear import ROOM, VOICE
+from speech.ear import ROOM, SILENT_FRAMES, VOICE
 from speech.recordings import speech_span
 from text import spelling
 from text.durations import LANGUAGE_ROWS, PACE, char_durations, n_frames
@@ -209,15 +210,20 @@ def test_measures_of_known_distributions():
     assert abs(realism.classifier_accuracy(one, other, 0) - 0.5) < 0.03
     assert realism.classifier_accuracy(one, [x + shift for x in other], 0) > 0.9
     assert realism.diversity([one[:5], one[:5]]) == 0 < realism.diversity([one[:5], other[:5]])
+    constant = lambda *values: [torch.full((3, 1), x) for x in values]  # noqa: E731
+    assert realism.diversity([constant(-1.0, 3.0), constant(1.0, 5.0)]) == 2 / 8
 
 
 def test_even_speech_gives_every_letter_the_same_time_and_blanks_half(monkeypatch):
     sentence, lasting = Sentence("en", "abcd efgh ijkl."), np.array([1, 9, 2, 3] * 3 + [5, 1, 0])
     monkeypatch.setattr(utterances.align, "align_characters", lambda *_: [lasting])
+    tail = torch.arange(14.0 * utterances.TAIL).view(-1, 14)  # of silence
     x1 = torch.eye(14).repeat_interleave(torch.from_numpy(lasting[:14]), dim=0)
-    slow = utterances.even(student.Speech([sentence], [x1])).x1[0]
+    speech = student.Speech([sentence], [torch.cat([x1, tail])])
+    slow, fast = utterances.even(speech).x1[0], utterances.even(speech, 1.2).x1[0]
+    assert torch.equal(slow[-len(tail) :], tail) and torch.equal(fast[-len(tail) :], tail)
+    slow, fast = slow[: -len(tail)], fast[: -len(tail)]
     assert len(slow) == n_frames(sentence) > 42
-    fast = utterances.even(student.Speech([sentence], [x1]), 1.2).x1[0]
     assert len(fast) == n_frames(sentence, 1.2) < len(slow)
     rule = char_durations(sentence)[:14]
     assert rule[4] < 0.6 * rule[0]  # a blank
@@ -277,6 +283,38 @@ def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear, monkeypatch):
     next(utterances.latents(spoken, TEXTS, flow.Solver(1), utterances.Voice(1.0)))
     noise = [data.sentence_generator(s, 0).initial_seed() for s in TEXTS]
     assert len({*seeds}) == len(TEXTS) and not {*seeds} & {*noise}
+
+
+@pytest.mark.parametrize("latent", train.LATENTS)
+def test_made_speech_has_as_much_silence_behind_as_real_speech(checkpoints, latent):
+    checkpoint = train.load_checkpoint(utterances.Path(checkpoints[latent]))
+    spoken = sample.load_flow(checkpoint, torch.device("cpu"))
+    how, frames = (TEXTS, flow.Solver(1), utterances.Voice()), [n_frames(s) for s in TEXTS]
+    made, tail = utterances.generate(spoken, *how).x1, utterances.TAIL
+    assert [len(x) for x in made] == [n + tail for n in frames]
+    critic = spoken.critic
+    x1, lengths = next(utterances.latents(spoken, *how))
+    if latent == "mel":
+        window = x1.shape[1] + SILENT_FRAMES
+        whole = critic.encode_mel(critic.spectrogram(x1, lengths, window))
+    else:
+        seen = torch.arange(critic.max_frames) < lengths[:, None]
+        whole = F.pad(x1, (0, 0, 0, critic.max_frames - x1.shape[1]))
+        whole = torch.where(seen[..., None], whole, critic.silence_x1)
+    for x, n, y in zip(made, frames, whole):
+        torch.testing.assert_close(x, y[: n + tail], rtol=1e-4, atol=1e-4)
+    paced = spoken._replace(durations=lambda s, speed: char_durations(s, speed))  # recordings'
+    assert [len(x) for x in utterances.generate(paced, *how).x1] == frames
+
+
+def test_critic_and_judge_read_the_same_sentences_that_both_can_hear(checkpoints, tmp_path):
+    spoken = sample.load_flow(train.load_checkpoint(utterances.Path(checkpoints["mel"])),
+                              torch.device("cpu"))
+    judge = SimpleNamespace(languages=["en", "de"], max_frames=n_frames(TEXTS[0]))
+    study = SimpleNamespace(held_out=TEXTS)
+    readable = functools.partial(realism.Study.readable, study, spoken)
+    assert readable(dict(critic=spoken.critic)) == TEXTS
+    assert readable(dict(critic=spoken.critic, judge=judge)) == TEXTS[:1]
 
 
 def test_a_voice_changes_the_speech_of_espeak_and_no_silence(ear, monkeypatch):
@@ -345,7 +383,7 @@ def test_table_has_a_row_for_each_checkpoint(checkpoints, tmp_path, monkeypatch,
     flags = "--no-real --no-measures --judge pocket --rooms 1 --voice gain".split()
     figures, = table(tmp_path, checkpoints["mel"], *flags)[checkpoints["mel"]]
     assert list(figures) == ["critic", "critic_language", "critic_wav", "judge", "judge_language",
-                             "judge_wav", "student", "own"]
+                             "judge_wav", "student", "own", "steps"]
     assert figures["critic"] == figures["judge"] and figures["critic_wav"] == figures["judge_wav"]
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "t.md").read_text() in capsys.readouterr().out
@@ -357,10 +395,15 @@ def test_table_has_a_row_for_each_checkpoint(checkpoints, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 @needs_espeak
-def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path):
+def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path, monkeypatch):
+    learned, learn = [], realism.train_student
+    monkeypatch.setattr(realism, "train_student", lambda speech, *rest: (
+        learned.append(speech), learn(speech, *rest))[1])
     rows = table(tmp_path, path := checkpoints["features"], "--steps", "300")
     assert list(rows) == ["real speech", "real speech, letters equally long", path,
                           f"{path}, with other texts"]
+    assert learned[3].x1 is learned[2].x1  # of other texts
+    assert learned[3].sentences == student.others(learned[2].sentences) != learned[2].sentences
     real, made = rows["real speech"][0], rows[path][0]
     assert list(real) == list(made) and set(made) == set(realism.COLUMNS) - {
         "critic_wav", "judge_wav", "human"}

@@ -220,6 +220,7 @@ def test_text_joins_recordings_late_and_in_their_rhythm(folder, pocket):
     assert [b.x1 is None for b in batches] == [False] * 13 + [True, False, True]
     assert [b.sentences for b in batches[13::2]] == [steps.text[i].sentences for i in (6, 7)]
     recorded = {r.sentence: r.x1 for r in steps.recordings}
+    assert torch.allclose(steps.sums, (steps.frames.double() ** -2).cumsum(0))
     for batch in (b for b in batches if b.x1 is not None):
         for s, n, x1 in zip(batch.sentences, batch.cond["frames"].tolist(), batch.x1):
             assert n == len(recorded[s]) and torch.equal(x1[:n], recorded[s])
