@@ -209,7 +209,7 @@ def main(argv=None) -> None:
     sentences = data.per_language(sorted(training, key=data.hash_share), args.sentences)
     texts = [letters(s) for s in sentences]
     alphabet = {c: END + 1 + i for i, c in enumerate(sorted(set("".join(map(letters, training)))))}
-    known = {*map(letters, training)}
+    known, codes = {*map(letters, training)}, sorted({s.language for s in sentences})
     real = (people(args.recordings, {*codes}, known, whisper)
             if args.recordings else real_test(whisper, codes, known))
     check_sources(args.sources, sentences, whisper)

@@ -50,11 +50,12 @@ from experiments.utterances import (  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.errors import BadInput, as_bad_input, first_line, guard  # noqa: E402
-from plumbing.files import atomic_write  # noqa: E402
+from plumbing.files import atomic_write, locked  # noqa: E402
 from plumbing.flags import check_same  # noqa: E402
 from plumbing.weights import state_fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech.ear import SILENT_FRAMES, Ear, silence_of  # noqa: E402
+from speech.recordings import TAIL  # noqa: E402
 from text.error_rates import cer_by_language, error_rates  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import load_sentences, print_notes  # noqa: E402
@@ -67,6 +68,7 @@ COPY = 0.75  # share of the steps before the decoder has a say: codes that say n
              # teach it to guess, and each of these steps is cheap
 RATE = 1e-3  # of learning
 TRANSCRIBE = "<|reserved_special_token_69|>"  # how Ichigo and Speechless begin this task
+LONGEST = 49  # times: Speechless's vocabulary has <|duration_02|> to 49, earlier to 99
 SEED = 1000  # of espeak-ng's voices
 TABLE = ".parquet" if find_spec("pyarrow") else ".jsonl"
 
@@ -286,10 +288,11 @@ def sound(tokens: Iterable[int]) -> str:
 
 
 def run_lengths(tokens: Iterable[int]) -> str:
-    """As Speechless does: how often, then what; at most 99 times at once."""
+    """As Speechless does: how often, if more than once, then what; at most LONGEST at once."""
     runs = ((token, len(list(run))) for token, run in groupby(tokens))
-    parts = [(token, min(99, n - i)) for token, n in runs for i in range(0, n, 99)]
-    return "".join(f"<|duration_{n:02d}|><|sound_{token:04d}|>" for token, n in parts)
+    parts = [(token, min(LONGEST, n - i)) for token, n in runs for i in range(0, n, LONGEST)]
+    said = (f"<|duration_{n:02d}|>" * (n > 1) + f"<|sound_{token:04d}|>" for token, n in parts)
+    return f"<|sound_start|>{''.join(said)}<|sound_end|>"
 
 
 def row(form: str, index: int, text: str, tokens: list[int]) -> dict:
@@ -321,7 +324,11 @@ def write_rows(rows: list[dict], file: Path) -> None:
 def rows_of(folder: Path) -> Iterator[dict]:
     """The manifest's rows: pieces of text that were kept, in the order of the shards."""
     with open(folder / "manifest.jsonl", encoding="utf-8") as file:
-        yield from map(json.loads, file)
+        for line in file:
+            with as_bad_input(f"{file.name} is damaged", "the command of sample.py that made it "
+                              "makes it again"):
+                row = json.loads(line)
+            yield row
 
 
 def shards_of(folder: Path) -> Iterator[tuple[Path, list[dict]]]:
@@ -361,6 +368,12 @@ def check_set(folder: Path, whisper: FrozenWhisper) -> None:
         raise BadInput(f"{folder} has {kind} of width {width} and up to {longest} frames, and "
                        f"{whisper.name} takes {expected} and at most {whisper.max_frames}; give "
                        "the --whisper of the set, and a --quantiser of it")
+    if kind == "features":  # any Whisper hears a mel
+        with as_bad_input(f"{folder / 'settings.json'} is damaged", "make the set anew"):
+            made_by = json.loads((folder / "settings.json").read_text("utf-8"))["whisper"]
+        if made_by != whisper.fingerprint:
+            raise BadInput(f"{folder} has features of another Whisper than {whisper.name}; give "
+                           "the --whisper of the set, and a --quantiser of it")
 
 
 def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
@@ -368,18 +381,19 @@ def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
     settings = dict(quantiser=state_fingerprint(quantiser.state_dict()))
     file = folder / "settings.json"
     if file.exists():
-        return check_same(folder, json.loads(file.read_text("utf-8")), settings, "--set",
-                          ("quantiser",))
+        with as_bad_input(f"{file} is damaged", "move its folder away"):
+            before = dict(json.loads(file.read_text("utf-8")))
+        return check_same(folder, before, settings, "--set", ("quantiser",))
     with atomic_write(file) as part:
         part.write_text(json.dumps(settings) + "\n", "utf-8")
 
 
 def speech_features(mel: Tensor, whisper: FrozenWhisper) -> Tensor:
-    """Log-mel of speech (M, 2T) -> features (T, E), in a window hardly longer than the speech."""
+    """Log-mel (M, 2T) -> features of speech and TAIL (T + TAIL, E), in a window hardly longer."""
     frames = mel.shape[1] // 2
     silent = min(SILENT_FRAMES, whisper.max_frames - frames)
     mel = F.pad(mel, (0, 2 * silent), value=silence_of(mel.max()).item())
-    return whisper.features_of_mel(mel[None])[0, :frames]
+    return whisper.features_of_mel(mel[None])[0, : frames + TAIL]
 
 
 @torch.no_grad()
@@ -389,13 +403,18 @@ def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhis
                              for row in rows_of(folder)))
     check_quantiser(folder / "tokens", quantiser)
     n_rows, n_shards = 0, len({row["shard"] for row in rows_of(folder)})
+    for half in (folder / "tokens").glob(f"{form}-*.tmp"):  # of a run that was killed
+        half.unlink()
+    tables = [x for x in (".jsonl", ".parquet") if any((folder / "tokens").glob(f"{form}-*{x}"))]
+    table = (tables or [TABLE])[0]  # as it was begun, also if pyarrow was installed since
     for shard, pieces in tqdm(shards_of(folder), folder.name, n_shards, unit=" shards"):
-        file = folder / "tokens" / f"{form}-{shard.stem[len('shard-'):]}{TABLE}"
-        if not file.exists():
+        file = folder / "tokens" / f"{form}-{shard.stem[len('shard-'):]}{table}"
+        if not file.exists() or file.stat().st_mtime < shard.stat().st_mtime:
             rows, (kind, arrays) = [], load_shard(shard, pieces)
             for piece, array in zip(pieces, arrays):
                 x = torch.from_numpy(array).float()
-                features = speech_features(x.T, whisper) if kind == "mel" else x
+                features = (speech_features(x.T, whisper) if kind == "mel" else
+                            torch.cat([x, whisper.silence[len(x) :][:TAIL].cpu()]))
                 tokens = quantiser.tokens(features[None], torch.tensor([len(features)]))[0].tolist()
                 rows.append(row(form, n_rows + len(rows), piece["text"], tokens)
                             | {key: piece[key] for key in ("id", "language", "cer")})
@@ -531,7 +550,8 @@ def main(argv=None) -> None:
     quantiser = (quantiser_of_source(args, whisper) if args.source else
                  load_quantiser(args.quantiser, whisper))
     for folder in args.set:
-        n_rows = write_set(folder, args.form, quantiser, whisper)
+        with locked(folder, part=f"-tokens-{args.form}"):  # sample.py then leaves its files alone
+            n_rows = write_set(folder, args.form, quantiser, whisper)
         print(f"wrote {folder / 'tokens'}: {n_rows} rows")
 
 

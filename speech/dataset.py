@@ -41,6 +41,7 @@ from text.error_rates import error_rates
 from text.sources import (
     kind, lines_of, local_file, note_english, note_other, other_language, print_notes, read_line,
 )
+from text.spelling import language_code
 from whisper_decoder import FrozenWhisper
 
 TEXTS_A_SHARD = 200
@@ -94,6 +95,9 @@ def check(args, latent: str) -> None:
         if value is not None and not low <= value <= high:
             raise BadInput(f"--{name} {value} cannot be used; {low} to {high}"
                            + ", 0.05 is 5 %" * (name == "max_cer"))
+    if folder and not 0 <= args.seed < SEED_STEP:
+        raise BadInput(f"--seed {args.seed} cannot be used for a set, as --best_of tries "
+                       f"{SEED_STEP} more each time; 0 to {SEED_STEP - 1}")
     if out and not folder and out.is_dir():
         raise BadInput(f"--out {out} is a folder; give FILE.npz, or a name without .npz")
 
@@ -229,7 +233,9 @@ def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> b
             rows = [json.loads(line) for line in file]
         if not {*kinds} <= {*SOUNDS}:
             with np.load(folder / f"{name}.npz") as arrays:
-                if len(arrays["frames"]) != sum("why" not in row for row in rows):
+                frames = [row["frames"] for row in rows if "why" not in row]
+                if arrays["frames"].tolist() != frames or (
+                        frames and not {*kinds} - {*SOUNDS} <= {*arrays}):
                     return False
         for row in rows:
             if "wav" in row and not is_whole_wav(folder / row["wav"], row["frames"]):
@@ -283,7 +289,7 @@ def check_settings(folder: Path, settings: dict) -> None:
             raise BadInput(f"{file} is damaged, so nobody knows how its set was made; give another "
                            "--out") from error
         now = json.loads(json.dumps(settings))
-        flags.check_same(folder, before, now, "--out", ("text", "checkpoint"))
+        flags.check_same(folder, before, now, "--out", ("text", "checkpoint", "whisper"))
     elif any(not path.name.startswith(("settings.json", ".")) for path in folder.iterdir()):
         raise BadInput(f"--out {folder} holds something else; give a new or empty folder")
     else:
@@ -333,13 +339,16 @@ def parse_part(text: str) -> tuple[int, int]:
     return part, n
 
 
-def survey(args) -> tuple[list[str], int, list[str]]:
-    """One pass over all texts -> a digest of each shard's, how many they are, notes; BadInput."""
+def survey(args, unlearned: set[str]) -> tuple[list[str], int, list[str]]:
+    """One pass over all texts -> a digest of each shard's, how many they are, notes; BadInput.
+
+    unlearned: languages that Whisper knows and the checkpoint does not.
+    """
     for name in args.text_file:
         if (path := local_file(name)).exists() and not path.is_file():
             raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
                            "and give each file of a folder its --text_file")
-    digests, languages = [], Counter()  # no list of the texts: there may be millions
+    digests, languages, found = [], Counter(), set()  # no texts: there may be millions
 
     def as_english() -> Iterator[str]:
         lines = read_lines(args.text_file, args.language)
@@ -347,12 +356,14 @@ def survey(args) -> tuple[list[str], int, list[str]]:
             digests.append(digest(block))
             for line, suffix, code in block:
                 languages[other_language(line, code) if suffix == ".tsv" else ""] += 1
+                found.update(unlearned & {code or language_code(line.partition("\t")[0])})
                 if code == "en" != args.language:
                     yield line
 
     notes = note_english(as_english()) + note_other(languages, args.language)
     if not languages:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
+    notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(found)]
     return digests, languages.total(), notes
 
 
@@ -362,11 +373,9 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     kinds, trained = sorted(set(args.write or ["features"])), checkpoint["origin"]["languages"]
     if args.language:
         args.language = whisper.check_language(args.language)
-        if args.language not in trained:
-            print_notes([f"{args.ckpt} was not trained in {args.language!r}"])
-    digests, n_texts, notes = survey(args)
+    digests, n_texts, notes = survey(args, {*whisper.languages} - {*trained})
     print_notes(notes)
-    settings = dict(language=args.language, text=fingerprint(digests),
+    settings = dict(language=args.language, text=fingerprint(digests), whisper=whisper.fingerprint,
                     checkpoint=state_fingerprint(checkpoint["ema"]), write=kinds,
                     best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
                     rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
@@ -390,16 +399,19 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             bar.update(len(block))
         if next(lines, None):
             raise BadInput(CHANGED)
-    # Its own are whole now; others may have become so.
-    missing = sum(not is_whole(name, folder, kinds, numbers)
-                  for name, numbers in shards.items() if name not in own)
+    # Its own are whole now; others may have become so. Only the part that ends last reads them.
+    others = [name for name in shards if name not in own]
+    missing = ([name for name in others if not (folder / f"{name}.jsonl").exists()]
+               or [name for name in others if not is_whole(name, folder, kinds, shards[name])])
     if missing:
-        return (f"part {args.part} is done; {missing} of {len(shards)} shards are missing in "
+        return (f"part {args.part} is done; {len(missing)} of {len(shards)} shards are missing in "
                 f"{folder}, and the part that ends last writes manifest.jsonl")
     try:
         with locked(folder):
             n_pieces, said = merge(folder, [*shards], trained)
-    except BadInput:
+    except BadInput as error:
+        if "another run" not in str(error):
+            raise
         return f"part {args.part} is done; another part is just writing manifest.jsonl"
     if not n_pieces:
         raise BadInput(f"nothing of the set could be kept\n{said}")

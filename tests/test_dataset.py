@@ -2,6 +2,7 @@
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +146,11 @@ def test_texts_of_another_script_are_noted(make, tmp_path, capsys):
         make(f"a{len(flags)}", "--text_file", str(tmp_path / "t.txt"), *flags)
         note = "1 texts such as '老师在教室里。' are read as English"
         assert (note in capsys.readouterr().err) == (not flags)
+    args = SimpleNamespace(text_file=[str(tmp_path / "text.tsv")], language=None, ckpt="ckpt.pt")
+    notes = dataset.survey(args, {"fr", "zh", "es"})[2]  # before the work
+    assert notes == [f"ckpt.pt was not trained in {code!r}" for code in ("fr", "zh")]
+    args.language = "es"
+    assert "ckpt.pt was not trained in 'es'" in dataset.survey(args, {"fr", "es"})[2]
     make("table", "--language", "en")
     assert "3 lines begin with the name of another lang" in capsys.readouterr().err  # fr, zh, de
 
@@ -157,6 +163,7 @@ def test_flags_of_a_set_that_cannot_be_used(make):
             ("--best_of 0", "--best_of 0 cannot be used; 1 to 100"),
             ("--speed 20", "--speed 20.0 cannot be used"),
             ("--seed 3", "with --seed 0, not with --seed 3"),
+            ("--seed 1000", "--seed 1000 cannot be used for a set, as --best_of tries 1000 more"),
             ("--max_cer 5", "--max_cer 5.0 cannot be used; 0 to 1, 0.05 is 5 %"),
             ("--max_cer nan", "--max_cer nan cannot"),
             ("--language french", "with no --language, not with --language fr;"),
@@ -201,7 +208,11 @@ def test_sounds_that_need_a_package(make, monkeypatch):
         make("a", "--write", "flac", latent="mel")
 
 
-def test_two_parts_that_end_together(make, tmp_path, capsys):
+def fail(error: Exception):
+    raise error
+
+
+def test_two_parts_that_end_together(make, tmp_path, capsys, monkeypatch):
     make("a", "--part", "1/2")
     (tmp_path / "a/shard-00000.npz").unlink()
     half = tmp_path / "a/shard-00000.npz.1.tmp"
@@ -210,6 +221,9 @@ def test_two_parts_that_end_together(make, tmp_path, capsys):
     assert half.exists()  # until all shards are whole
     with locked(tmp_path / "a"):  # the other one merges
         assert "manifest.jsonl" not in make("a", "--part", "2/2")
+    with monkeypatch.context() as patched, pytest.raises(BadInput, match="a cannot be written"):
+        patched.setattr(dataset, "merge", lambda *_: fail(BadInput("a cannot be written")))
+        make("a", "--part", "2/2")
     with locked(tmp_path / "a", part="-2-2"):
         with pytest.raises(BadInput, match="another run writes"):
             make("a", "--part", "2/2")
@@ -237,8 +251,11 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):
                          ("shard-00000.jsonl", 0), ("shard-00001.jsonl", first)):
         (tmp_path / "a" / name).write_bytes(before[name][:length])  # a copy that broke off
         assert make("a") == before
-    np.savez(tmp_path / "a" / "shard-00001.npz", frames=[9], features=np.zeros((9, 128)))
-    assert make("a") == before
+    shard = tmp_path / "a" / "shard-00001.npz"
+    frames = np.load(shard)["frames"]
+    for n, name in ([9], "features"), (frames + 1, "features"), (frames, "mel"):
+        np.savez(shard, frames=n, **{name: np.zeros((sum(n), 128))})  # of another set
+        assert make("a") == before
     for rows in ('{"why": 1}\n', '[1]\n', '{"why": 1, "id": 2}\n'):
         (tmp_path / "a" / "shard-00000.jsonl").write_text(rows)
         np.savez(tmp_path / "a" / "shard-00000.npz", frames=[], features=np.zeros((0, 128)))

@@ -178,6 +178,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --device meta", "device 'meta' cannot be used"),
     ("train --device hpu", "device 'hpu' cannot be used"),
     ("train --data en={0}/x.jsonl", "no .jsonl is read; give lines of text"),
+    ("train --data en={0}/x.parquet", "no .parquet is read; give lines of text"),
     ("train --data en={0}/a\u2028b.txt", "No such file"),
     ("train --speed 0.1 --data en={0}/long.txt", "cannot be cut"),
     ("train --data 1e308*builtin", "--data '1e308*builtin' cannot be used"),

@@ -1,5 +1,6 @@
 """Sound tokens and the language model of them: experiments/tokens.py, speech_lm.py, speed.py."""
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from experiments.student import Speech, letters
 from experiments.utterances import Voice, generate
 from flow import Solver
 from plumbing.errors import BadInput
+from plumbing.files import locked
+from plumbing.weights import POCKET
 from pocket import make_pocket
 from speech import dataset
 from speech.ear import SILENT_FRAMES
-from speech.recordings import soundfile
+from speech.recordings import TAIL, soundfile
 from test_roundtrip import close, randn, random_whisper
 from text.sources import builtin, load_sentences
 from whisper_decoder import FrozenWhisper
@@ -78,10 +81,11 @@ def test_languages_that_no_clip_has(pocket):
 
 def test_forms_of_other_projects(tmp_path):
     assert tokens.sound([3, 314]) == ("<|sound_start|><|sound_0003|><|sound_0314|><|sound_end|>")
+    # As `convert_ids_to_tokens` of janhq/ichigo-experiments writes them.
     assert tokens.run_lengths([7, 7, 194]) == (
-        "<|duration_02|><|sound_0007|><|duration_01|><|sound_0194|>")
-    assert tokens.run_lengths([5] * 100) == (
-        "<|duration_99|><|sound_0005|><|duration_01|><|sound_0005|>")
+        "<|sound_start|><|duration_02|><|sound_0007|><|sound_0194|><|sound_end|>")
+    assert tokens.run_lengths([5] * 50) == (
+        "<|sound_start|><|duration_49|><|sound_0005|><|sound_0005|><|sound_end|>")
     task, heard = "<|reserved_special_token_69|>", "<|sound_start|><|sound_0511|><|sound_end|>"
     ichigo = tokens.row("ichigo", 7, "A dog\nsleeps.", [511])
     assert ichigo == dict(
@@ -89,7 +93,7 @@ def test_forms_of_other_projects(tmp_path):
         prompt=heard, conversations=[dict(content=task + heard, role="user"),
                                      dict(content="A dog sleeps.", role="assistant")])
     assert tokens.row("speechless", 7, "A dog\nsleeps.", [2, 2]) == dict(
-        index=7, prompt=task + "A dog sleeps.", answer="<|duration_02|><|sound_0002|>")
+        index=7, prompt=task + "A dog sleeps.", answer=tokens.run_lengths([2, 2]))
     for suffix in {tokens.TABLE, ".jsonl"}:
         tokens.write_rows([ichigo, ichigo], tmp_path / f"x{suffix}")
         assert read_rows([tmp_path / f"x{suffix}"]) == [ichigo, ichigo]
@@ -109,9 +113,10 @@ def test_a_set_has_tokens_of_its_own_features(make_set, quantiser, pocket, tmp_p
     for i, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
         shard = np.load(folder / piece["shard"])
         start = shard["frames"][: piece["index"]].sum()
-        x = torch.from_numpy(shard["features"][start : start + piece["frames"]]).float()
+        x, n = torch.from_numpy(shard["features"][start:]).float(), piece["frames"]
+        x = torch.cat([x[:n], pocket.silence[n : n + TAIL]])  # as behind real speech
         ids = quantiser.tokens(x[None], torch.tensor([len(x)]))[0].tolist()
-        assert len(ids) == (piece["frames"] + 1) // 2
+        assert len(ids) == (min(n + TAIL, pocket.max_frames) + 1) // 2
         expected = tokens.row("ichigo", i, piece["text"], ids)
         expected |= dict(id=piece["id"], language=piece["language"], cer=piece["cer"])
         assert row == expected and [*row] == [*expected]
@@ -123,6 +128,18 @@ def test_a_set_has_tokens_of_its_own_features(make_set, quantiser, pocket, tmp_p
     after = [(f.read_bytes(), f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
     assert after[0] == before[0] and after[1][0] == before[1][0] and after[1][2] > before[1][2]
     assert f"wrote {folder / 'tokens'}: {len(rows)} rows" in capsys.readouterr().out
+    (half := folder / "tokens" / "ichigo-00000.jsonl.1.tmp").write_text("half")
+    monkeypatch.setattr(tokens, "TABLE", ".parquet")  # pyarrow was installed meanwhile
+    shard = folder / "shard-00002.npz"
+    os.utime(shard, ns=(0, after[1][2] + 1))  # it was made anew
+    tokens.main(argv)
+    again = [(f.read_bytes(), f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
+    assert again[0] == after[0] and again[1][0] == after[1][0] and again[1][1:] != after[1][1:]
+    assert sorted(folder.glob("tokens/*-*")) == files and not half.exists()
+    with locked(folder, part="-tokens-ichigo"), pytest.raises(BadInput, match="another run wr"):
+        tokens.main(argv)
+    monkeypatch.setattr(tokens, "TABLE", ".jsonl")
+    capsys.readouterr()
     tokens.main([*argv, "--form", "speechless"])
     others = read_rows(sorted(folder.glob("tokens/speechless-*")))
     assert [*others[0]] == ["index", "prompt", "answer", "id", "language", "cer"]
@@ -150,7 +167,8 @@ def test_a_set_of_spectrograms_is_heard_as_its_flow_is(make_set, quantiser, pock
         x1, frames, n = loudness * randn(1, 30, 80), torch.tensor([30]), 30 + SILENT_FRAMES
         speech, whole = (ear.spectrogram(x1, frames, window) for window in (30, n))
         assert (speech.max() > 0.6) == (loudness > 1)
-        close(tokens.speech_features(speech[0], pocket), pocket.features_of_mel(whole)[0, :30])
+        close(tokens.speech_features(speech[0], pocket),
+              pocket.features_of_mel(whole)[0, : 30 + TAIL])
 
 
 def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeypatch):
@@ -174,7 +192,17 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
         with pytest.raises(BadInput, match=words):
             tokens.check_set(folder, whisper)
     tokens.check_set(mel, narrow)  # whoever made it
+    judge = FrozenWhisper(str(POCKET / "judge.pt"))  # as wide as pocket
+    with pytest.raises(BadInput, match="features of another Whisper than .*judge.pt; give the --"):
+        tokens.check_set(features, judge)
+    tokens.check_set(mel, judge)
     tokens.main(["--quantiser", str(file), "--set", str(features)])
+    settings = features / "tokens" / "settings.json"
+    whole = settings.read_text()
+    settings.write_text(whole[:9])
+    fails("tokens/settings.json is damaged .*; move its folder away",
+          "--quantiser", file, "--set", features)
+    settings.write_text(whole)
     fails("features/tokens has tokens of another quantiser; give it as --quantiser, or move",
           "espeak", "--set", features, "--out", tmp_path / "new")
     with torch.no_grad():
@@ -191,6 +219,10 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
         shard.write_bytes(content)
         fails("mel/shard-00002.npz is damaged .*; the command of sample.py that made it makes it",
               "--quantiser", file, "--set", mel)
+    manifest = (mel / "manifest.jsonl").read_bytes()
+    (mel / "manifest.jsonl").write_bytes(manifest[:-9])  # a copy that broke off
+    fails("mel/manifest.jsonl is damaged .*; the command of sample.py that made it makes it again",
+          "--quantiser", file, "--set", mel)
     (mel / "manifest.jsonl").unlink()
     fails("mel is not finished, for it has no manifest.jsonl; the command of sample.py",
           "--quantiser", file, "--set", mel)

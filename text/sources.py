@@ -37,8 +37,9 @@ URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
 CODES = {*ISO_639_3, *ISO_639_3.values()} - {"id", "no"}  # which name columns, too
-NO_TEXT = set(".csv .json .jsonl .srt .vtt .xml .html .pdf .zip .xz .7z .tar .tgz .pt .npz .png "
-              ".jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls .epub .rtf".split())
+NO_TEXT = set(".csv .json .jsonl .parquet .arrow .srt .vtt .xml .html .pdf .zip .xz .zst .7z .tar "
+              ".tgz .pt .npy .npz .png .jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls "
+              ".epub .rtf".split())
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 HEADER = set("language lang locale text sentence transcript transcription path".split())
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\3\4": "zip", b"\xfd7zXZ": "xz"}
