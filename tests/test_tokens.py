@@ -131,7 +131,7 @@ def test_a_set_has_tokens_of_its_own_features(make_set, quantiser, pocket, tmp_p
     (half := folder / "tokens" / "ichigo-00000.jsonl.1.tmp").write_text("half")
     monkeypatch.setattr(tokens, "TABLE", ".parquet")  # pyarrow was installed meanwhile
     shard = folder / "shard-00002.npz"
-    os.utime(shard, ns=(0, after[1][2] + 1))  # it was made anew
+    os.utime(shard, ns=(0, after[1][2] + 10**9))  # it was made anew
     tokens.main(argv)
     again = [(f.read_bytes(), f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
     assert again[0] == after[0] and again[1][0] == after[1][0] and again[1][1:] != after[1][1:]
