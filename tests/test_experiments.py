@@ -216,7 +216,8 @@ def test_measures_of_known_distributions():
 
 def test_even_speech_gives_every_letter_the_same_time_and_blanks_half(monkeypatch):
     sentence, lasting = Sentence("en", "abcd efgh ijkl."), np.array([1, 9, 2, 3] * 3 + [5, 1, 0])
-    monkeypatch.setattr(utterances.align, "align_characters", lambda *_: [lasting])
+    monkeypatch.setattr(utterances.align, "align_characters", lambda sentences, x1: (
+        [lasting] if len(x1[0]) == lasting.sum() else None))  # of the speech, not of the tail
     tail = torch.arange(14.0 * utterances.TAIL).view(-1, 14)  # of silence
     x1 = torch.eye(14).repeat_interleave(torch.from_numpy(lasting[:14]), dim=0)
     speech = student.Speech([sentence], [torch.cat([x1, tail])])
@@ -310,11 +311,13 @@ def test_made_speech_has_as_much_silence_behind_as_real_speech(checkpoints, late
 def test_critic_and_judge_read_the_same_sentences_that_both_can_hear(checkpoints, tmp_path):
     spoken = sample.load_flow(train.load_checkpoint(utterances.Path(checkpoints["mel"])),
                               torch.device("cpu"))
-    judge = SimpleNamespace(languages=["en", "de"], max_frames=n_frames(TEXTS[0]))
+    judge, brief = (SimpleNamespace(languages=["en", "de"], max_frames=n) for n in (
+        spoken.critic.max_frames, n_frames(TEXTS[0])))
     study = SimpleNamespace(held_out=TEXTS)
     readable = functools.partial(realism.Study.readable, study, spoken)
     assert readable(dict(critic=spoken.critic)) == TEXTS
-    assert readable(dict(critic=spoken.critic, judge=judge)) == TEXTS[:1]
+    assert readable(dict(critic=spoken.critic, judge=judge)) == [TEXTS[0], TEXTS[2]]
+    assert readable(dict(critic=spoken.critic, judge=brief)) == TEXTS[:1]
 
 
 def test_a_voice_changes_the_speech_of_espeak_and_no_silence(ear, monkeypatch):
