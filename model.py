@@ -124,7 +124,7 @@ class DiT(nn.Module):
         self.condition_out = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
-        self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of time
+        self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of frames
         # All but ASCII (ids 1 to 128) begin as the Latin letters that they sound like.
         nn.init.zeros_(self.letter_in.weight[129:CAPITAL])
         nn.init.zeros_(self.order_in.weight)
@@ -132,7 +132,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def begin(self, token_out: Tensor, marks: Tensor) -> None:
-        """Where the endpoint leans before anything is learned: `FrozenWhisper.directions`."""
+        """Token shortcut and positional embedding at first, from `FrozenWhisper.directions`."""
         self.token_out.weight.copy_(token_out)
         self.marks.copy_(marks)
 

@@ -111,10 +111,10 @@ class FrozenWhisper:
         return w * len(w) ** 0.5 / w.norm()
 
     def directions(self) -> tuple[Tensor, Tensor]:
-        """Where x1 leans at first, `model.DiT.begin`: W (C, E) and marks of time (P, C).
+        """For `model.DiT.begin`: token shortcut W (C, E), fixed positional embedding (P, C).
 
-        Silence is encoded differently in every frame: such marks, of a root mean square of 1/2,
-        help attention to go on in time.
+        The latter is how frames of silence differ from their mean, scaled to a root mean square of
+        1/2; it helps attention to go on in time.
         """
         marks = self.silence_x1 - self.silence_x1.mean(0)
         return self.token_direction, marks / (2 * marks.square().mean().sqrt())
