@@ -44,7 +44,7 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     """Training and held-out sentences, by a hash of each: a line that is added moves no other,
     unless a set or language is so small that one must be held out.
 
-    What differs from a held-out one in punctuation, spaces or case is dropped. Raises BadInput.
+    What differs from a held-out one only in punctuation, spaces or case is dropped. Or BadInput.
     """
     hashes = {s: hash_share(s) for s in sentences}
     order = sorted(sentences, key=hashes.get)  # so that the first few are a fair sample

@@ -207,7 +207,10 @@ class Study:
             if isinstance(readers["critic"], Ear) or "channels" not in str(error):
                 raise
             print(f"note: no judge of {path}: {error}")
-        if not self.readable(self.flows[path], readers):
+        n, whole = len(self.readable(self.flows[path], readers)), len(self.held_out)
+        if 0 < n < whole:
+            print(f"note: of {path} {n} of {whole} held-out sentences are read, as all can hear")
+        if not n:
             raise BadInput(f"{readers.get('judge', readers['critic']).name} knows no language of "
                            "the text, or hears too little at once; give another judge")
         return readers

@@ -5,7 +5,7 @@
     python experiments/tokens.py --quantiser out/tokens/quantiser.pt --set out/set
 
 The last writes tokens of a data set of `sample.py --out out/set`, a file for each shard, in
-out/set/tokens; a run that was killed goes on at the first file that is missing.
+out/set/tokens, where it is missing or older than its shard.
 
 The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP(LN(x)), 64
 dimensions, the nearest of 512 codes by angle; back through a linear map, each twice, positions, one
@@ -370,26 +370,26 @@ def check_set(folder: Path, whisper: FrozenWhisper) -> None:
                        "the --whisper of the set, and a --quantiser of it")
     if kind == "features":  # any Whisper hears a mel
         with as_bad_input(f"{folder / 'settings.json'} is damaged", "make the set anew"):
-            made_by = json.loads((folder / "settings.json").read_text("utf-8"))["whisper"]
-        if made_by != whisper.fingerprint:
+            made_by = dict(json.loads((folder / "settings.json").read_text("utf-8"))).get("whisper")
+        if made_by not in (None, whisper.fingerprint):  # older sets do not say it
             raise BadInput(f"{folder} has features of another Whisper than {whisper.name}; give "
                            "the --whisper of the set, and a --quantiser of it")
 
 
 def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
     """Raises BadInput if the folder has tokens of another quantiser, which nobody could tell."""
-    settings = dict(quantiser=state_fingerprint(quantiser.state_dict()))
+    settings = dict(quantiser=state_fingerprint(quantiser.state_dict()), tail=TAIL)
     file = folder / "settings.json"
     if file.exists():
         with as_bad_input(f"{file} is damaged", "move its folder away"):
             before = dict(json.loads(file.read_text("utf-8")))
-        return check_same(folder, before, settings, "--set", ("quantiser",))
+        return check_same(folder, before, settings, "--set, or move it away", tuple(settings))
     with atomic_write(file) as part:
         part.write_text(json.dumps(settings) + "\n", "utf-8")
 
 
 def speech_features(mel: Tensor, whisper: FrozenWhisper) -> Tensor:
-    """Log-mel (M, 2T) -> features of speech and TAIL (T + TAIL, E), in a window hardly longer."""
+    """Log-mel (M, 2T) -> features of speech and TAIL, as far as the window goes (T + TAIL, E)."""
     frames = mel.shape[1] // 2
     silent = min(SILENT_FRAMES, whisper.max_frames - frames)
     mel = F.pad(mel, (0, 2 * silent), value=silence_of(mel.max()).item())
@@ -398,7 +398,7 @@ def speech_features(mel: Tensor, whisper: FrozenWhisper) -> Tensor:
 
 @torch.no_grad()
 def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhisper) -> int:
-    """FOLDER/tokens: a file for each shard, of those that are not there -> rows of all files."""
+    """FOLDER/tokens: a file for each shard, if it is missing or older -> rows of all files."""
     note_unheard(quantiser, (data.Sentence(row["language"], row["text"])
                              for row in rows_of(folder)))
     check_quantiser(folder / "tokens", quantiser)

@@ -161,13 +161,15 @@ def even(speech: Speech, speed: float = 1.0) -> Speech:
 
     Of several signs in a row one counts. The silence behind the last sound stays as it is.
     """
-    x1, spoken = [], Speech(speech.sentences, [x[:-TAIL] for x in speech.x1])
-    for sentence, x, n, whole in zip(*spoken, align.align_characters(*spoken), speech.x1):
+    x1 = []
+    for sentence, x, n in zip(*speech, align.align_characters(*speech)):
         rule = char_durations(sentence, speed)
         frames = count_frames(rule)
         ends, even_ends = (np.cumsum([0, *widths[n > 0]]) for widths in (n, rule))
+        last = align.symbols(sentence.text)[np.flatnonzero(n)[-1]]
+        ends[-1] -= TAIL * align.is_letter(last)  # where no sign has the silence behind
         frame = (np.arange(frames) + 0.5) / frames * even_ends[-1]
-        x1.append(torch.cat([resample(x, np.interp(frame, even_ends, ends) - 0.5), whole[-TAIL:]]))
+        x1.append(torch.cat([resample(x, np.interp(frame, even_ends, ends) - 0.5), x[-TAIL:]]))
     return Speech(speech.sentences, x1)
 
 
@@ -192,7 +194,7 @@ def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
              hears: FrozenWhisper | None = None) -> Speech:
     """The flow says the sentences; spectrograms as the critic's encoder, or another, hears them.
 
-    With as much silence behind as real speech has here; a rhythm of recordings has its own.
+    With as much silence behind as real speech has here; a flow of recordings makes its own.
     """
     critic, encoded = flow.critic, []
     hears, tail = hears or critic, TAIL * (flow.durations is char_durations)

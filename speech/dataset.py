@@ -289,6 +289,7 @@ def check_settings(folder: Path, settings: dict) -> None:
             raise BadInput(f"{file} is damaged, so nobody knows how its set was made; give another "
                            "--out") from error
         now = json.loads(json.dumps(settings))
+        before.setdefault("whisper", now["whisper"])  # older sets do not say it
         flags.check_same(folder, before, now, "--out", ("text", "checkpoint", "whisper"))
     elif any(not path.name.startswith(("settings.json", ".")) for path in folder.iterdir()):
         raise BadInput(f"--out {folder} holds something else; give a new or empty folder")

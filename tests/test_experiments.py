@@ -214,22 +214,24 @@ def test_measures_of_known_distributions():
     assert realism.diversity([constant(-1.0, 3.0), constant(1.0, 5.0)]) == 2 / 8
 
 
-def test_even_speech_gives_every_letter_the_same_time_and_blanks_half(monkeypatch):
-    sentence, lasting = Sentence("en", "abcd efgh ijkl."), np.array([1, 9, 2, 3] * 3 + [5, 1, 0])
-    monkeypatch.setattr(utterances.align, "align_characters", lambda sentences, x1: (
-        [lasting] if len(x1[0]) == lasting.sum() else None))  # of the speech, not of the tail
-    tail = torch.arange(14.0 * utterances.TAIL).view(-1, 14)  # of silence
-    x1 = torch.eye(14).repeat_interleave(torch.from_numpy(lasting[:14]), dim=0)
+@pytest.mark.parametrize("sign", [".", ""])
+def test_even_speech_gives_every_letter_the_same_time_and_blanks_half(monkeypatch, sign):
+    sentence, n = Sentence("en", "abcd efgh ijkl" + sign), 14 + len(sign)
+    lasting = np.array([1, 9, 2, 3, 2, 1, 9, 2, 3, 2, 1, 9, 2, 3, 0][:n])
+    tail = torch.eye(15)[14:].repeat(utterances.TAIL, 1)  # of silence
+    x1 = torch.eye(15)[:n].repeat_interleave(torch.from_numpy(lasting), dim=0)
+    lasting[-1] += len(tail)  # the sign, or the last letter, has it
+    monkeypatch.setattr(utterances.align, "align_characters", lambda *_: [lasting])
     speech = student.Speech([sentence], [torch.cat([x1, tail])])
     slow, fast = utterances.even(speech).x1[0], utterances.even(speech, 1.2).x1[0]
     assert torch.equal(slow[-len(tail) :], tail) and torch.equal(fast[-len(tail) :], tail)
     slow, fast = slow[: -len(tail)], fast[: -len(tail)]
     assert len(slow) == n_frames(sentence) > 42
     assert len(fast) == n_frames(sentence, 1.2) < len(slow)
-    rule = char_durations(sentence)[:14]
+    rule = char_durations(sentence)
     assert rule[4] < 0.6 * rule[0]  # a blank
     frames = rule / rule.sum() * len(slow)
-    assert np.abs(np.bincount(slow.argmax(-1), minlength=14) - frames).max() <= 1
+    assert np.abs(np.bincount(slow.argmax(-1), minlength=n) - frames).max() <= 1
 
 
 def test_student_reads_the_best_path_whatever_its_batch():
@@ -304,6 +306,8 @@ def test_made_speech_has_as_much_silence_behind_as_real_speech(checkpoints, late
         whole = torch.where(seen[..., None], whole, critic.silence_x1)
     for x, n, y in zip(made, frames, whole):
         torch.testing.assert_close(x, y[: n + tail], rtol=1e-4, atol=1e-4)
+    long = [Sentence("en", "a" * critic.max_frames)]  # its window ends
+    assert [len(x) for x in utterances.generate(spoken, long, *how[1:]).x1] == [critic.max_frames]
     paced = spoken._replace(durations=lambda s, speed: char_durations(s, speed))  # recordings'
     assert [len(x) for x in utterances.generate(paced, *how).x1] == frames
 
