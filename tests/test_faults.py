@@ -193,7 +193,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --out {0}", "is a folder of shards; it needs --text_file"),
     ("sample x --out {0}/long.txt/a.npz", "long.txt cannot be a folder (File exists)"),
     ("sample x --ckpt {0}/mel2/ckpt.pt", "/mel2` makes one"),
-    ("train --whisper {0}/moved.pt", "moved.pt is not there; say where it is now by --whisper"),
+    ("train --whisper {0}/moved.pt", "moved.pt is not there; put it back, or say where it is"),
     ("sample x --text_file y.txt", "texts and --text_file were given"),
     ("sample  y", "text 1, '': there is no word in it"),
     ("sample {0}/long.txt", "it is a file, which belongs after --text_file"),
