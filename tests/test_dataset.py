@@ -264,6 +264,16 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):
         (tmp_path / "text.tsv").write_text(text)
         with pytest.raises(BadInput, match="was begun with another text"):
             make("a")
+    (tmp_path / "text.tsv").write_text("\n".join(LINES), "utf-8")
+    settings = json.loads(before["settings.json"])
+    for whisper, words in ("1", "was begun with another whisper"), (None, ""):
+        settings["whisper"] = whisper
+        old = {key: x for key, x in settings.items() if x or key != "whisper"}  # of older versions
+        (tmp_path / "a" / "settings.json").write_text(json.dumps(old))
+        if words:
+            with pytest.raises(BadInput, match=words):
+                make("a")
+    assert make("a").keys() == before.keys()
     (tmp_path / "a" / "settings.json").write_text("")
     with pytest.raises(BadInput, match="settings.json is damaged"):
         make("a")

@@ -196,12 +196,18 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
     with pytest.raises(BadInput, match="features of another Whisper than .*judge.pt; give the --"):
         tokens.check_set(features, judge)
     tokens.check_set(mel, judge)
+    of_set = features / "settings.json"
+    now = of_set.read_text()
+    of_set.write_text(now.replace('"whisper"', '"older"'))
+    tokens.check_set(features, judge)  # older sets do not say it
+    of_set.write_text(now)
     tokens.main(["--quantiser", str(file), "--set", str(features)])
     settings = features / "tokens" / "settings.json"
     whole = settings.read_text()
-    settings.write_text(whole[:9])
-    fails("tokens/settings.json is damaged .*; move its folder away",
-          "--quantiser", file, "--set", features)
+    for text, words in (whole[:9], "is damaged .*; move its folder away"), (
+            json.dumps(json.loads(whole) | dict(tail=0)), "another tail, which has changed"):
+        settings.write_text(text)
+        fails(f"tokens(/settings.json)? .*{words}", "--quantiser", file, "--set", features)
     settings.write_text(whole)
     fails("features/tokens has tokens of another quantiser; give it as --quantiser, or move",
           "espeak", "--set", features, "--out", tmp_path / "new")
