@@ -93,7 +93,8 @@ def test_forms_of_other_projects(tmp_path):
         prompt=heard, conversations=[dict(content=task + heard, role="user"),
                                      dict(content="A dog sleeps.", role="assistant")])
     assert tokens.row("speechless", 7, "A dog\nsleeps.", [2, 2]) == dict(
-        index=7, prompt=task + "A dog sleeps.", answer=tokens.run_lengths([2, 2]))
+        index=7, prompt=task + "A dog sleeps.",
+        answer="<|sound_start|><|duration_02|><|sound_0002|><|sound_end|>")
     for suffix in {tokens.TABLE, ".jsonl"}:
         tokens.write_rows([ichigo, ichigo], tmp_path / f"x{suffix}")
         assert read_rows([tmp_path / f"x{suffix}"]) == [ichigo, ichigo]
