@@ -51,7 +51,7 @@ from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.errors import BadInput, as_bad_input, first_line, guard  # noqa: E402
 from plumbing.files import atomic_write, locked  # noqa: E402
-from plumbing.flags import check_same  # noqa: E402
+from plumbing.flags import check_same, read_settings  # noqa: E402
 from plumbing.weights import state_fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech.ear import SILENT_FRAMES, Ear, silence_of  # noqa: E402
@@ -284,7 +284,7 @@ def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[
 
 def sound(tokens: Iterable[int]) -> str:
     """As Ichigo writes a sound."""
-    return "<|sound_start|>" + "".join(f"<|sound_{t:04d}|>" for t in tokens) + "<|sound_end|>"
+    return f"<|sound_start|>{''.join(f'<|sound_{t:04d}|>' for t in tokens)}<|sound_end|>"
 
 
 def run_lengths(tokens: Iterable[int]) -> str:
@@ -369,8 +369,7 @@ def check_set(folder: Path, whisper: FrozenWhisper) -> None:
                        f"{whisper.name} takes {expected} and at most {whisper.max_frames}; give "
                        "the --whisper of the set, and a --quantiser of it")
     if kind == "features":  # any Whisper hears a mel
-        with as_bad_input(f"{folder / 'settings.json'} is damaged", "make the set anew"):
-            made_by = dict(json.loads((folder / "settings.json").read_text("utf-8"))).get("whisper")
+        made_by = read_settings(folder / "settings.json", "make the set anew").get("whisper")
         if made_by not in (None, whisper.fingerprint):  # older sets do not say it
             raise BadInput(f"{folder} has features of another Whisper than {whisper.name}; give "
                            "the --whisper of the set, and a --quantiser of it")
@@ -381,8 +380,7 @@ def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
     settings = dict(quantiser=state_fingerprint(quantiser.state_dict()), tail=TAIL)
     file = folder / "settings.json"
     if file.exists():
-        with as_bad_input(f"{file} is damaged", "move its folder away"):
-            before = dict(json.loads(file.read_text("utf-8")))
+        before = read_settings(file, "move the folder away")
         return check_same(folder, before, settings, "--set, or move it away", tuple(settings))
     with atomic_write(file) as part:
         part.write_text(json.dumps(settings) + "\n", "utf-8")

@@ -1,12 +1,13 @@
 """A dataclass becomes a command line: every field is a flag, with its help and its limits."""
 import argparse
+import json
 import os
 from dataclasses import field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Container
 
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, as_bad_input
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +53,12 @@ def check_flags(config) -> None:
             raise BadInput(f"--{f.name} {value} cannot be used; at least {low} and below {below:g}")
         if choices and value not in choices:
             raise BadInput(f"--{f.name} {value!r} is none of {', '.join(choices)}")
+
+
+def read_settings(file: Path, way_out: str) -> dict:
+    """What a folder was begun with; BadInput if the file is damaged."""
+    with as_bad_input(f"{file} is damaged, so nobody knows how its folder was made", way_out):
+        return dict(json.loads(file.read_text("utf-8")))
 
 
 def check_same(path: Path, before: dict, now: dict, way_out: str, things: Container = ()) -> None:

@@ -283,11 +283,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     """BadInput if the folder has a set of other texts, another checkpoint or other flags."""
     file = folder / "settings.json"
     if file.exists():
-        try:
-            before = dict(json.loads(file.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            raise BadInput(f"{file} is damaged, so nobody knows how its set was made; give another "
-                           "--out") from error
+        before = flags.read_settings(file, "give another --out")
         now = json.loads(json.dumps(settings))
         before.setdefault("whisper", now["whisper"])  # older sets do not say it
         flags.check_same(folder, before, now, "--out", ("text", "checkpoint", "whisper"))

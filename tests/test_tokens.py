@@ -205,7 +205,7 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
     tokens.main(["--quantiser", str(file), "--set", str(features)])
     settings = features / "tokens" / "settings.json"
     whole = settings.read_text()
-    for text, words in (whole[:9], "is damaged .*; move its folder away"), (
+    for text, words in (whole[:9], "is damaged.*; move the folder away"), (
             json.dumps(json.loads(whole) | dict(tail=0)), "another tail, which has changed"):
         settings.write_text(text)
         fails(f"tokens(/settings.json)? .*{words}", "--quantiser", file, "--set", features)
