@@ -41,15 +41,15 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: a line that is added moves no other,
-    unless a set or language is so small that one must be held out.
+    """Training and held-out sentences, by a hash of each: adding a line moves no other, unless a
+    set or language is so small that one must be held out.
 
-    What differs from a held-out one only in punctuation, spaces or case is dropped. Or BadInput.
+    Training sentences whose `key` is that of a held-out one are dropped. Raises BadInput.
     """
     hashes = {s: hash_share(s) for s in sentences}
     order = sorted(sentences, key=hashes.get)  # so that the first few are a fair sample
     last, first = ({s.language: s for s in x} for x in (order, order[::-1]))  # of each language
-    # At least that with the smallest hash of all, and of each language that has two or more.
+    # Always held out: the smallest hash of all, and of each language that has two or more.
     at_least = {*order[:1], *(s for s in first.values() if s != last[s.language])}
     held_out = [s for s in order if hashes[s] <= HELD_OUT or s in at_least]
     keys = set(map(key, held_out))  # so held-out sentences themselves drop out too
@@ -71,7 +71,7 @@ def per_language(sentences: Sequence[Sentence], n: int) -> list[Sentence]:
 
 
 def characters(text: str) -> Tensor:
-    """Ids whose embeddings sum to those of the characters (S, BYTES + 2); 0 adds nothing."""
+    """Ids of each character, (S, BYTES + 2), whose embeddings are summed; 0 adds nothing."""
     rows = []
     for c in strip_unspoken(text):
         lower = c.lower()[0]  # of the two of "İ".lower() the first will do
@@ -87,10 +87,10 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
                whisper: FrozenWhisper) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Spread a text over its frames; durations (S,): of its characters, relative to each other.
 
-    -> chars (U, BYTES + 2) and token (U,) of each unit; alignment (T,): in which unit the middle of
-    each frame is, as a fraction how much of it is said (a unit shorter than a frame may have none);
-    the middle of each token, in frames.
-    Units end where a character or token ends, in bytes: "河", three bytes in two tokens, is two.
+    -> chars (U, BYTES + 2) and token (U,) of each unit; alignment (T,): at the middle of each frame
+    the index of its unit plus how far into it (a unit shorter than a frame may have none); the
+    middle of each token, in frames.
+    A unit is the part of a character in one token: "the" has three, "河", of two tokens, has two.
     """
     language, text = sentence
     tokens = whisper.encode(text, language)
@@ -125,7 +125,7 @@ class Batch(NamedTuple):
         return position < self.cond["frames"][:, None]
 
     def to(self, whisper: FrozenWhisper) -> "Batch":
-        """Once: on the decoder's device, with Whisper's embeddings in place of token numbers."""
+        """To the decoder's device, once; ids of tokens and languages become embeddings."""
         cond = {name: x.to(whisper.device) for name, x in self.cond.items()}
         cond |= {name: whisper.embed(cond[name]) for name in ("tokens", "language")}
         x1 = None if self.x1 is None else self.x1.to(whisper.device).float()
@@ -157,7 +157,7 @@ def draw(sums: Tensor, n: int, rng: torch.Generator) -> Tensor:
 
 
 def draw_similar(sums: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> list[int]:
-    """n items of similar frames (N,), for less padding: one quarter of 4n draws that are sorted."""
+    """n items of similar length, frames (N,), to pad less: a quarter of 4n draws, sorted."""
     picks = draw(sums, 4 * n, rng)
     picks = picks[frames[picks].argsort(stable=True)]
     first = n * int(torch.randint(4, (), generator=rng))

@@ -5,7 +5,7 @@ The contract
     time      t in [0, 1]; t = 0 is noise x0 ~ N(0, I), t = 1 is data x1
     path      x_t = (1 - t) x0 + t x1                            Lipman et al. 2023, eq. 22
     velocity  u_t = dx_t/dt = x1 - x0                            eq. 23 (sigma_min = 0 in both)
-    network   model(x_t, t, cond) -> x1_hat, its prediction of x1; the best is E[x1 | x_t, cond],
+    network   model(x_t, t, cond) -> x1_hat; cfm_loss is least where that is E[x1 | x_t, cond],
               which makes v the marginal velocity E[u_t | x_t, cond]
     ODE       dx/dt = v(x_t, t) = (x1_hat - x_t) / (1 - t), from t = 0 to t = 1
     cond      dict of tensors (B, ...); cond["drop"] (B,): True where the condition is left out
@@ -18,8 +18,8 @@ One Euler step from t = 0 to t = 1 lands on the endpoint itself: x1 = model(x0, 
 "OT-CFM" means this conditional optimal-transport path: straight lines from x0 to x1. It is not the
 minibatch optimal-transport coupling of Tong et al. 2024 that shares the name: pairing noise with
 data inside a batch skews the prior of every single condition (arXiv 2503.10636), and here each text
-is its own condition. In train.py x1 is the network's own one-step output (self-distillation): the
-network makes the pairs, as in reflow (Liu et al. 2022, arXiv 2209.03003), and x0 stays N(0, I).
+is its own condition. In train.py x1 is the network's own one-step output (self-distillation; in
+reflow, Liu et al. 2022, arXiv 2209.03003, a trained network's ODE makes it); x0 stays N(0, I).
 
 x0, x1, x_t, u_t: (B, T, C) for B items, T frames, C channels; t: (B,); mask: (B, T), True in frames
 of an item, False behind it.

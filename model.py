@@ -1,8 +1,8 @@
 """The DiT (diffusion transformer): noise, text and time in, the endpoint of the flow out.
 
 Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which character
-sounds in it, as in ZipVoice (arXiv 2506.13053), and how much of it is said; Whisper's embedding of
-its token also goes straight into the endpoint.
+sounds in it, as in ZipVoice (arXiv 2506.13053), and how far into the character it is; Whisper's
+embedding of its token also goes straight into the endpoint.
 
 B batch, U units of text (a character is one, or k if it is k tokens), T latent frames (50
 per second), C latent channels, D model width, H heads, N = ceil(T / patch) patches, E width of the
@@ -99,8 +99,8 @@ class DiT(nn.Module):
 
     cond["chars"]     (B, U, BYTES + 2)  ids of UTF-8 bytes, Latin letter, CAPITAL; 0: none
     cond["tokens"]    (B, U, E)          Whisper's own embedding of the token
-    cond["alignment"] (B, T)             where in the text each frame is: number of its unit, and
-                                         as a fraction how much of it is said
+    cond["alignment"] (B, T)             where in the text each frame is: the index of its unit
+                                         plus how far into the unit it is, in [0, 1)
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
     cond["language"]  (B, E)             Whisper's own embedding of the language token
     cond["drop"]      (B,)               True: ignore text and language (for guidance)
@@ -114,7 +114,7 @@ class DiT(nn.Module):
         self.token_in = nn.Linear(config.embedding, width)
         self.letter_in = nn.Embedding(CAPITAL + 1, width, padding_idx=0)
         self.unit_conv = nn.Conv1d(width, width, 9, padding=4)  # a unit and its neighbours
-        self.phase_in = nn.Linear(2, width)  # how much of a unit is said
+        self.phase_in = nn.Linear(2, width)  # how far into its unit a frame is
         self.order_in = nn.Linear(patch * width, width, bias=False)
         self.time_in = mlp(width, width, width)
         self.language_in = nn.Linear(config.embedding, width)
@@ -139,7 +139,7 @@ class DiT(nn.Module):
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
         """The embedding of each frame's unit, mask (B, N * patch) -> (B, N * patch, D)."""
         text = self.letter_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, U, D)
-        text = text * cond["chars"].any(2, keepdim=True)  # padded units have token 0, a real one
+        text = text * cond["chars"].any(2, keepdim=True)  # token 0, the padding, is a real token
         text = text + F.silu(self.unit_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
         which, phase = alignment.long(), math.pi * alignment.frac()  # (B, N * patch)
@@ -154,7 +154,7 @@ class DiT(nn.Module):
         return (self.time_in(sinusoids(t, self.config.width)) + language)[:, None]
 
     def token_shortcut(self, cond: dict) -> Tensor:
-        """What the token of each frame adds past the blocks, which may be narrower, (B, T, C)."""
+        """W e of each frame's token, past the blocks, which may be narrower, (B, T, C)."""
         unit = cond["alignment"].long()[:, :, None]
         return self.token_out(cond["tokens"]).take_along_dim(unit, 1) * ~cond["drop"][:, None, None]
 

@@ -75,7 +75,7 @@ def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = Parser(__doc__.splitlines()[0], "texts go together, after -- if one begins with -; ")
+    parser = Parser(__doc__.splitlines()[0], "give texts last, after -- if one begins with -; ")
     add = parser.add_argument
     add("text", nargs="*", help="texts; none: from --text_file or standard input")
     add("--language", help="of the texts (default: en, or as a .tsv says)")
@@ -125,7 +125,7 @@ def main(argv=None) -> None:
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
     folder = None if args.wav in files else args.wav
-    if folder:  # its manifest is written last, and would tell old texts until then
+    if folder:  # an old manifest would not match the new files
         (folder / "manifest.tsv").unlink(missing_ok=True)
     hypotheses, remaining = [], iter(pieces)
     for i, text in enumerate(texts):

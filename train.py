@@ -28,13 +28,13 @@ from plumbing.flags import check_flags, check_same, flag, parse_flags
 from speech.align import durations_by
 from speech.ear import Ear, Room
 from text.error_rates import cer_by_language, error_rates
-from text.long import MixedBatches
+from text.long import MixedBatches  # data.Batches, with long and short texts too
 from text.report import report, show_samples
 from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
-CHANGEABLE = "out_dir device resume eval_every eval_sentences batch_size whisper init_from".split()
+MAY_DIFFER = "out_dir device resume eval_every eval_sentences batch_size whisper init_from".split()
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
        "gradient_norm,learning_rate")  # losses of rank 0; nan: no item in that quarter of t
 
@@ -81,8 +81,8 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
     # One solver step makes x1 from noise and text; the frozen Whisper reads it (an ear in a room).
     x1 = model(x0, torch.zeros_like(t), batch.cond)
     loss, nll = critic.text_loss(x1, batch, room)
-    # At every t the network learns to predict this x1, so that any number of steps will do: pairs
-    # that it made itself, as in reflow.
+    # Self-distillation: at every t the network learns to predict this x1, so that any number of
+    # solver steps will do.
     cond = batch.cond | dict(drop=drop)  # some without their text, for guidance
     cfm = flow.cfm_loss(model, x0, x1.detach(), t, cond, batch.mask)
     return loss.mean() + flow_weight * cfm.mean(), nll, cfm
@@ -144,7 +144,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         frames = batch.cond["frames"]
         x1 = change(flow.last(generate(model, whisper, batch, solver)), batch)
         features = whisper.features(x1, frames)
-        read = whisper.transcribe(features, *zip(*batch.sentences))  # one pass confirms most texts
+        read = whisper.transcribe(features, *zip(*batch.sentences))  # the texts are only drafts
         x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
         yield from map(RoundTrip, batch.sentences, x1, features, read)
 
@@ -168,8 +168,8 @@ def evaluate(run: "Run", held_out: list) -> dict:
 
 
 class Run:
-    """What a checkpoint keeps: network, its average, optimizer, step, flags; rhythm (how long
-    characters last in recordings, of each language), origin (digests of Whisper, text, rhythm)."""
+    """What a checkpoint keeps: network, its average, optimizer, step, flags; rhythm (the duration
+    model from recordings, of each language), origin (digests of Whisper, text, rhythm)."""
 
     def __init__(self, config: Config, whisper: FrozenWhisper, rhythm: dict | None = None,
                  shares: dict | None = None):
@@ -198,8 +198,8 @@ class Run:
             torch.save(states, file)
 
     def load(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint; BadInput if its origin or a flag not CHANGEABLE differs."""
-        flags = {name: x for name, x in asdict(self.config).items() if name not in CHANGEABLE}
+        """Go on from a checkpoint; BadInput if its origin or a flag not MAY_DIFFER differs."""
+        flags = {name: x for name, x in asdict(self.config).items() if name not in MAY_DIFFER}
         check_same(self.path, checkpoint["config"], flags, "--out_dir")
         check_same(self.path, checkpoint["origin"], self.origin, "--out_dir", self.origin)
         self.step = checkpoint["step"]
@@ -243,7 +243,7 @@ def load_checkpoint(path: Path) -> dict:
         model = DiT(DiTConfig(**checkpoint["model_config"]))
         for weights in checkpoint["model"], checkpoint["ema"]:
             model.load_state_dict(weights)
-        durations_by(checkpoint["rhythm"]), checkpoint["origin"]["whisper"]  # they fail here
+        durations_by(checkpoint["rhythm"]), checkpoint["origin"]["whisper"]  # raise if bad
         groups = checkpoint["optimizer"]["param_groups"]  # AdamW itself takes seconds to import
         if not (all(x.isfinite().all() for x in checkpoint["ema"].values())
                 and checkpoint["step"] in range(checkpoint["config"]["steps"] + 1)
@@ -263,7 +263,7 @@ def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = 
     with devices.catch_interrupts() as stops:
         for batch in bar:
             batch = devices.shard(batch, rank, n_ranks).to(whisper)  # all ranks make the same one
-            # Other numbers than those that drew the batch, and of this process alone.
+            # A random stream of its own: not the batch's, and not another rank's.
             rng = data.generator(config.seed, 2**31 + run.step * n_ranks + rank, device)
             x0, t, drop = draw_noise(batch, whisper.channels, config.drop_text, rng)
             room = whisper.room_of_step(run.step, config.steps, rng)  # None but for the ear
@@ -305,7 +305,7 @@ def main(argv=None) -> dict:
     checkpoint = load_checkpoint(Path(start_from)) if start_from else None
     rank, n_ranks = devices.start_ranks(device, config.batch_size)
     run_objective, rhythm = objective, None
-    with devices.first_rank_first(rank):  # it downloads, and encodes recordings, for all
+    with devices.first_rank_first(rank):  # it downloads and encodes for all
         whisper = LATENTS[config.latent](config.whisper, device)
         shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
                                   config.max_lines)

@@ -45,7 +45,7 @@ class FrozenWhisper:
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         self.rows, self.row_of, self.row_count, is_own = distinct_rows(
             self.model.decoder.token_embedding.weight)
-        # A language whose token has no embedding of its own was never trained.
+        # Pocket's unused tokens share one row; a language whose token does was never trained.
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         if not (self.languages and self.rows.isfinite().all()):
@@ -98,12 +98,12 @@ class FrozenWhisper:
 
     @cached_property
     def token_direction(self) -> Tensor:
-        """W₀ (E, E): where a frame shows a token, known from the frozen weights alone.
+        """W₀ (E, E): the direction in x1 that raises a token's logit, from frozen weights alone.
 
         Attention to a frame x adds W_out W_value x to a state, and so e · W_out W_value x to the
         logit of a token with the embedding e, if no later layer changes it. That grows along
         (W_out W_value)^T e, the "OV circuit" of Elhage et al. 2021, here summed over the layers,
-        with the gains of the LayerNorms in front of both, and scaled: W₀ e is about as long as e.
+        with the gains of the last LayerNorm before and after, and scaled: |W₀ e| is about |e|.
         """
         decoder = self.model.decoder
         paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
@@ -113,8 +113,8 @@ class FrozenWhisper:
     def directions(self) -> tuple[Tensor, Tensor]:
         """For `model.DiT.begin`: token shortcut W (C, E), fixed positional embedding (P, C).
 
-        The latter is how frames of silence differ from their mean, scaled to a root mean square of
-        1/2; it helps attention to go on in time.
+        The latter is the encoder's silence less its mean over time, scaled to a root mean square of
+        1/2; it helps attention to move forward.
         """
         marks = self.silence_x1 - self.silence_x1.mean(0)
         return self.token_direction, marks / (2 * marks.square().mean().sqrt())
@@ -123,7 +123,7 @@ class FrozenWhisper:
         """Text, after a space -> the tokens that `whisper.decode` can write for it."""
         tokenizer = self.tokenizer(language)
         tokens = tokenizer.encode(" " + strip_unspoken(text), disallowed_special=())
-        # It never begins with a token that is a single space, as before Chinese (suppress_blank).
+        # whisper.decode never begins with a lone space token (suppress_blank), as in Chinese.
         return tokens[1:] if tokens[:1] == tokenizer.encode(" ") else tokens
 
     def target_tokens(self, texts: Sequence[str], languages: Sequence[str]) -> Tensor:
@@ -151,7 +151,7 @@ class FrozenWhisper:
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """What the decoder sees of x1 and silence behind it, (B, T, C), (B,) -> (B, P, E)."""
         # Whisper cannot be told where speech ends: silence fills its window, in training too.
-        speech = self.model.encoder.ln_post(x1.float())  # the sphere again, which guidance leaves
+        speech = self.model.encoder.ln_post(x1.float())  # normalises guided endpoints again
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)
@@ -201,8 +201,8 @@ class FrozenWhisper:
                    texts: Sequence[str] | None = None) -> list[DecodingResult]:
         """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
 
-        None: the language is detected. texts: what it may have written. If one pass confirms a text
-        (text/greedy.py), nothing is decoded; the result is the same.
+        None: the language is detected. texts: drafts, as in speculative decoding: one that a single
+        pass confirms (text/greedy.py) is not decoded; the result is the same.
         """
         return greedy.transcribe(self, features.float(), languages, texts)
 

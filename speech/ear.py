@@ -23,7 +23,7 @@ from whisper_decoder import FrozenWhisper, mean_per_item
 MEL_STD = 0.5  # standard deviation of Whisper's log-mel in speech, about
 SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise the official window
 # The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
-ROOM = dict(vocal_tract=0.12, rhythm=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
+ROOM = dict(vocal_tract=0.12, tempo=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
 RAMP = (0.08, 0.38)  # of a run, while rooms grow: first the flow learns to be read at all
 LENS = 5.0  # weight of nll * `Ear.lens` at first; it fades in the first third of a run
@@ -32,7 +32,7 @@ VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --roo
 
 
 class Room(NamedTuple):
-    """How a step is heard: how far transformations go, what draws them, what the lens counts."""
+    """Augmentation of a step: its strength, its random numbers, the weight of the lens."""
 
     amount: float  # 0: none, 1: as strong as they get
     rng: torch.Generator  # on the device of what is heard
@@ -52,7 +52,7 @@ class Ear(FrozenWhisper):
 
     @staticmethod
     def room_of_step(step: int, n_steps: int, rng: torch.Generator) -> Room:
-        """How a step of training is heard: in rooms that grow, through a lens that fades."""
+        """The augmentation of a step: its strength ramps up, the lens weight falls to 0."""
         most = float(np.interp(step / n_steps, RAMP, (0, 1)))
         # Weaker by a random factor: a flow trained in strong rooms only is read worse without one.
         amount = most * torch.rand((), generator=rng, device=rng.device).item()
@@ -87,12 +87,12 @@ class Ear(FrozenWhisper):
         return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))
 
     def text_loss(self, x1: Tensor, batch, room: Room | None = None) -> tuple[Tensor, Tensor]:
-        """How hard the text is to read where the encoder hears x1 in a random room.
+        """Cross-entropy of the text, where the encoder hears x1 in a random room.
 
         x1 (B, T, M), a data.Batch -> the loss, nll + lens_weight * nll * lens, and nll alone, (B,)
-        each; this factor nll is a constant: what the decoder reads needs no lens. The window is
-        hardly longer than the speech, which in a room begins after a random delay of up to 240 ms.
-        That moves the tokens' frames; that a room's uneven pace moves them too is neglected.
+        each. This factor nll is detached: items that the decoder can read need no lens. The window
+        is little longer than the speech, which in a room begins up to 240 ms late. Token positions
+        follow that delay; the time warp of a room, which moves them too, is ignored.
         """
         window, middles = min(x1.shape[1] + SILENT_FRAMES, self.max_frames), batch.token_frames
         mel = self.spectrogram(x1, batch.cond["frames"], window)
@@ -110,12 +110,12 @@ class Ear(FrozenWhisper):
         return nll + room.lens_weight * nll.detach() * lens, nll
 
     def lens(self, heard: Tensor, targets: Tensor, token_frames: Tensor) -> Tensor:
-        """How badly the frozen W₀ alone tells tokens apart, (B, T, E), (B, L), (B, L) -> (B,).
+        """How badly a logit lens (W₀) tells tokens apart, (B, T, E), (B, L), (B, L) -> (B,).
 
-        Cross-entropy in nats per token: the mean of what is heard near a token, less the mean of
-        all, against W₀ e of all tokens of the batch (of this process's share). An official decoder
-        guesses so well from the words so far that it hardly listens to an untrained flow; here
-        there are no words so far. In real speech, too, tokens lie there (experiments/lens.py).
+        Cross-entropy in nats per token, among the different tokens of the batch (of this process).
+        Logits: the mean encoder output near a token, less the mean over all tokens, times W₀ e.
+        Against posterior collapse: an official decoder predicts so well from previous tokens that
+        it ignores an untrained flow; here there are none. Real speech: experiments/lens.py.
         """
         mask = token_frames >= 0  # of text tokens
         distance = torch.arange(heard.shape[1], device=heard.device) - token_frames[..., None]
@@ -154,9 +154,9 @@ def random_room(mel: Tensor, room: Room) -> Tensor:
     s = {name: room.amount * value for name, value in room.strength.items()}
     bins = torch.arange(n_mels, device=device)[:, None]
 
-    # A longer vocal tract has all its resonances lower; nobody holds an even pace.
+    # Vocal tract length perturbation (Jaitly and Hinton 2013), and time warping.
     y = bins / (n_mels - 1) * (1 + s["vocal_tract"] * (2 * uniform(n_items, 1, 1) - 1))
-    x = (s["rhythm"] * curve(2 + n // 25, n)).exp().cumsum(2)
+    x = (s["tempo"] * curve(2 + n // 25, n)).exp().cumsum(2)
     x = (x - x[:, :, :1]) / (x[:, :, -1:] - x[:, :, :1])
     grid = 2 * torch.stack([x.expand_as(mel), y.expand_as(mel)], -1) - 1
     on = "cpu" if device.type == "mps" else device  # which had no such padding before torch 2.13

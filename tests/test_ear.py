@@ -107,7 +107,7 @@ def test_transformations_against_closed_forms():
     close(covered, mel.maximum(floor))
     bins, hops = torch.arange(80.0)[:, None], torch.linspace(0, 1, 200)
     longer, uneven = in_room(bins.expand(40, 80, 200), vocal_tract=0.12), in_room(
-        hops.expand(40, 80, 200), rhythm=0.3)
+        hops.expand(40, 80, 200), tempo=0.3)
     scale = longer[:, 1:2, :1]  # of bin 1
     close(longer, (scale * bins).clamp(max=79).expand_as(longer), atol=1e-3)
     assert 0.88 < scale.min() < 0.92 and 1.08 < scale.max() < 1.12
