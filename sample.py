@@ -8,6 +8,7 @@
 """
 from plumbing.errors import BadInput, guard  # first, for Ctrl-C
 import argparse
+import os
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from plumbing.files import make_folder
 from plumbing.flags import Parser, file_path
 from speech import dataset
 from speech.align import durations_by
-from speech.sound import another_voice, pace, wav_files, write_manifest, write_wav
+from speech.sound import another_voice, begin_folder, pace, wav_files, write_manifest, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
 from text.report import show_round_trip
@@ -82,7 +83,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--text_file", action="append", default=[], help="FILE or URL of .txt or .tsv; equal lines "
         "are read once, except for --out FOLDER")
     add("--ckpt", type=file_path, default=Path("out/ckpt.pt"), help="of train.py")
-    add("--whisper", help="where the file of its Whisper is now, if it has moved")
+    add("--whisper", type=os.path.expanduser, help="where the file of its Whisper is now")
     add("--steps", type=int, help="steps of the ODE solver (default: %(default)s)")
     add("--method", choices=list(flow.ORDER), help="solver (default: %(default)s)")
     add("--guidance", type=float, help="1 is off (default: %(default)s)")
@@ -125,8 +126,8 @@ def main(argv=None) -> None:
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
     folder = None if args.wav in files else args.wav
-    if folder:  # an old manifest would not match the new files
-        (folder / "manifest.tsv").unlink(missing_ok=True)
+    if folder:
+        begin_folder(folder)
     hypotheses, remaining = [], iter(pieces)
     for i, text in enumerate(texts):
         group = list(islice(remaining, len(parts[i])))

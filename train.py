@@ -34,7 +34,7 @@ from text.sources import load_data
 from whisper_decoder import DecodingResult, FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
-MAY_DIFFER = "out_dir device resume eval_every eval_sentences batch_size whisper init_from".split()
+MAY_DIFFER = "out_dir device resume eval_every eval_sentences batch_size whisper".split()
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
        "gradient_norm,learning_rate")  # losses of rank 0; nan: no item in that quarter of t
 

@@ -1,4 +1,4 @@
-"""What so many minutes of recordings teach the flow: alone, before text, without their text.
+"""What so many minutes of recordings teach the flow: alone, and before text.
 
     python experiments/arms.py flow-7 both-7        # trains out/arms/NAME/ckpt.pt
     python experiments/arms.py flow-7 --steps 500           # other flags go to train.py
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from plumbing.files import atomic_write  # noqa: E402
+from plumbing.files import atomic_write, fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech import recordings  # noqa: E402
 from text.sources import builtin  # noqa: E402
@@ -26,9 +26,9 @@ from text.sources import builtin  # noqa: E402
 MEAN_SECONDS = 2.25  # of a spoken sentence
 FIRST_SEED = 2000  # of speech; realism.py's voices have others
 LONGEST = 160 * make_pocket.MEL_FRAMES  # samples that pocket hears at once
-# minutes of speech, is its text given, share of the steps for speech alone, steps
-ARMS = {f"{kind}-{minutes}": (minutes, *arm) for minutes in (1, 7, 30, 110) for kind, arm in dict(
-    flow=(True, 1.0, 2000), both=(True, 0.75, 4800), unlabelled=(False, 0.75, 4800)).items()}
+# minutes of speech, share of the steps for speech alone, steps: 4,200 of speech in both kinds
+ARMS = {f"{kind}-{minutes}": (minutes, *arm) for minutes in (1, 7, 30, 110)
+        for kind, arm in dict(flow=(1.0, 4200), both=(0.75, 4800)).items()}
 
 
 def choose(minutes: float) -> list[data.Sentence]:
@@ -39,10 +39,10 @@ def choose(minutes: float) -> list[data.Sentence]:
     return most[:: max(1, round(110 / minutes))]
 
 
-def write_speech(folder: Path, sentences: Sequence[data.Sentence], has_text: bool) -> None:
-    """Speak sentences once each, into .wav files and perhaps a manifest.tsv."""
-    def write(i: int, sentence: data.Sentence) -> str:
-        path = folder / f"{i:05}.wav"
+def write_speech(folder: Path, sentences: Sequence[data.Sentence]) -> None:
+    """Speak sentences once each, into .wav files and a manifest.tsv."""
+    def write(sentence: data.Sentence) -> str:
+        path = folder / f"{fingerprint(sentence)}.wav"
         if not path.exists():
             samples = make_pocket.random_samples(
                 sentence, make_pocket.VARIANTS, FIRST_SEED, LONGEST, lead=0.1)
@@ -51,10 +51,9 @@ def write_speech(folder: Path, sentences: Sequence[data.Sentence], has_text: boo
         return f"{path.name}\t{sentence.language}\t{sentence.text}\n"
 
     with ThreadPoolExecutor(2) as pool:
-        lines = list(pool.map(write, range(len(sentences)), sentences))
-    if has_text:
-        with atomic_write(folder / "manifest.tsv") as part:
-            part.write_text("".join(lines), "utf-8")
+        lines = list(pool.map(write, sentences))
+    with atomic_write(folder / "manifest.tsv") as part:
+        part.write_text("".join(lines), "utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                        f"{', '.join(ARMS)}")
     make_pocket.need_espeak()
     for name in names:
-        minutes, has_text, share, steps = ARMS[name]
+        minutes, share, steps = ARMS[name]
         recordings.SPEECH_ALONE = share
         folder = Path("out/arms") / name
-        write_speech(folder / "speech", choose(minutes), has_text)
+        write_speech(folder / "speech", choose(minutes))
         train.main(["--speech", str(folder / "speech"), "--out_dir", str(folder), "--device", "cpu",
                     "--steps", str(steps), *flags])
 

@@ -5,8 +5,9 @@
 
 `Ear.lens` wants what the encoder hears near a token to lie along W e: e is the token's embedding, W
 comes from the weights alone. Here W reads real speech: how often does a token have a higher peak in
-a clip that says it than in a clip that does not? Chance is what other tokens make in its place:
-over 50 %, as long clips say more, and peak higher. FOLDER has manifest.tsv (path, language, text).
+a clip that says it than in a clip that does not? Two controls: other tokens in its place, which
+make over 50 %, as long clips say more, and peak higher; and a random rotation in place of W.
+FOLDER has manifest.tsv (path, language, text).
 """
 import argparse
 import math
@@ -23,12 +24,12 @@ from experiments.utterances import people, real_test  # noqa: E402
 from plumbing.errors import guard  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
-N_DRAWS = 10  # of chance
+N_DRAWS = 10  # of other tokens, and of rotations
 
 
-def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float]:
-    """How often a token peaks higher in a clip that says it than in one that does not; and others
-    in its place.
+def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float, float]:
+    """How often a token peaks higher in a clip that says it than in one that does not; others in
+    its place; a random rotation in place of W.
 
     That is the area under its ROC curve, here the mean over tokens; nan if no token tells clips
     apart.
@@ -36,9 +37,11 @@ def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float]:
     said = [set(whisper.encode(s.text, s.language)) for s in speech.sentences]
     tokens = sorted(set().union(*said) - set.intersection(*said))
     embeddings = whisper.embed(torch.tensor(tokens, dtype=torch.long))
-    directions = embeddings @ whisper.token_direction.T  # (K, C)
-    peaks = torch.stack([(x @ directions.T).amax(0) for x in speech.x1])  # (clips, K)
     is_said = torch.tensor([[token in clip for token in tokens] for clip in said])
+
+    def peaks(w: Tensor) -> Tensor:
+        directions = embeddings @ w.T  # (K, C)
+        return torch.stack([(x @ directions.T).amax(0) for x in speech.x1])  # (clips, K)
 
     def area(peaks: Tensor) -> float:
         areas = [(x[is_in][:, None] > x[~is_in]).double().mean()
@@ -46,11 +49,14 @@ def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float]:
         return torch.stack(areas).mean().item() if areas else math.nan
 
     rng = data.generator(0, 0)
-    others = [torch.randperm(len(tokens), generator=rng) for _ in range(N_DRAWS)]
-    return area(peaks), sum(area(peaks[:, order]) for order in others) / N_DRAWS
+    seen, width = peaks(whisper.token_direction), embeddings.shape[1]
+    others = [seen[:, torch.randperm(len(tokens), generator=rng)] for _ in range(N_DRAWS)]
+    turned = [peaks(torch.linalg.qr(torch.randn(width, width, generator=rng))[0])
+              for _ in range(N_DRAWS)]
+    return area(seen), *(sum(map(area, x)) / N_DRAWS for x in (others, turned))
 
 
-def main(argv=None) -> dict[str, tuple[float, float]]:
+def main(argv=None) -> dict[str, tuple[float, float, float]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("whisper", help="pocket, an official name, or a checkpoint file")
@@ -62,8 +68,9 @@ def main(argv=None) -> dict[str, tuple[float, float]]:
     tests = {code: people(args.recordings, {code}, set(), whisper) if args.recordings else
              real_test(whisper, {code}) for code in known}
     rates = {code: found(speech, whisper) for code, speech in tests.items()}
-    for code, (rate, chance) in rates.items():
-        print(f"{code}  {len(tests[code].sentences)} clips: {rate:.1%}, chance {chance:.1%}")
+    for code, (rate, others, turned) in rates.items():
+        print(f"{code}  {len(tests[code].sentences)} clips: {rate:.1%}, other tokens {others:.1%}, "
+              f"random rotations {turned:.1%}")
     return rates
 
 

@@ -1,18 +1,20 @@
-"""How speech-like is what the flow makes? Judges that cannot have been fooled.
+"""How speech-like is what the flow makes? Judges that had no part in its training.
 
     python experiments/realism.py out/ckpt.pt                          # a table and a picture
     python experiments/realism.py a.pt b.pt --no-real --out out/more   # more rows of the table
-    python experiments/realism.py out/mel/ckpt.pt --judge base --recordings FOLDER
+    python experiments/realism.py out/mel/ckpt.pt --judge base --recordings FOLDER --hears base
     python experiments/realism.py out/mel/ckpt.pt --no-real --rooms 1 --voice vocal_tract pace
 
 The Whisper that trained the flow, its critic, cannot judge it: it has been pleased already. The
 judge is another Whisper that reads the same x1; both also read .wav files. A student is a small
 convolutional network without a language model. It learns letters (CTC) from generated speech only,
 then hears real speech: sentences and voices that nothing was trained on. What it hears is the
-output of the critic's encoder before ln_post, between the silences of an utterance.
+output of a frozen encoder before ln_post, between the silences of an utterance: the critic's, or
+that of --hears, which the flow has not pleased.
 
-The upper bound is espeak-ng's speech of the same texts, also with equally long letters (is it the
-pace?). The lower bound is speech of the first checkpoint, with the texts of other sentences.
+Beside it stand students of espeak-ng's speech of the same texts, also with equally long letters (is
+it the pace?), and of other clips of the very people of the test. The lower bound is speech of the
+first checkpoint, with the texts of other sentences.
 Needs matplotlib, soundfile, ffmpeg, and espeak-ng for the languages that it speaks here.
 """
 import argparse
@@ -62,6 +64,7 @@ from whisper_decoder import FrozenWhisper  # noqa: E402
 
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
 N_WAV, N_TEST, N_VERSIONS = 24, 250, 8  # files; clips of a test, at most; versions of a text
+MANY = 10**6  # clips of people: all that are not in the test
 VOICES = [*(name for name, strength in VOICE.items() if strength), "pace"]
 COLUMNS = {  # name of a figure -> heading, format
     "critic": ("critic's CER", "{:.1%}"),
@@ -153,6 +156,10 @@ class Study:
         self.args, self.device = args, choose_device(args.device)
         is_pocket = config["whisper"] == "pocket"
         self.whisper = FrozenWhisper(config["whisper"], self.device)
+        self.hears = FrozenWhisper(args.hears, self.device) if args.hears else self.whisper
+        if self.hears.dims.n_mels != self.whisper.dims.n_mels:
+            raise BadInput(f"--hears {args.hears} hears {self.hears.dims.n_mels} mel bins, and the "
+                           f"critic {self.whisper.dims.n_mels}; give a Whisper with as many")
         self.judge = args.judge or (str(ROOT / "pocket" / "judge.pt") if is_pocket else "")
         strength = {name: VOICE[name] * (name in args.voice) for name in VOICE}
         self.voice = Voice(args.rooms, strength, "pace" in args.voice)
@@ -189,9 +196,9 @@ class Study:
         tests, languages = {}, {s.language for s in training}
         known = {letters(s) for s in training}
         if self.args.recordings:
-            tests["human"] = people(self.args.recordings, languages, known, self.whisper)
+            tests["human"] = people(self.args.recordings, languages, known, self.hears, N_TEST)
         if is_pocket:
-            tests["student"] = real_test(self.whisper, languages, known)
+            tests["student"] = real_test(self.hears, languages, known)
         elif self.has_voices:
             tests["student"] = self.say(per_language(held_out, N_TEST), 2,
                                         make_pocket.HELD_OUT_VARIANTS)
@@ -227,9 +234,9 @@ class Study:
         return espeak(sentences, variants, FIRST_SEED + seed, whisper, self.args.work_dir, voice)
 
     def say(self, sentences: list, seed: int, *how) -> Speech:
-        """espeak-ng says the sentences; what the critic's encoder hears."""
-        mels = self.spectrograms(sentences, seed, self.whisper, *how)
-        return Speech(sentences, encode(mels, self.whisper))
+        """espeak-ng says the sentences; what the students' encoder hears."""
+        mels = self.spectrograms(sentences, seed, self.hears, *how)
+        return Speech(sentences, encode(mels, self.hears))
 
     @cached_property
     def reference(self) -> list[Tensor]:
@@ -245,15 +252,14 @@ class Study:
         """All that needs no reader; some of it against other real speech. say: version -> x1."""
         if not self.args.measures:
             return {}
+        x1 = x1[: len(self.sentences)]  # the first take, in no room: the reference has none
         versions = [say(v) for v in range(N_VERSIONS)]
         figures = dict(lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
                        diversity=diversity(versions),
                        seconds=statistics.mean(map(len, x1)) / FRAMES_PER_SECOND)
         if self.has_voices:
             figures |= dict(frechet=frechet(torch.cat(x1), torch.cat(self.reference)),
-                            # Of the first take, as later ones have the same sentences.
-                            classifier=classifier_accuracy(x1[: len(self.reference)],
-                                                           self.reference, seed))
+                            classifier=classifier_accuracy(x1, self.reference, seed))
         return figures
 
     def readings(self, path: Path, speak: Callable, name: str) -> dict:
@@ -305,6 +311,16 @@ class Study:
         real, own = even(real, speed), even(own, speed)
         for seed in self.args.seeds:
             yield "real speech, letters equally long", self.student(real, own, seed)
+        if not self.args.recordings:
+            return
+        tested = {letters(s) for s in self.tests["human"].sentences}
+        languages = {s.language for s in self.sentences}
+        others = people(self.args.recordings, languages, tested, self.hears, MANY)
+        known = [i for i, s in enumerate(others.sentences) if {*letters(s)} <= {*self.alphabet}]
+        others = Speech(*([kind[i] for i in known] for kind in others))
+        for seed in self.args.seeds:
+            figures = self.student(others, others, seed)
+            yield f"people, {len(known)} other clips of them", {"human": figures["human"]}
 
     def generated_rows(self, path: Path, shuffle: bool) -> Iterator[tuple[str, dict]]:
         """Students of what a checkpoint makes, and of the same with other texts, for each seed."""
@@ -313,10 +329,11 @@ class Study:
         for seed in self.args.seeds:
             plain, other = (Solver(self.args.solver_steps, seed=n) for n in (seed, 1000 + seed))
             takes = [(plain, Voice()), (other, voice)] if voice.amount else [(plain, Voice())]
-            made = join(generate(flow, self.sentences, *take) for take in takes)
-            own = generate(flow, self.held_out, plain, Voice())
-            again = lambda v: generate(  # noqa: E731
-                flow, self.repeated, plain._replace(seed=N_VERSIONS * seed + v), voice).x1
+            say = partial(generate, flow, hears=self.hears)
+            made = join(say(self.sentences, *take) for take in takes)
+            own = say(self.held_out, plain, Voice())
+            again = lambda v: say(  # noqa: E731
+                self.repeated, plain._replace(seed=N_VERSIONS * seed + v), voice).x1
             speak = partial(self.made_readings, flow=flow, solver=plain)
             yield str(path), (self.readings(path, speak, f"{name}_{seed}")
                               | self.student(made, own, seed)
@@ -386,6 +403,9 @@ def check(args) -> None:
     if not 0 <= args.rooms <= 1 or args.rooms and "features" in kinds:
         raise BadInput(f"--rooms {args.rooms} cannot be used; at least 0, at most 1, and 0 with "
                        "features, which have no sound")
+    if args.hears and "features" in kinds:
+        raise BadInput(f"--hears {args.hears} cannot hear features, which have no sound; leave it "
+                       "out")
     if args.voice != VOICES and not args.rooms:
         raise BadInput(f"--voice {' '.join(args.voice)} does nothing without --rooms; give both")
     if "mel" in kinds and not shutil.which("ffmpeg"):
@@ -402,6 +422,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, help="of train.py, all with one critic")
     add("--judge", help="another Whisper (default with pocket: pocket/judge.pt)")
+    add("--hears", help="whose encoder the students hear with (default: the critic's; mel only)")
     add("--recordings", type=Path, help="human speech, a folder with manifest.tsv (path, language, "
         "text): another test of the students")
     add("--data", nargs="+", help="text, as for train.py (default: that of the checkpoints)")

@@ -113,7 +113,7 @@ def losses(model: SpeechLM, items: list[Tensor]) -> tuple[Tensor, Tensor, Tensor
 
 
 def uneven(x: Tensor, rng: torch.Generator) -> Tensor:
-    """(T, C) at another pace, so that no utterance is seen twice with the same tokens."""
+    """(T, C) at another pace, which makes other tokens of it."""
     pace = 0.8 + 0.4 * torch.rand((), generator=rng)
     return resample(x, torch.linspace(0, len(x) - 1, max(2, round(len(x) * pace.item()))))
 

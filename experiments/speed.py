@@ -9,7 +9,9 @@ make: of the flow through the encoder, where it makes spectrograms, and a quanti
 weights too.
 """
 import argparse
+import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Callable
 
@@ -33,11 +35,13 @@ from text.sources import split_of  # noqa: E402
 
 @torch.no_grad()
 def seconds_of(work: Callable, device: torch.device) -> float:
-    """Seconds that a second call takes: the first one warms up."""
+    """Seconds that a call takes, the median of three, after one that warms up."""
     work()
-    start = clock(device)
-    work()
-    return clock(device) - start
+    times = [clock(device)]
+    for _ in range(3):
+        work()
+        times.append(clock(device))
+    return statistics.median(end - start for start, end in pairwise(times))
 
 
 def say(batch: data.Batch, model, critic, quantiser: Quantiser, steps: int, kind: str) -> None:

@@ -28,7 +28,7 @@ from pocket import make_pocket  # noqa: E402
 from pocket.clips import mel_from_bytes, spoken_clips  # noqa: E402
 from sample import Flow  # noqa: E402
 from speech import align, recordings, sound  # noqa: E402
-from speech.ear import SILENT_FRAMES, VOICE, Ear  # noqa: E402
+from speech.ear import SILENT_FRAMES, VOICE, Ear, silence_of, upsample  # noqa: E402
 from speech.recordings import TAIL, speech_span  # noqa: E402
 from speech.sound import log_mel  # noqa: E402
 from text.durations import char_durations, count_frames  # noqa: E402
@@ -36,6 +36,7 @@ from text.sources import MAX_NOTES, print_notes  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_PEOPLE = 250  # clips of a test, at most
+ACCENTS = dict(en="en-us", es="es-419")  # of the people that human.py gets: espeak-ng's voices
 
 
 class Voice(NamedTuple):
@@ -86,9 +87,12 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
     mels = plain_espeak(sentences, variants, seed, whisper, work)
     for sentence, mel in zip(sentences, mels):
         if voice.amount:
-            n = 2 * speech_span(mel).stop
+            n = 2 * (speech_span(mel).stop - TAIL)
             speech = sound.move_voice(mel[:, :n], sentence, seed, voice.amount, voice.strength)
-            mel = torch.cat([speech, mel[:, n:]], 1)
+            # As the flow's: from 50 frames a second, which smooths the hiss, and clean behind.
+            speech = upsample(F.avg_pool1d(speech[None], 2))[0]
+            floor = silence_of(speech.max()).item()
+            mel = F.pad(speech, (0, mel.shape[1] - n), value=floor).clamp(min=floor)
         yield mel
 
 
@@ -102,7 +106,8 @@ def plain_espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
     say = partial(make_pocket.random_samples, variants=variants, seed=seed,
                   longest=n_samples(whisper))
     with ThreadPoolExecutor(2) as pool:
-        for part in parts(tqdm(sentences, desc="speaking", leave=False), whisper):
+        spoken = [s._replace(language=ACCENTS.get(s.language, s.language)) for s in sentences]
+        for part in parts(tqdm(spoken, desc="speaking", leave=False), whisper):
             yield from (log_mel(samples, whisper)[0] for samples in pool.map(say, part))
 
 
@@ -131,14 +136,14 @@ def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: in
                "no digits, no text that is learned")
         raise BadInput("; ".join([why, *notes[:1]]))
     print_notes(notes[:MAX_NOTES])
-    print(f"{len(clips)} clips of {folder} are the test", file=sys.stderr)
+    print(f"{len(clips)} clips of {folder}", file=sys.stderr)
     return clips
 
 
-def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper) -> Speech:
-    """People as the critic hears them, in texts no student learns; known: letters of learned ones.
-    """
-    clips = human_clips(folder, whisper, languages, N_PEOPLE, lambda s: letters(s) not in known)
+def people(folder: Path, languages: set, known: set, whisper: FrozenWhisper,
+           n: int = N_PEOPLE) -> Speech:
+    """People as an encoder hears them, in texts that no student learns; known: letters of these."""
+    clips = human_clips(folder, whisper, languages, n, lambda s: letters(s) not in known)
     sentences, mels = map(list, zip(*clips))
     return Speech(sentences, encode(mels, whisper))
 

@@ -487,7 +487,7 @@ def main():
         print(f"sentences that are not in the training text, in voices {name} in training:")
         check(whisper, tests, clips)
     where = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}
-    if args.out == POCKET / "pocket.pt":
+    if args.out.resolve() == (POCKET / "pocket.pt").resolve():
         shipped = [i for c in LANGUAGES for i in where[c][: args.ship]]
         save_speech([tests[i] for i in shipped], [clips[i] for i in shipped], SPEECH)
         print(f"{SPEECH}: {SPEECH.stat().st_size / 1e6:.2f} MB")

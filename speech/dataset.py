@@ -18,7 +18,6 @@ import re
 import zipfile
 from collections import Counter
 from contextlib import ExitStack, suppress
-from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
@@ -32,7 +31,7 @@ from whisper.audio import HOP_LENGTH
 from data import Sentence
 from flow import MAX_STEPS, Solver
 from plumbing import flags
-from plumbing.errors import BadInput
+from plumbing.errors import BadInput, as_bad_input
 from plumbing.files import atomic_write, fingerprint, locked
 from plumbing.weights import state_fingerprint
 from speech.sound import griffin_lim, is_whole_wav, log_mel, write_samples
@@ -87,8 +86,9 @@ def check(args, latent: str) -> None:
     if not folder and (args.write or args.best_of != 1 or args.max_cer is not None
                        or args.part != "1/1"):
         raise BadInput("--write, --best_of, --max_cer and --part belong to --out FOLDER")
-    if "flac" in args.write and not find_spec("soundfile"):
-        raise BadInput("--write flac needs soundfile; `pip install soundfile`")
+    if "flac" in args.write:
+        with as_bad_input("--write flac needs soundfile", "`pip install soundfile`"):
+            import soundfile  # noqa: F401
     for name, low, high in (("steps", 1, MAX_STEPS), ("best_of", 1, 100), ("max_cer", 0, 1),
                             ("speed", 0.1, 10), ("guidance", -100, 100), ("rooms", 0, 1)):
         value = getattr(args, name)

@@ -150,9 +150,10 @@ def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
 def content_key(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
     """It changes with the recordings, their texts, and who encodes and aligns them how."""
     texts = [(os.path.relpath(path, folder), text) for path, text in entries]
-    stats = [(path.stat().st_size, path.stat().st_mtime_ns) if os.path.isfile(path) else None
-             for path, _ in entries]
-    constants = TAIL, MIN_LOGPROB, MAX_NO_SPEECH, ROUNDS, STRAY
+    stats = [(path.stat().st_size, path.stat().st_mtime_ns, os.access(path, os.R_OK))
+             if os.path.isfile(path) else None for path, _ in entries]
+    constants = (TAIL, MIN_LOGPROB, MAX_NO_SPEECH, ROUNDS, STRAY,
+                 soundfile.__libsndfile_version__)  # a newer one reads more
     return fingerprint((texts, stats, whisper.fingerprint, constants))
 
 

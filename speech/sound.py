@@ -19,6 +19,8 @@ from plumbing.files import atomic_write
 from speech.ear import VOICE, Ear, Room, random_room
 from whisper_decoder import FrozenWhisper
 
+MARK = ".by_sample.py"  # in a folder of our .wav files, which may be written anew
+
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     """Samples (n,) at any rate -> 16 kHz, by cutting or padding the spectrum: no aliasing."""
@@ -98,9 +100,15 @@ def wav_files(path: Path | None, n: int) -> list[Path]:
         return [path]
     if (path.exists() or path.suffix) and not path.is_dir():
         raise BadInput(f"--wav {path} is neither FILE.wav nor a folder")
-    if (path / "manifest.tsv").exists() and not (path / "0000.wav").exists():
-        raise BadInput(f"--wav {path} has recordings, with a manifest.tsv; give another folder")
+    if not (path / MARK).exists() and any(path.glob("*.wav")) | (path / "manifest.tsv").exists():
+        raise BadInput(f"--wav {path} has recordings, not of sample.py; give another folder")
     return [path / f"{i:04d}.wav" for i in range(n)]
+
+
+def begin_folder(folder: Path) -> None:
+    """From now on its .wav files are ours. An old manifest would not match the new ones."""
+    (folder / MARK).touch()
+    (folder / "manifest.tsv").unlink(missing_ok=True)
 
 
 def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:

@@ -185,8 +185,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("train --resume --seed 7 --out_dir {0}/features",
      "was begun with --seed 0, not with --seed 7; give"),
     ("train --stepz 5", "unrecognized arguments: --stepz 5; --help lists"),
-    ("sample -hello", "texts go together, after -- if one begins with -"),
-    ("sample one --language en two", "unrecognized arguments: two; texts go together"),
+    ("sample -hello", "give texts last, after -- if one begins with -"),
+    ("sample one --language en two", "unrecognized arguments: two; give texts last"),
     ("sample x --guidance nan", "--guidance nan cannot be used"),
     ("sample x --guidance 1e39", "--guidance 1e+39 cannot be used"),
     ("sample x --steps 1000000", "--steps 1000000 cannot be used; 1 to 1000"),
@@ -319,6 +319,8 @@ def test_a_run_goes_on_with_the_text_and_the_whisper_that_it_had(tmp_path):
     train.main(argv)
     with locked(tmp_path / "out"), pytest.raises(BadInput, match="another run writes to"):
         train.main([*argv, "--resume"])
+    with pytest.raises(BadInput, match="begun with no --init_from, not with --init_from x.pt"):
+        train.main([*argv, "--resume", "--init_from", "x.pt"])  # it began, and saved nothing
     shutil.copy(ROOT / "pocket" / "judge.pt", weights)
     with pytest.raises(BadInput, match="begun with another whisper"):
         train.main([*argv, "--resume"])
@@ -540,9 +542,10 @@ def test_a_folder_that_is_moved_during_a_run_is_told(tmp_path, capsys):
 
 
 def test_cells_of_a_spreadsheet_lose_their_quotes(pocket, tmp_path):
-    (tmp_path / "t.tsv").write_text('en\t"He says: ""The dog sleeps."""\nen\t"a" and "b"\n')
+    (tmp_path / "t.tsv").write_text('en\t"He says: ""The dog sleeps."""\n\ufeffen\t"a" and "b"\n'
+                                    '"en"\t"Yes."\n')
     assert [s.text for s in read_file(tmp_path / "t.tsv", None, pocket)[0]] == [
-        'He says: "The dog sleeps."', '"a" and "b"']
+        'He says: "The dog sleeps."', '"a" and "b"', "Yes."]
 
 
 @pytest.mark.parametrize("content, way", [

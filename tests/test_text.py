@@ -161,6 +161,11 @@ def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(po
     assert 800 < frames.max() <= 1500 and frames.min() < 400 < frames.float().mean()
     assert max(len(pocket.encode(s.text, s.language)) for b in found for s in b.sentences) <= 112
     assert sum(len(devices.shard(found[0], i, 4).sentences) for i in range(4)) == 4  # none empty
+    with monkeypatch.context() as patch:  # and where most sentences are long
+        patch.setattr(long, "WINDOW", 200)
+        patch.setattr(pocket, "max_frames", 256)
+        shorter = [s for s in batches[2].sentences if s not in shares]
+        assert len(batches[0].sentences) == 2 and shorter
     often = MixedBatches(dict.fromkeys(shares, 1.0) | {Sentence("en", "So it is."): 1e4}, *args)
     joined = often.lengthen(next(s for s in shares if s.language == "en"), data.generator(0, 0))
     assert len(joined.text.split(" So it is.")) > 9  # by their shares
@@ -343,6 +348,14 @@ def test_targets_are_what_decode_can_write(pocket, text, code, written):
     ("NASA 2024", "NASA 2024"), ("그는 KBS 뉴스를 본다.", "그는 KBS 뉴스를 본다."),
     ("¿QUÉ PASA?", "¿Qué pasa?")])
 def test_whole_words_in_capitals_are_shouted_and_letters_are_spelled(pocket, text, kept):
+    assert make_sentence(text, "en", pocket).text == kept
+
+
+@pytest.mark.parametrize("text, kept", [
+    ("It is \u2600\ufe0f hot.", "It is \u2600 hot."), ("A \U0001f468\u200d\U0001f469 pair.",
+    "A \U0001f468\U0001f469 pair."), ("\u0995\u09cd\u200d\u09b7", "\u0995\u09cd\u200d\u09b7"),
+    ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"), ("a\u3164b\u034f", "ab")])
+def test_joiners_stay_in_words_and_selectors_of_emojis_go(pocket, text, kept):
     assert make_sentence(text, "en", pocket).text == kept
 
 

@@ -14,6 +14,7 @@ from text.spelling import UNSPACED, between_words, words
 from whisper_decoder import FrozenWhisper
 
 EVERY = 4  # batches: one of them is of long texts, and one of a few words each
+WINDOW = 1000  # frames: a Whisper that hears less at once, as pocket does, meets no long texts
 FEW = 4  # words of a short text, at most
 SPELLED = 3  # one short text in so many has a spelled word
 LETTERS = 6  # of a word that is spelled, at most
@@ -79,8 +80,7 @@ class MixedBatches(data.Batches):
     third a few words of each sentence.
 
     Long and short texts are rare. A flow that never learned them repeats itself after ten seconds,
-    and says a lonely word twice. Where Whisper hears no more than five sentences at once, as pocket
-    does, all batches are as they were.
+    and says a lonely word twice. Where Whisper hears less than WINDOW, batches are as they were.
     """
 
     def __init__(self, *args, held_out: Sequence[Sentence] = ()):
@@ -92,8 +92,8 @@ class MixedBatches(data.Batches):
         self.sums_of = {code: self.shares[i].cumsum(0) for code, i in self.of_language.items()}
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
-        turn, hears_few = step % EVERY, self.whisper.max_frames < 5 * self.frames.mean()
-        if hears_few or turn not in (0, EVERY // 2):
+        turn = step % EVERY
+        if self.whisper.max_frames < WINDOW or turn not in (0, EVERY // 2):
             return super().draw(step, rng)
         size = self.batch_size
         n, change = (size, self.shorten) if turn else (max(1, size // EVERY), self.lengthen)

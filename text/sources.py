@@ -40,6 +40,8 @@ CODES = {*ISO_639_3, *ISO_639_3.values()} - {"id", "no"}  # which name columns, 
 NO_TEXT = set(".csv .json .jsonl .parquet .arrow .srt .vtt .xml .html .pdf .zip .xz .zst .7z .tar "
               ".tgz .pt .npy .npz .png .jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls "
               ".epub .rtf".split())
+# Fillers, and selectors of variants such as that of an emoji, which count as letters and marks.
+INVISIBLE = "[\u034f\u115f\u1160\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 HEADER = set("language lang locale text sentence transcript transcription path".split())
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\3\4": "zip", b"\xfd7zXZ": "xz"}
@@ -62,8 +64,10 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
                        "converts UTF-16")
     if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGE_ROWS):
         raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
+    text = re.sub(INVISIBLE, "", text)
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
-        text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
+        text = "".join(c for before, c in zip(" " + text, text) if c.isprintable() or c.isspace()
+                       or c in JOINERS and unicodedata.category(before)[0] in "LM")
     text = " ".join(unicodedata.normalize("NFC", text).split())
     with_letters = ([word for word in text.split() if re.search(r"[^\W\d_]", word)]
                     if text == text.upper() else [])  # hardly ever, and there may be millions
@@ -129,13 +133,13 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     """A line that is not blank -> its sentence; BadInput says why there is none."""
     if not is_table:
         return make_sentence(line, language, whisper)
-    code, *columns = line.rstrip("\n").split("\t")
+    # As spreadsheets write a cell with quotes; files that were joined have a mark inside.
+    code, *columns = (cell[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', cell) else cell
+                      for cell in line.strip("\n\ufeff").split("\t"))
     if language and not columns:
         return make_sentence(line, language, whisper)
     if not columns:
         raise BadInput("there is no tab between language and text")
-    columns = [column[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', column) else column
-               for column in columns]  # as spreadsheets write a cell with quotes
     cells = [cell.strip().lower() for cell in (code, *columns)]
     is_name = cells[0].isalpha() and language_code(cells[0]) not in CODES
     if len(HEADER & {*cells}) > 1 or is_name and cells[-1] in HEADER - {"path", "lang"}:
