@@ -1,6 +1,7 @@
 """Data sets in shards: `sample.py --text_file TEXT --out FOLDER`."""
 import json
 import re
+import sys
 from functools import partial
 from types import SimpleNamespace
 
