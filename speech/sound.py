@@ -19,7 +19,7 @@ from plumbing.files import atomic_write
 from speech.ear import VOICE, Ear, Room, random_room
 from whisper_decoder import FrozenWhisper
 
-MARK = ".by_sample.py"  # in a folder of our .wav files, which may be written anew
+MARK = ".made_by_sample"  # in a folder of our .wav files, which may be written anew
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
