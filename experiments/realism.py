@@ -7,7 +7,7 @@
 
 The Whisper that trained the flow, its critic, cannot judge it: it has been pleased already. The
 judge is another Whisper that reads the same x1; both also read .wav files. A student is a small
-convolutional network without a language model. It learns letters (CTC) from generated speech only,
+convolutional network without a language model. It learns letters (CTC) from speech of one kind,
 then hears real speech: sentences and voices that nothing was trained on. What it hears is the
 output of a frozen encoder before ln_post, between the silences of an utterance: the critic's, or
 that of --hears, which the flow has not pleased.
@@ -64,7 +64,7 @@ from whisper_decoder import FrozenWhisper  # noqa: E402
 
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
 N_WAV, N_TEST, N_VERSIONS = 24, 250, 8  # files; clips of a test, at most; versions of a text
-MANY = 10**6  # clips of people: all that are not in the test
+FEWEST = 50  # utterances that a student learns from
 VOICES = [*(name for name, strength in VOICE.items() if strength), "pace"]
 COLUMNS = {  # name of a figure -> heading, format
     "critic": ("critic's CER", "{:.1%}"),
@@ -157,17 +157,18 @@ class Study:
         is_pocket = config["whisper"] == "pocket"
         self.whisper = FrozenWhisper(config["whisper"], self.device)
         self.hears = FrozenWhisper(args.hears, self.device) if args.hears else self.whisper
-        if self.hears.dims.n_mels != self.whisper.dims.n_mels:
-            raise BadInput(f"--hears {args.hears} hears {self.hears.dims.n_mels} mel bins, and the "
-                           f"critic {self.whisper.dims.n_mels}; give a Whisper with as many")
+        shape, needed = ((w.dims.n_mels, w.max_frames) for w in (self.hears, self.whisper))
+        if shape[0] != needed[0] or shape[1] < needed[1]:
+            raise BadInput(f"--hears {args.hears} has {shape[0]} mel bins and {shape[1]} frames, "
+                           f"the critic {needed[0]} and {needed[1]}; give one with as many")
         self.judge = args.judge or (str(ROOT / "pocket" / "judge.pt") if is_pocket else "")
         strength = {name: VOICE[name] * (name in args.voice) for name in VOICE}
         self.voice = Voice(args.rooms, strength, "pace" in args.voice)
         sources = args.data or config["data"]
         training, held_out = split_of(config, self.whisper, sources)
-        if len(training) < 50:
+        if len(training) < FEWEST:
             raise BadInput(f"--data {' '.join(sources)} has {len(training)} sentences to learn "
-                           "from; give at least 50")
+                           f"from; give at least {FEWEST}")
         random.Random(0).shuffle(training)
         held_out.sort(key=data.hash_share)
         self.sentences = per_language(training, args.sentences)
@@ -313,14 +314,24 @@ class Study:
             yield "real speech, letters equally long", self.student(real, own, seed)
         if not self.args.recordings:
             return
-        tested = {letters(s) for s in self.tests["human"].sentences}
-        languages = {s.language for s in self.sentences}
-        others = people(self.args.recordings, languages, tested, self.hears, MANY)
-        known = [i for i, s in enumerate(others.sentences) if {*letters(s)} <= {*self.alphabet}]
-        others = Speech(*([kind[i] for i in known] for kind in others))
+        others = self.other_clips()
+        if (n := len(others.sentences)) < FEWEST:
+            print(f"note: no row of people: they have {n} clips besides the test")
+            return
         for seed in self.args.seeds:
-            figures = self.student(others, others, seed)
-            yield f"people, {len(known)} other clips of them", {"human": figures["human"]}
+            figures = self.student(others, own, seed)
+            yield f"people, {n} other clips of them", {"human": figures["human"]}
+
+    def other_clips(self) -> Speech:
+        """Of people, in texts that the test has not, each once; without letters that it has not."""
+        tested = {letters(s) for s in self.tests["human"].sentences}
+        try:
+            clips = people(self.args.recordings, {s.language for s in self.sentences}, tested,
+                           self.hears, self.args.sentences)
+        except BadInput:  # there are none
+            return Speech([], [])
+        known = [i for i, s in enumerate(clips.sentences) if {*letters(s)} <= {*self.alphabet}]
+        return Speech(*([kind[i] for i in known] for kind in clips))
 
     def generated_rows(self, path: Path, shuffle: bool) -> Iterator[tuple[str, dict]]:
         """Students of what a checkpoint makes, and of the same with other texts, for each seed."""
@@ -390,7 +401,7 @@ def check(args) -> None:
             if config[name] != first[name]:
                 raise BadInput(f"{path} was trained with --{name} {config[name]} and "
                                f"{args.checkpoints[0]} with {first[name]}; give them in two calls")
-    if args.sentences < 50 or min(args.steps, args.read) < 1:
+    if args.sentences < FEWEST or min(args.steps, args.read) < 1:
         raise BadInput(f"--sentences {args.sentences} --steps {args.steps} --read {args.read} "
                        "are too few; give at least 50, 1, 1")
     try:

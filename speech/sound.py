@@ -100,8 +100,8 @@ def wav_files(path: Path | None, n: int) -> list[Path]:
         return [path]
     if (path.exists() or path.suffix) and not path.is_dir():
         raise BadInput(f"--wav {path} is neither FILE.wav nor a folder")
-    if not (path / MARK).exists() and any(path.glob("*.wav")) | (path / "manifest.tsv").exists():
-        raise BadInput(f"--wav {path} has recordings, not of sample.py; give another folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / MARK).exists():
+        raise BadInput(f"--wav {path} holds something else; give a new or empty folder")
     return [path / f"{i:04d}.wav" for i in range(n)]
 
 

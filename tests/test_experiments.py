@@ -325,7 +325,7 @@ def test_critic_and_judge_read_the_same_sentences_that_both_can_hear(checkpoints
     assert readable(dict(critic=spoken.critic, judge=brief)) == TEXTS[:1]
 
 
-def test_a_voice_changes_the_speech_of_espeak_and_no_silence(ear, monkeypatch):
+def test_a_voice_changes_the_speech_of_espeak_and_cleans_the_silence(ear, monkeypatch):
     sentence, mel = spoken_clips(ear)[0]
     monkeypatch.setattr(utterances, "plain_espeak", lambda *_: [mel])
     say = functools.partial(utterances.espeak, [sentence], None, 0, ear, None)
@@ -335,6 +335,16 @@ def test_a_voice_changes_the_speech_of_espeak_and_no_silence(ear, monkeypatch):
     floor = max(moved[:, :n].max().item() - 2, -1.5)  # clean silence, also in the tail
     assert (moved[:, n:] == floor).all() and (moved[:, n - 1] > floor).any()
     assert (moved - mel)[:, :n].abs().mean() > 0.05
+
+
+def test_espeak_has_the_accents_of_the_people(monkeypatch):
+    said, official = [], SimpleNamespace(dims=SimpleNamespace(n_mels=80), max_frames=1500)
+    monkeypatch.setattr(make_pocket, "random_samples", lambda sentence, **_: (
+        said.append(sentence), np.zeros(160))[1])
+    sentences = [Sentence("en", "Yes."), Sentence("es", "Sí."), Sentence("fr", "Oui.")]
+    monkeypatch.setattr(utterances, "log_mel", lambda samples, whisper: [torch.zeros(80, 3000)])
+    assert len([*utterances.plain_espeak(sentences, ["m1"], 0, official, None)]) == 3
+    assert [make_pocket.voice_of(s.language) for s in said] == ["en-us", "es-419", "fr"]
 
 
 def test_hiss_of_espeak_is_as_smooth_as_the_flows(checkpoints, ear, monkeypatch):
@@ -414,13 +424,16 @@ def test_table_has_a_row_for_each_checkpoint(checkpoints, tmp_path, monkeypatch,
     assert (tmp_path / "t.md").read_text() in capsys.readouterr().out
     rows = realism.markdown({"a": [dict(critic=0.1), dict(critic=0.2)], "b": [dict(frechet=1.0)]})
     assert rows.splitlines()[2:] == ["| a | 15.0% ± 7.1% |  |", "| b |  | 1.00 |"]
-    learned = []
+    learned, tested, real = [], [], realism.real_test
     monkeypatch.setattr(realism, "train_student", lambda speech, *rest: (
         learned.append(speech), student.train_student(speech, *rest))[1])
+    monkeypatch.setattr(realism, "real_test", lambda whisper, *rest: (
+        tested.append(whisper.fingerprint), real(whisper, *rest))[1])
     judge = FrozenWhisper(str(realism.ROOT / "pocket" / "judge.pt"))
     table(tmp_path, checkpoints["mel"], "--no-real", "--no-measures", "--hears", judge.name)
     spoken = sample.load_flow(train.load_checkpoint(utterances.Path(checkpoints["mel"])),
                               torch.device("cpu"))
+    assert {*tested} == {judge.fingerprint}  # by the encoder with which students learn
     how = learned[0].sentences, flow.Solver(1), utterances.Voice()
     expected, others = (utterances.generate(spoken, *how, hears) for hears in (judge, None))
     for x, same, other in zip(learned[0].x1, expected.x1, others.x1):
@@ -443,9 +456,11 @@ def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path,
     manifest = "".join(f"{text}wav\ten\t{text}\n" for text in texts)
     (tmp_path / "manifest.tsv").write_text(manifest)
     monkeypatch.setattr(realism, "N_TEST", 1)
+    monkeypatch.setattr(realism.Study, "other_clips", (
+        lambda study, plain=realism.Study.other_clips: realism.join([plain(study)] * 30)))
     rows = table(tmp_path, path := checkpoints["features"], "--steps", "300", "--recordings",
                  str(tmp_path))
-    others = f"people, {len(learned[2].sentences)} other clips of them"
+    others = f"people, {len(learned[2].sentences)} other clips of them"  # 30 times 2 or 3
     assert list(rows) == ["real speech", "real speech, letters equally long", others, path,
                           f"{path}, with other texts"]
     assert {s.text for s in learned[2].sentences} < {*texts} and list(rows[others][0]) == ["human"]

@@ -354,7 +354,9 @@ def test_whole_words_in_capitals_are_shouted_and_letters_are_spelled(pocket, tex
 @pytest.mark.parametrize("text, kept", [
     ("It is \u2600\ufe0f hot.", "It is \u2600 hot."), ("A \U0001f468\u200d\U0001f469 pair.",
     "A \U0001f468\U0001f469 pair."), ("\u0995\u09cd\u200d\u09b7", "\u0995\u09cd\u200d\u09b7"),
-    ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"), ("a\u3164b\u034f", "ab")])
+    ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"), ("a\u3164b\u034f", "a b"),
+    ("\u06f1\u06f0\u200c\u0633", "\u06f1\u06f0\u200c\u0633"),
+    ("\u0645\u06cc\u00ad\u200c\u062e", "\u0645\u06cc\u200c\u062e")])
 def test_joiners_stay_in_words_and_selectors_of_emojis_go(pocket, text, kept):
     assert make_sentence(text, "en", pocket).text == kept
 

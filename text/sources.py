@@ -41,7 +41,8 @@ NO_TEXT = set(".csv .json .jsonl .parquet .arrow .srt .vtt .xml .html .pdf .zip 
               ".tgz .pt .npy .npz .png .jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls "
               ".epub .rtf".split())
 # Fillers, and selectors of variants such as that of an emoji, which count as letters and marks.
-INVISIBLE = "[\u034f\u115f\u1160\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+INVISIBLE = "[\u034f\u115f\u1160\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+BLANK = "[\u3164\uffa0]"  # Hangul's, which count as letters
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 HEADER = set("language lang locale text sentence transcript transcription path".split())
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\3\4": "zip", b"\xfd7zXZ": "xz"}
@@ -64,10 +65,11 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
                        "converts UTF-16")
     if "\t" in text and any(text.startswith(f"{code}\t") for code, *_ in LANGUAGE_ROWS):
         raise BadInput("it begins with a language and a tab; such lines belong in a .tsv file")
-    text = re.sub(INVISIBLE, "", text)
+    text = re.sub(BLANK, " ", re.sub(INVISIBLE, "", text))
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
-        text = "".join(c for before, c in zip(" " + text, text) if c.isprintable() or c.isspace()
-                       or c in JOINERS and unicodedata.category(before)[0] in "LM")
+        text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
+        text = "".join(c for before, c in zip(" " + text, text) if c not in JOINERS
+                       or unicodedata.category(before)[0] in "LMN")  # not those of emojis
     text = " ".join(unicodedata.normalize("NFC", text).split())
     with_letters = ([word for word in text.split() if re.search(r"[^\W\d_]", word)]
                     if text == text.upper() else [])  # hardly ever, and there may be millions
