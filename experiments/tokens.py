@@ -2,10 +2,10 @@
 
     python experiments/tokens.py espeak --out out/tokens                  # of real speech
     python experiments/tokens.py out/mel/ckpt.pt --out out/made_tokens    # of a flow's speech
-    python experiments/tokens.py --quantiser out/tokens/quantiser.pt --set out/set
+    python experiments/tokens.py --quantiser out/tokens/quantiser.pt --set out/set --part 2/8
 
 The last writes tokens of a data set of `sample.py --out out/set`, a file for each shard, in
-out/set/tokens, where it is missing or older than its shard.
+out/set/tokens, where it is missing or older than its shard; --part is of so many processes.
 
 The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP(LN(x)), 64
 dimensions, the nearest of 512 codes by angle; back through a linear map, each twice, positions, one
@@ -49,11 +49,13 @@ from experiments.utterances import (  # noqa: E402
 )
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
+from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, as_bad_input, first_line, guard  # noqa: E402
 from plumbing.files import atomic_write, locked  # noqa: E402
 from plumbing.flags import check_same, read_settings  # noqa: E402
 from plumbing.weights import state_fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
+from speech.dataset import parse_part  # noqa: E402
 from speech.ear import SILENT_FRAMES, Ear, silence_of  # noqa: E402
 from speech.recordings import TAIL  # noqa: E402
 from text.error_rates import cer_by_language, error_rates  # noqa: E402
@@ -395,30 +397,38 @@ def speech_features(mel: Tensor, whisper: FrozenWhisper) -> Tensor:
 
 
 @torch.no_grad()
-def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhisper) -> int:
-    """FOLDER/tokens: a file for each shard, if it is missing or older -> rows of all files."""
+def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhisper,
+              part: str = "1/1") -> int:
+    """FOLDER/tokens: a file for each shard of a part, if it is missing or older -> its rows."""
     note_unheard(quantiser, (data.Sentence(row["language"], row["text"])
                              for row in rows_of(folder)))
     check_quantiser(folder / "tokens", quantiser)
-    n_rows, n_shards = 0, len({row["shard"] for row in rows_of(folder)})
-    for half in (folder / "tokens").glob(f"{form}-*.tmp"):  # of a run that was killed
-        half.unlink()
+    n_rows, n_own, n_shards = 0, 0, len({row["shard"] for row in rows_of(folder)})
+    number, n_parts = parse_part(part)
+    for half in (folder / "tokens").glob(f"{form}-*.tmp") if n_parts == 1 else ():
+        half.unlink()  # of a run that was killed
     tables = [x for x in (".jsonl", ".parquet") if any((folder / "tokens").glob(f"{form}-*{x}"))]
     table = (tables or [TABLE])[0]  # as it was begun, also if pyarrow was installed since
-    for shard, pieces in tqdm(shards_of(folder), folder.name, n_shards, unit=" shards"):
+    for i, (shard, pieces) in enumerate(tqdm(shards_of(folder), folder.name, n_shards,
+                                             unit=" shards")):
+        n_rows += len(pieces)
+        if i % n_parts != number - 1:
+            continue
+        n_own += len(pieces)
         file = folder / "tokens" / f"{form}-{shard.stem[len('shard-'):]}{table}"
         if not file.exists() or file.stat().st_mtime < shard.stat().st_mtime:
             rows, (kind, arrays) = [], load_shard(shard, pieces)
             for piece, array in zip(pieces, arrays):
-                x = torch.from_numpy(array).float()
+                x = torch.from_numpy(array).float().to(whisper.device)
                 features = (speech_features(x.T, whisper) if kind == "mel" else
-                            torch.cat([x, whisper.silence[len(x) :][:TAIL].cpu()]))
-                tokens = quantiser.tokens(features[None], torch.tensor([len(features)]))[0].tolist()
-                rows.append(row(form, n_rows + len(rows), piece["text"], tokens)
+                            torch.cat([x, whisper.silence[len(x) :][:TAIL]]))
+                frames = torch.tensor([len(features)], device=whisper.device)
+                tokens = quantiser.tokens(features[None], frames)[0].tolist()
+                index = n_rows - len(pieces) + len(rows)
+                rows.append(row(form, index, piece["text"], tokens)
                             | {key: piece[key] for key in ("id", "language", "cer")})
             write_rows(rows, file)
-        n_rows += len(pieces)
-    return n_rows
+    return n_own
 
 
 # ---- the command -----------------------------------------------------------------------------
@@ -483,6 +493,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--quantiser", type=Path, help="one that is there already")
     add("--set", nargs="+", type=Path, default=[], help="folders of `sample.py --out FOLDER`, whose"
         " tokens are written to FOLDER/tokens")
+    add("--part", default="1/1", help="2/8: the second of eight processes that write the tokens")
+    add("--device", default="auto", help="of --set: auto, cpu, cuda, mps; training is on the CPU")
     add("--form", choices=["ichigo", "speechless"], default="ichigo")
     add("--out", type=Path, default=ROOT / "out" / "tokens", help="folder")
     args = parser.parse_args(argv)
@@ -491,6 +503,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     if not args.source and (args.recordings or not (args.set and args.quantiser)):
         raise BadInput("there is no source; give espeak or a checkpoint, or --set and --quantiser "
                        "without --recordings")
+    parse_part(args.part)
+    if args.part != "1/1" and (args.source or not args.set):
+        raise BadInput(f"--part {args.part} belongs to --set and --quantiser, without a source")
     file = args.out / "quantiser.pt"
     if file.exists() and not args.quantiser:
         raise BadInput(f"{file} is there already; --quantiser {file} uses it; or give another "
@@ -542,14 +557,15 @@ def print_figures(quantiser: Quantiser, tests: dict[str, Speech], whisper: Froze
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    whisper = FrozenWhisper(args.whisper)
+    whisper = FrozenWhisper(args.whisper, "cpu" if args.source else choose_device(args.device))
     for folder in args.set:  # it fails now, not after the work
         check_set(folder, whisper)
     quantiser = (quantiser_of_source(args, whisper) if args.source else
-                 load_quantiser(args.quantiser, whisper))
+                 load_quantiser(args.quantiser, whisper).to(whisper.device))
+    name = f"-tokens-{args.form}" + f"-{args.part.replace('/', '-')}" * (args.part != "1/1")
     for folder in args.set:
-        with locked(folder, part=f"-tokens-{args.form}"):  # sample.py then leaves its files alone
-            n_rows = write_set(folder, args.form, quantiser, whisper)
+        with locked(folder, part=name):  # sample.py then leaves its files alone
+            n_rows = write_set(folder, args.form, quantiser, whisper, args.part)
         print(f"wrote {folder / 'tokens'}: {n_rows} rows")
 
 

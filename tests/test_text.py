@@ -368,9 +368,12 @@ def test_turkish_has_two_letters_i(pocket, monkeypatch):
 
 
 def test_only_words_of_an_alphabet_with_capitals_are_spelled():
-    assert [*map(spell, ("sun", "Été", "сон", "Fuß"))] == ["S U N", "É T É", "С О Н", "F U S S"]
+    assert [spell(word, "en") for word in ("sun", "Été", "сон", "Fuß")] == [
+        "S U N", "É T É", "С О Н", "F U S S"]
+    assert [spell("iyi", "tr"), spell("kız", "tr"), spell("iyiler!", "tr")] == [
+        "İ Y İ", "K I Z", "iyiler!"]
     for word in "სახლი", "ταΐζω", "घर", "猫", "x1", "Donaudampfschiff":
-        assert spell(word) == word
+        assert spell(word, "en") == word
 
 
 def test_what_was_read_of_pieces_begins_with_the_first(pocket):

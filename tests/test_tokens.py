@@ -124,6 +124,15 @@ def test_a_set_has_tokens_of_its_own_features(make_set, quantiser, pocket, tmp_p
     assert len({str(row["tokens"]) for row in rows}) == len(rows) > 5
     assert f"wrote {folder / 'tokens'}: {len(rows)} rows" in capsys.readouterr().out
     before = [(f.read_bytes(), f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
+    for f in files:
+        f.unlink()
+    for part, made in ("2/2", files[1::2]), ("1/2", files):
+        tokens.main([*argv, "--part", part])
+        assert [f for f in files if f.exists()] == made
+        n_own = len([r for f in files[int(part[0]) - 1 :: 2] for r in read_rows([f])])
+        assert f"wrote {folder / 'tokens'}: {n_own} rows" in capsys.readouterr().out
+    assert [f.read_bytes() for f in files] == [whole for whole, *_ in before]
+    before = [(f.read_bytes(), f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
     files[1].unlink()
     tokens.main(argv)  # as after a run that was killed
     after = [(f.read_bytes(), f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
@@ -218,6 +227,9 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
         quantiser.codes.neg_()
     fails("features/tokens was begun with another quantiser, .* or another --set",
           "--quantiser", tmp_path / "other.pt", "--set", features)
+    fails("--part 1/2 belongs to --set and --quantiser", "espeak", "--part", "1/2", "--out",
+          tmp_path / "new")
+    fails("--part '3/2' cannot be used", "--quantiser", file, "--set", mel, "--part", "3/2")
     for argv in ([], ["--set", mel], ["--quantiser", file],
                  ["--set", mel, "--quantiser", file, "--recordings", tmp_path]):
         fails("there is no source; give espeak or a checkpoint, or --set and --quantiser", *argv)

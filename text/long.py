@@ -57,10 +57,11 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
             for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
 
 
-def spell(word: str) -> str:
+def spell(word: str, language: str) -> str:
     """ "sun" -> "S U N"; itself, if it is long, or no word in an alphabet with capitals."""
-    capitals = word.upper()  # Georgian has them, too, but begins no word with one
-    has_capitals = capitals != word.lower() and capitals[:1] == word[:1].title()
+    dotted = word.replace("i", "İ") if language in ("tr", "az") else word
+    capitals = dotted.upper()  # Georgian has them, too, but begins no word with one
+    has_capitals = capitals != word.lower() and capitals[:1] == dotted[:1].title()
     is_short = len(word) <= LETTERS and word.isalpha() and capitals.isalpha()  # no lonely marks
     return " ".join(capitals) if is_short and has_capitals else word
 
@@ -115,7 +116,7 @@ class MixedBatches(data.Batches):
         few = parts[first : first + n]
         if draw(SPELLED) == 0:
             i = draw(n)
-            few[i] = spell(few[i])
+            few[i] = spell(few[i], language)
         short = Sentence(language, between_words(language).join(few).strip())
         is_usable = any(map(str.isalnum, short.text)) and data.key(short) not in self.held_out
         return short if is_usable else sentence
