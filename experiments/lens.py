@@ -39,7 +39,7 @@ def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float, float]:
     embeddings = whisper.embed(torch.tensor(tokens, dtype=torch.long))
     is_said = torch.tensor([[token in clip for token in tokens] for clip in said])
 
-    def peaks(w: Tensor) -> Tensor:
+    def peaks_along(w: Tensor) -> Tensor:
         directions = embeddings @ w.T  # (K, C)
         return torch.stack([(x @ directions.T).amax(0) for x in speech.x1])  # (clips, K)
 
@@ -49,9 +49,9 @@ def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float, float]:
         return torch.stack(areas).mean().item() if areas else math.nan
 
     rng = data.generator(0, 0)
-    seen, width = peaks(whisper.token_direction), embeddings.shape[1]
+    seen, width = peaks_along(whisper.token_direction), embeddings.shape[1]
     others = [seen[:, torch.randperm(len(tokens), generator=rng)] for _ in range(N_DRAWS)]
-    turned = [peaks(torch.linalg.qr(torch.randn(width, width, generator=rng))[0])
+    turned = [peaks_along(torch.linalg.qr(torch.randn(width, width, generator=rng))[0])
               for _ in range(N_DRAWS)]
     return area(seen), *(sum(map(area, x)) / N_DRAWS for x in (others, turned))
 

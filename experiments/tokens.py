@@ -411,7 +411,7 @@ def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhis
     table = (tables or [TABLE])[0]  # as it was begun, also if pyarrow was installed since
     for i, (shard, pieces) in enumerate(tqdm(shards_of(folder), folder.name, n_shards,
                                              unit=" shards")):
-        n_rows += len(pieces)
+        first, n_rows = n_rows, n_rows + len(pieces)
         if i % n_parts != number - 1:
             continue
         n_own += len(pieces)
@@ -424,8 +424,7 @@ def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhis
                             torch.cat([x, whisper.silence[len(x) :][:TAIL]]))
                 frames = torch.tensor([len(features)], device=whisper.device)
                 tokens = quantiser.tokens(features[None], frames)[0].tolist()
-                index = n_rows - len(pieces) + len(rows)
-                rows.append(row(form, index, piece["text"], tokens)
+                rows.append(row(form, first + len(rows), piece["text"], tokens)
                             | {key: piece[key] for key in ("id", "language", "cer")})
             write_rows(rows, file)
     return n_own

@@ -10,7 +10,7 @@ import data
 from data import Sentence
 from plumbing.errors import BadInput
 from text.durations import char_durations, count_frames
-from text.spelling import UNSPACED, between_words, words
+from text.spelling import TWO_I, UNSPACED, between_words, words
 from whisper_decoder import FrozenWhisper
 
 EVERY = 4  # batches: one of them is of long texts, and one of a few words each
@@ -59,7 +59,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
 
 def spell(word: str, language: str) -> str:
     """ "sun" -> "S U N"; itself, if it is long, or no word in an alphabet with capitals."""
-    dotted = word.replace("i", "İ") if language in ("tr", "az") else word
+    dotted = word.replace("i", "İ") if language in TWO_I else word
     capitals = dotted.upper()  # Georgian has them, too, but begins no word with one
     has_capitals = capitals != word.lower() and capitals[:1] == dotted[:1].title()
     is_short = len(word) <= LETTERS and word.isalpha() and capitals.isalpha()  # no lonely marks

@@ -27,12 +27,12 @@ from plumbing.files import atomic_write
 from plumbing.weights import POCKET
 from text.durations import LANGUAGE_ROWS, n_frames
 from text.long import split_long
-from text.spelling import JOINERS, language_code, words
+from text.spelling import JOINERS, TWO_I, language_code, words
 from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text
 MAX_NOTES = 10  # on the lines of a file, on recordings
-SMALL_I = {ord("I"): "ı", ord("İ"): "i"}  # in Turkish and Azerbaijani
+SMALL_I = {ord("I"): "ı", ord("İ"): "i"}  # in TWO_I
 URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
@@ -77,7 +77,7 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
             and not re.fullmatch(r"\W*(\w(\W+|$))+", text)):
         # Whisper writes what is said; letters that are spelled stay capitals.
         end = re.search(r"[^\W\d_]", text).end()
-        small = text[end:].translate(SMALL_I) if code in ("tr", "az") else text[end:]
+        small = text[end:].translate(SMALL_I) if code in TWO_I else text[end:]
         text = text[:end] + small.lower()
     if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")

@@ -21,6 +21,7 @@ NASAL, BREATHED = "ANUSVARA|CANDRABINDU|BINDI|NIKAHIT", "VISARGA|REAHMUK"
 # Letters whose names do not begin with their sound (CYRILLIC ... EF); vowels of Sinhala and Lao.
 NAMED = dict(zip("флмнрсңеєəәðŋ" "\u0dd4\u0dd6\u0dd9\u0dda\u0ddc\u0ddd\u0eb1\u0ebb",
                  "flmnrsneeaadn" "uueeooao"))
+TWO_I = {"tr", "az"}  # with "i", whose capital is "İ", and "ı", whose capital is "I"
 UNSPACED = {"zh", "yue", "ja", "th", "lo", "my", "km", "bo"}  # written without spaces
 
 
