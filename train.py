@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from whisper.decoding import DecodingResult
 
 import data
 import flow
@@ -31,7 +32,7 @@ from text.error_rates import cer_by_language, error_rates
 from text.long import MixedBatches  # data.Batches, with long and short texts too
 from text.report import report, show_samples
 from text.sources import load_data
-from whisper_decoder import DecodingResult, FrozenWhisper
+from whisper_decoder import FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 MAY_DIFFER = "out_dir device resume eval_every eval_sentences batch_size whisper".split()

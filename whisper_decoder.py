@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from whisper.audio import HOP_LENGTH, log_mel_spectrogram
-from whisper.decoding import DecodingResult
 from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
 from plumbing.attention import attend, keys_and_values, silence_behind
@@ -42,6 +41,7 @@ class FrozenWhisper:
         self.model = load_whisper(name, self.device).eval().requires_grad_(False)
         self.dims = self.model.dims
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
+        self.n_samples = 2 * self.max_frames * HOP_LENGTH  # of 16 kHz, in its window
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         self.rows, self.row_of, self.row_count, is_own = distinct_rows(
             self.model.decoder.token_embedding.weight)
@@ -56,7 +56,7 @@ class FrozenWhisper:
     @cached_property
     def silence_x1(self) -> Tensor:
         """What the encoder makes of silence (P, E)."""
-        samples = torch.zeros(self.max_frames * 2 * HOP_LENGTH)
+        samples = torch.zeros(self.n_samples)
         # In float32, also where it is first asked for inside devices.mixed_precision.
         with torch.autocast(self.device.type, enabled=False):
             return self.encode_mel(log_mel_spectrogram(samples, self.dims.n_mels)[None])[0]
@@ -197,14 +197,7 @@ class FrozenWhisper:
             per_token = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
         return mean_per_item(per_token, mask)
 
-    def transcribe(self, features: Tensor, languages: Sequence[str | None],
-                   texts: Sequence[str] | None = None) -> list[DecodingResult]:
-        """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
-
-        None: the language is detected. texts: drafts, as in speculative decoding: one that a single
-        pass confirms (text/greedy.py) is not decoded; the result is the same.
-        """
-        return greedy.transcribe(self, features.float(), languages, texts)
+    transcribe = greedy.transcribe  # features (B, P, E) -> what `whisper.decode` reads
 
 
 def mean_per_item(values: Tensor, mask: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Sequence
 
-import numpy as np
-import soundfile
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -20,7 +19,7 @@ import train  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
-from speech import recordings  # noqa: E402
+from speech import recordings, sound  # noqa: E402
 from text.sources import builtin  # noqa: E402
 
 MEAN_SECONDS = 2.25  # of a spoken sentence
@@ -46,8 +45,7 @@ def write_speech(folder: Path, sentences: Sequence[data.Sentence]) -> None:
         if not path.exists():
             samples = make_pocket.random_samples(
                 sentence, make_pocket.VARIANTS, FIRST_SEED, LONGEST, lead=0.1)
-            with atomic_write(path) as part:
-                soundfile.write(part, np.clip(samples, -1, 1), 16000, format="WAV")
+            sound.write_samples(path, torch.from_numpy(samples))
         return f"{path.name}\t{sentence.language}\t{sentence.text}\n"
 
     with ThreadPoolExecutor(2) as pool:

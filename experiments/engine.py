@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from whisper.decoding import DecodingOptions, DecodingTask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -25,6 +24,7 @@ from experiments.utterances import human_clips  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from text.error_rates import cer_by_language, edit_distance, error_rates  # noqa: E402
+from text.greedy import make_task  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -76,9 +76,8 @@ def convert(whisper: FrozenWhisper, folder: str):
     for layer, block in zip([*spec.encoder.layer, *spec.decoder.layer],
                             [*encoder.blocks, *decoder.blocks]):
         put_block(layer, block)
-    options = DecodingOptions("transcribe", "en", without_timestamps=True, fp16=False)
     tokenizer = whisper.tokenizer("en")
-    spec.config.suppress_ids = list(DecodingTask(whisper.model, options)._get_suppress_tokens())
+    spec.config.suppress_ids = list(make_task(whisper)._get_suppress_tokens())
     spec.config.suppress_ids_begin = [*tokenizer.encode(" "), tokenizer.eot]
     spec.config.lang_ids = [whisper.language_token(code) for code in whisper.languages]
     spec.config.alignment_heads = [[0, 0]]

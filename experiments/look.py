@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import flow  # noqa: E402
 import sample  # noqa: E402
@@ -42,7 +41,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="of train.py")
     parser.add_argument("--language", default="en", help="of the sentence (default: en)")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "flow.png")
+    parser.add_argument("--out", type=Path, default=Path("out/flow.png"))
     args = parser.parse_args(argv)
     checkpoint = train.load_checkpoint(args.checkpoint)
     model, whisper, durations, speed = sample.load_flow(checkpoint, torch.device("cpu"))
@@ -53,16 +52,12 @@ def main(argv=None) -> None:
                        "bins; try --language en")
     sentence, mel = spoken[0]
     batch = data.make_batch([sentence], whisper, [durations(sentence, speed)]).to(whisper)
-    states = [*train.generate(model, whisper, batch, flow.Solver())]
-    n = speech_span(mel).stop  # what is behind is silence
-    real = whisper.latents(mel[None])[:, :n]
-    cases = [(f"t = {t:.2f}", x, batch.cond["frames"]) for t, x in
-             zip(flow.schedule(len(states) - 1).tolist(), states)]
-    cases.append(("real speech (espeak-ng)", real, torch.tensor([n])))
-    panels = []
-    for title, x, frames in cases:
-        read = whisper.transcribe(whisper.features(x, frames), [language])[0].text
-        panels.append((title, x[0], read))
+    real = whisper.latents(mel[None])[:, : speech_span(mel).stop]  # what is behind is silence
+    times = [f"t = {t:.2f}" for t in flow.schedule(flow.Solver().steps)]
+    states, panels = train.generate(model, whisper, batch, flow.Solver()), []
+    for title, x in zip([*times, "real speech (espeak-ng)"], [*states, real]):
+        features = whisper.features(x, torch.tensor([x.shape[1]]))
+        panels.append((title, x[0], whisper.transcribe(features, [language])[0].text))
     picture(panels, args.out)
     print(f"wrote {args.out}: {sentence.text}")
 

@@ -3,7 +3,6 @@
     python experiments/realism.py out/ckpt.pt                          # a table and a picture
     python experiments/realism.py a.pt b.pt --no-real --out out/more   # more rows of the table
     python experiments/realism.py out/mel/ckpt.pt --judge base --recordings FOLDER --hears base
-    python experiments/realism.py out/mel/ckpt.pt --no-real --rooms 1 --voice vocal_tract pace
 
 The Whisper that trained the flow, its critic, cannot judge it: it has been pleased already. The
 judge is another Whisper that reads the same x1; both also read .wav files. A student is a small
@@ -15,57 +14,51 @@ that of --hears, which the flow has not pleased.
 Beside it stand students of espeak-ng's speech of the same texts, also with equally long letters (is
 it the pace?), and of other clips of the very people of the test. The lower bound is speech of the
 first checkpoint, with the texts of other sentences.
-Needs matplotlib, soundfile, ffmpeg, and espeak-ng for the languages that it speaks here.
+Needs matplotlib, soundfile, and espeak-ng for the languages that it speaks here.
 """
 import argparse
 import random
-import shutil
 import statistics
 import sys
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
-from uuid import uuid4
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
-from whisper.audio import load_audio
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from data import per_language  # noqa: E402
-from flow import Solver, schedule  # noqa: E402
+from flow import Solver  # noqa: E402
 from experiments import figures  # noqa: E402
 from experiments.student import (  # noqa: E402
     Speech, greedy_cer, language_accuracy, letters, load_judge, others, student_cer, train_student,
 )
 from experiments.utterances import (  # noqa: E402
-    Voice, encode, espeak, even, generate, latents, n_samples, parts, people, real_test,
+    encode, espeak, even, generate, latents, parts, people, real_test,
 )
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from plumbing.files import atomic_write  # noqa: E402
+from plumbing.files import atomic_write, make_folder  # noqa: E402
+from plumbing.weights import POCKET  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from sample import Flow  # noqa: E402
 from speech import sound  # noqa: E402
-from speech.ear import VOICE, Ear  # noqa: E402
-from speech.recordings import speech_span  # noqa: E402
+from speech.ear import Ear  # noqa: E402
+from speech.recordings import read_audio, speech_span  # noqa: E402
 from speech.sound import log_mel  # noqa: E402
-from text.durations import FRAMES_PER_SECOND, count_frames  # noqa: E402
+from text.durations import count_frames  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
-N_WAV, N_TEST, N_VERSIONS = 24, 250, 8  # files; clips of a test, at most; versions of a text
+N_WAV, N_TEST = 24, 250  # files; clips of a test, at most
 FEWEST = 50  # utterances that a student learns from
-VOICES = [*(name for name, strength in VOICE.items() if strength), "pace"]
 COLUMNS = {  # name of a figure -> heading, format
     "critic": ("critic's CER", "{:.1%}"),
     "judge": ("judge's CER", "{:.1%}"),
@@ -77,75 +70,17 @@ COLUMNS = {  # name of a figure -> heading, format
     "student": ("student's CER on espeak-ng", "{:.1%}"),
     "own": ("student on its own kind", "{:.1%}"),
     "steps": ("its steps", "{:.0f}"),
-    "frechet": ("Frechet distance", "{:.2f}"),
-    "lag1": ("autocorrelation, 20 ms", "{:.2f}"),
-    "lag5": ("100 ms", "{:.2f}"),
-    "classifier": ("told from real", "{:.1%}"),
-    "diversity": ("variance for one text", "{:.3f}"),
-    "seconds": ("seconds", "{:.2f}"),
 }
 
 
-# ---- measures --------------------------------------------------------------------------------
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Distance of two Gaussians fitted to frames, (N, C), (M, C): 0 if they are the same.
-
-    |mean difference|^2 + tr(A + B - 2 (A B)^1/2), Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
-    """
-    cov_a, cov_b = torch.cov(a.T.double()), torch.cov(b.T.double())
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    mixed = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    gap = (a.mean(0) - b.mean(0)).double().square().sum()
-    return (gap + cov_a.trace() + cov_b.trace() - 2 * mixed).item()
-
-
-def autocorrelation(x1: list[Tensor], lag: int) -> float:
-    """Correlation of frames that are `lag` apart, around the mean frame."""
-    mean = torch.cat(x1).mean(0)
-    products = torch.cat([(x[lag:] - mean) * (x[:-lag] - mean) for x in x1 if len(x) > lag])
-    return (products.mean() / (torch.cat(x1) - mean).square().mean()).item()
-
-
-def classifier_accuracy(a: list[Tensor], b: list[Tensor], seed: int) -> float:
-    """How often a small network tells a frame of a from one of b, on utterances set aside."""
-    torch.manual_seed(seed)
-    training, test = ([torch.cat(kind[part::2]) for kind in (a, b)] for part in (0, 1))
-    network = nn.Sequential(nn.Linear(a[0].shape[1], 128), nn.GELU(), nn.Linear(128, 1))
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-    is_b = torch.arange(2).repeat_interleave(128)[:, None]
-    for _ in range(1000):
-        x = torch.cat([frames[torch.randint(len(frames), (128,))] for frames in training])
-        loss = F.binary_cross_entropy_with_logits(network(x), is_b.float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        right = [((network(x) > 0) == kind).float().mean() for kind, x in enumerate(test)]
-    return sum(right).item() / 2
-
-
-def diversity(versions: list[list[Tensor]]) -> float:
-    """Variance of the mean frame over versions of a text / over texts; versions[v][text]."""
-    means = torch.stack([torch.stack([x.mean(0) for x in texts]) for texts in versions])
-    return (means.var(0).mean() / means.mean(0).var(0).mean()).item()
-
-
 # ---- the table -------------------------------------------------------------------------------
-
-
-def features_of(mels: Iterable[Tensor], whisper: FrozenWhisper) -> Iterator[Tensor]:
-    """Log-mel (n_mels, 2 n_audio_ctx) each -> features of a few at a time."""
-    return (whisper.features_of_mel(torch.stack(part)) for part in parts(mels, whisper))
 
 
 def through_wav(mels: Iterable[Tensor], whisper: FrozenWhisper, name: Path) -> Iterator[Tensor]:
     """Log-mel (n_mels, 2T) -> NAME_00.wav ..., read as Whisper does (n_mels, 2 n_audio_ctx)."""
     for i, mel in enumerate(islice(mels, N_WAV)):
         sound.write_samples(path := Path(f"{name}_{i:02d}.wav"), sound.griffin_lim(mel))
-        yield log_mel(load_audio(str(path))[: n_samples(whisper)], whisper)[0]
+        yield log_mel(read_audio(path)[: whisper.n_samples], whisper)[0]
 
 
 class Study:
@@ -161,9 +96,7 @@ class Study:
         if shape[0] != needed[0] or shape[1] < needed[1]:
             raise BadInput(f"--hears {args.hears} has {shape[0]} mel bins and {shape[1]} frames, "
                            f"the critic {needed[0]} and {needed[1]}; give one with as many")
-        self.judge = args.judge or (str(ROOT / "pocket" / "judge.pt") if is_pocket else "")
-        strength = {name: VOICE[name] * (name in args.voice) for name in VOICE}
-        self.voice = Voice(args.rooms, strength, "pace" in args.voice)
+        self.judge = args.judge or (str(POCKET / "judge.pt") if is_pocket else "")
         sources = args.data or config["data"]
         training, held_out = split_of(config, self.whisper, sources)
         if len(training) < FEWEST:
@@ -172,7 +105,6 @@ class Study:
         random.Random(0).shuffle(training)
         held_out.sort(key=data.hash_share)
         self.sentences = per_language(training, args.sentences)
-        self.repeated = per_language(training[::-1], 25)  # said again and again, for the diversity
         self.held_out = sorted(per_language(held_out, args.read), key=data.hash_share)
         seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
@@ -186,7 +118,7 @@ class Study:
 
     def find_voices(self, languages: set[str], is_pocket: bool) -> bool:
         """Whether espeak-ng is needed, and can say all the text."""
-        if not (self.args.real or self.args.measures or not is_pocket):
+        if is_pocket and not self.args.real:
             return False
         if voiceless := make_pocket.voiceless(languages):
             print("note: no row of real speech, as espeak-ng cannot read " + ", ".join(voiceless))
@@ -231,37 +163,22 @@ class Study:
             for whisper in readers.values())]
 
     def spectrograms(self, sentences: list, seed: int, whisper: FrozenWhisper,
-                     variants=make_pocket.VARIANTS, voice: Voice = Voice()) -> Iterator[Tensor]:
-        return espeak(sentences, variants, FIRST_SEED + seed, whisper, self.args.work_dir, voice)
+                     variants=make_pocket.VARIANTS, rooms: float = 0.0) -> Iterator[Tensor]:
+        return espeak(sentences, variants, FIRST_SEED + seed, whisper, self.args.work_dir, rooms)
 
     def say(self, sentences: list, seed: int, *how) -> Speech:
         """espeak-ng says the sentences; what the students' encoder hears."""
         mels = self.spectrograms(sentences, seed, self.hears, *how)
         return Speech(sentences, encode(mels, self.hears))
 
-    @cached_property
-    def reference(self) -> list[Tensor]:
-        """Other real speech of the same sentences."""
-        return self.say(self.sentences, 1).x1
-
     def student(self, speech: Speech, own: Speech, seed: int) -> dict:
         student = train_student(speech, self.alphabet, seed, self.args.steps)
         return {name: student_cer(student, test, self.alphabet)
                 for name, test in [*self.tests.items(), ("own", own)]} | dict(steps=student.steps)
 
-    def measures(self, x1: list[Tensor], say: Callable, seed: int) -> dict:
-        """All that needs no reader; some of it against other real speech. say: version -> x1."""
-        if not self.args.measures:
-            return {}
-        x1 = x1[: len(self.sentences)]  # the first take, in no room: the reference has none
-        versions = [say(v) for v in range(N_VERSIONS)]
-        figures = dict(lag1=autocorrelation(x1, 1), lag5=autocorrelation(x1, 5),
-                       diversity=diversity(versions),
-                       seconds=statistics.mean(map(len, x1)) / FRAMES_PER_SECOND)
-        if self.has_voices:
-            figures |= dict(frechet=frechet(torch.cat(x1), torch.cat(self.reference)),
-                            classifier=classifier_accuracy(x1, self.reference, seed))
-        return figures
+    def takes(self, seed: int, other: int) -> list[tuple[int, float]]:
+        """Seed and --rooms of each version of the text: one plain, with --rooms one more."""
+        return [(seed, 0.0), (other, self.args.rooms)][: 1 + bool(self.args.rooms)]
 
     def readings(self, path: Path, speak: Callable, name: str) -> dict:
         """What critic and judge of a checkpoint read, from .wav files too if it has spectrograms.
@@ -276,7 +193,8 @@ class Study:
             if whisper.model.is_multilingual:
                 figures[f"{who}_language"] = language_accuracy(whisper, sentences, features)
             if isinstance(whisper, Ear):
-                read = features_of(through_wav(mels, whisper, self.args.work_dir / name), whisper)
+                read = (whisper.features_of_mel(torch.stack(part)) for part in
+                        parts(through_wav(mels, whisper, self.args.work_dir / name), whisper))
                 figures[f"{who}_wav"] = greedy_cer(whisper, sentences[:N_WAV], read)
         return figures
 
@@ -291,23 +209,18 @@ class Study:
     def made_readings(self, sentences: list, whisper: FrozenWhisper, flow: Flow,
                       solver: Solver) -> tuple:
         """What a flow makes, for `readings`."""
-        made = list(latents(flow, sentences, solver, Voice()))
+        made = list(latents(flow, sentences, solver))
         return (whisper.features(*batch) for batch in made), (
-            whisper.spectrogram(x[None, :n], frames[i : i + 1], n)[0]
-            for x1, frames in made for i, (x, n) in enumerate(zip(x1, frames.tolist())))
+            whisper.log_mel_of(x[:n]) for x1, frames in made for x, n in zip(x1, frames.tolist()))
 
     def real_rows(self) -> Iterator[tuple[str, dict]]:
         """Students of as much real speech, and of the same without its rhythm, for each seed."""
-        takes = [(0, Voice()), (20, self.voice)] if self.voice.amount else [(0, Voice())]
-        real = join(self.say(self.sentences, seed, make_pocket.VARIANTS, voice)
-                    for seed, voice in takes)
+        real = join(self.say(self.sentences, seed, make_pocket.VARIANTS, rooms)
+                    for seed, rooms in self.takes(0, 20))
         own = self.say(self.held_out, 2)
-        again = lambda v: self.say(self.repeated, 3 + v, make_pocket.VARIANTS,  # noqa: E731
-                                   self.voice).x1
         figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")
         for seed in self.args.seeds:
-            yield "real speech", figures | self.student(real, own, seed) | self.measures(
-                real.x1, again, seed)
+            yield "real speech", figures | self.student(real, own, seed)
         speed = self.flows[self.args.checkpoints[0]].speed
         real, own = even(real, speed), even(own, speed)
         for seed in self.args.seeds:
@@ -335,20 +248,15 @@ class Study:
 
     def generated_rows(self, path: Path, shuffle: bool) -> Iterator[tuple[str, dict]]:
         """Students of what a checkpoint makes, and of the same with other texts, for each seed."""
-        flow, voice = self.flows[path], self.voice
-        name = f"{self.args.checkpoints.index(path)}_{path.parent.name}"
+        flow, name = self.flows[path], f"{self.args.checkpoints.index(path)}_{path.parent.name}"
+        say = partial(generate, flow, hears=self.hears)
         for seed in self.args.seeds:
-            plain, other = (Solver(self.args.solver_steps, seed=n) for n in (seed, 1000 + seed))
-            takes = [(plain, Voice()), (other, voice)] if voice.amount else [(plain, Voice())]
-            say = partial(generate, flow, hears=self.hears)
-            made = join(say(self.sentences, *take) for take in takes)
-            own = say(self.held_out, plain, Voice())
-            again = lambda v: say(  # noqa: E731
-                self.repeated, plain._replace(seed=N_VERSIONS * seed + v), voice).x1
-            speak = partial(self.made_readings, flow=flow, solver=plain)
+            made = join(say(self.sentences, Solver(seed=n), rooms)
+                        for n, rooms in self.takes(seed, 1000 + seed))
+            own = say(self.held_out, Solver(seed=seed))
+            speak = partial(self.made_readings, flow=flow, solver=Solver(seed=seed))
             yield str(path), (self.readings(path, speak, f"{name}_{seed}")
-                              | self.student(made, own, seed)
-                              | self.measures(made.x1, again, seed))
+                              | self.student(made, own, seed))
             if shuffle:
                 figures = self.student(made._replace(sentences=others(made.sentences)), own, seed)
                 yield f"{path}, with other texts", {k: v for k, v in figures.items() if k != "own"}
@@ -404,10 +312,6 @@ def check(args) -> None:
     if args.sentences < FEWEST or min(args.steps, args.read) < 1:
         raise BadInput(f"--sentences {args.sentences} --steps {args.steps} --read {args.read} "
                        "are too few; give at least 50, 1, 1")
-    try:
-        schedule(args.solver_steps)
-    except ValueError as error:
-        raise BadInput(f"--solver_{error}") from error  # it begins with the name of a flag, steps
     for name in "checkpoints", "seeds":
         if len({*getattr(args, name)}) < len(getattr(args, name)):
             raise BadInput(f"some {name} are given twice, which would count twice; give each once")
@@ -417,15 +321,8 @@ def check(args) -> None:
     if args.hears and "features" in kinds:
         raise BadInput(f"--hears {args.hears} cannot hear features, which have no sound; leave it "
                        "out")
-    if args.voice != VOICES and not args.rooms:
-        raise BadInput(f"--voice {' '.join(args.voice)} does nothing without --rooms; give both")
-    if "mel" in kinds and not shutil.which("ffmpeg"):
-        raise BadInput("ffmpeg is missing, and Whisper reads .wav files with it; install it, e.g. "
-                       "`apt-get install ffmpeg` or `brew install ffmpeg`")
     for folder in (args.work_dir, args.out.parent):  # better now than after an hour
-        with atomic_write(probe := folder / f"{uuid4().hex}.probe") as part:
-            part.touch()
-        probe.unlink()
+        make_folder(folder)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -441,17 +338,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--sentences", type=int, default=2000, help="a student learns from")
     add("--read", type=int, default=100, help="held-out sentences that critic and judge read")
     add("--steps", type=int, default=3000, help="of a student, at most")
-    add("--solver_steps", type=int, default=4, help="of the ODE")
     add("--rooms", type=float, default=0.0, help="say all once more, in voices so different")
-    add("--voice", nargs="+", choices=VOICES, default=VOICES, help="in what they differ "
-        "(default: all)")
     add("--real", action=argparse.BooleanOptionalAction, default=True,
         help="rows of real speech and of other texts")
-    add("--measures", action=argparse.BooleanOptionalAction, default=True,
-        help="Frechet distance, autocorrelation, classifier and variance too")
     add("--device", default="auto", help="of Whisper and the flow: auto, cpu, cuda, mps")
-    add("--work_dir", type=Path, default=ROOT / "out" / "realism", help="speech, .wav files")
-    add("--out", type=Path, default=ROOT / "out" / "realism", help="writes OUT.md and OUT.png")
+    add("--work_dir", type=Path, default=Path("out/realism"), help="speech, .wav files")
+    add("--out", type=Path, default=Path("out/realism"), help="writes OUT.md and OUT.png")
     return parser.parse_args(argv)
 
 

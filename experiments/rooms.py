@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from data import per_language  # noqa: E402
 from experiments.student import greedy_cer  # noqa: E402
 from model import bounded  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.weights import POCKET  # noqa: E402
 from speech.ear import ROOM, Ear, Room  # noqa: E402
 from text.durations import FRAMES_PER_SECOND, char_durations, n_frames  # noqa: E402
 from text.sources import load_sentences  # noqa: E402
 
 RATE = 0.1  # of Adam, on x1
-JUDGE = ROOT / "pocket" / "judge.pt"
+JUDGE = POCKET / "judge.pt"
 
 
 def rows(names: list[str]) -> dict[str, dict[str, float]]:

@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from experiments.student import Speech, edit_distance, letters, others, resample  # noqa: E402
 from experiments.tokens import (  # noqa: E402
@@ -186,7 +185,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("sources", nargs="+", help="espeak, or checkpoints of train.py: a row each")
-    add("--quantiser", type=Path, default=ROOT / "out" / "tokens" / "quantiser.pt",
+    add("--quantiser", type=Path, default=Path("out/tokens/quantiser.pt"),
         help="of experiments/tokens.py")
     add("--whisper", default="pocket", help="whose features they are")
     add("--data", nargs="+", default=["builtin"], help="of train.py")

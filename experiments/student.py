@@ -7,8 +7,6 @@ B batch, T frames, C channels, P positions of Whisper's window.
 import copy
 import math
 import random
-import sys
-from pathlib import Path
 from typing import Iterable, NamedTuple
 
 import numpy as np
@@ -18,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from model import mlp  # noqa: E402
-from plumbing.errors import BadInput  # noqa: E402
-from text import spelling  # noqa: E402
-from text.error_rates import edit_distance, error_rates  # noqa: E402
-from whisper_decoder import FrozenWhisper  # noqa: E402
+import train
+from model import mlp
+from plumbing.errors import BadInput
+from text import spelling
+from text.error_rates import edit_distance, error_rates
+from whisper_decoder import FrozenWhisper
 
 VALIDATION = 0.1  # share of a student's sentences that say when it has learned enough
 CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better

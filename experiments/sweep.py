@@ -21,6 +21,7 @@ import flow  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.student import greedy_cer, load_judge  # noqa: E402
+from experiments.utterances import latents  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
@@ -44,10 +45,11 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
     """CER of up to n held-out sentences at each value, and how many; 4 Euler steps but for what is
     swept. The sentences are the same at all values, but for their seconds."""
     device, rates = choose_device("auto"), []
-    model, whisper, durations, trained_speed = sample.load_flow(checkpoint, device)
+    spoken = sample.load_flow(checkpoint, device)
+    whisper, durations = spoken.critic, spoken.durations
     readers = [load_judge(checkpoint, device, value) if kind == "judge" else whisper
                for value in values]
-    slowest = min(values) if kind == "speed" else trained_speed
+    slowest = min(values) if kind == "speed" else spoken.speed
     held_out = [s for s in split_of(checkpoint["config"], whisper)[1]
                 if fits(s, whisper, slowest, durations)
                 and all(s.language in reader.languages and reader.max_frames
@@ -56,25 +58,17 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
         raise BadInput(f"no held-out sentence can be heard at all of {kind} {values}; give others")
     for value, reader in zip(values, readers):
         solver = Solver(**({kind: value} if kind in Solver._fields else {}))
-        speed = value if kind == "speed" else trained_speed
+        speed = value if kind == "speed" else spoken.speed
         low, high = value if kind == "seconds" else (0, math.inf)
         frames = [count_frames(durations(s, speed)) for s in held_out]
         sentences = data.per_language([s for s, x in zip(held_out, frames) if low <= x
                                        / FRAMES_PER_SECOND < high], n)
         if not sentences:
             raise BadInput(f"no held-out sentence lasts {low} to {high} seconds; give others")
-        lengths = [durations(s, speed) for s in sentences]
-        features = features_of(model, whisper, reader, sentences, lengths, solver)
+        made = latents(spoken._replace(speed=speed), sentences, solver)
+        features = (reader.features(*batch) for batch in made)
         rates.append((greedy_cer(reader, sentences, features), len(sentences)))
     return rates
-
-
-def features_of(model, whisper, reader, sentences: list, durations: list, solver: Solver):
-    """What the reader's decoder sees of 50 sentences at a time; whisper is the critic."""
-    for i in range(0, len(sentences), 50):
-        batch = data.make_batch(sentences[i : i + 50], whisper, durations[i : i + 50]).to(whisper)
-        x1 = flow.last(train.generate(model, whisper, batch, solver))
-        yield reader.features(x1, batch.cond["frames"])
 
 
 def main(argv=None) -> None:

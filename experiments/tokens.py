@@ -38,15 +38,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.student import Speech, letters  # noqa: E402
-from experiments.utterances import (  # noqa: E402
-    Voice, encode, espeak, generate, people, real_test,
-)
+from experiments.utterances import encode, espeak, generate, people, real_test  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
@@ -471,11 +468,11 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
     """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
     if source == "espeak":
         check_espeak(sentences)
-        mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, Voice(amount))
+        mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, amount)
         return Speech(sentences, encode(mels, whisper))
     flow = open_source(source, sentences, whisper)
-    voice = Voice(amount * isinstance(flow.critic, Ear))
-    return generate(flow, sentences, Solver(seed=seed), voice, whisper)
+    rooms = amount * isinstance(flow.critic, Ear)  # features have no sound to change
+    return generate(flow, sentences, Solver(seed=seed), rooms, whisper)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -495,7 +492,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--part", default="1/1", help="2/8: the second of eight processes that write the tokens")
     add("--device", default="auto", help="of --set: auto, cpu, cuda, mps; training is on the CPU")
     add("--form", choices=["ichigo", "speechless"], default="ichigo")
-    add("--out", type=Path, default=ROOT / "out" / "tokens", help="folder")
+    add("--out", type=Path, default=Path("out/tokens"), help="folder")
     args = parser.parse_args(argv)
     if min(args.sentences, args.steps) < 1:
         raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; at least 1")

@@ -9,51 +9,33 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Callable, Collection, Iterable, Iterator, NamedTuple
+from typing import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from whisper.audio import HOP_LENGTH, SAMPLE_RATE
+from whisper.audio import SAMPLE_RATE
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import train  # noqa: E402
-from experiments.student import Speech, letters, resample  # noqa: E402
-from flow import Solver, last  # noqa: E402
-from plumbing.errors import BadInput  # noqa: E402
-from pocket import make_pocket  # noqa: E402
-from pocket.clips import mel_from_bytes, spoken_clips  # noqa: E402
-from sample import Flow  # noqa: E402
-from speech import align, recordings, sound  # noqa: E402
-from speech.ear import SILENT_FRAMES, VOICE, Ear, silence_of, upsample  # noqa: E402
-from speech.recordings import TAIL, speech_span  # noqa: E402
-from speech.sound import log_mel  # noqa: E402
-from text.durations import char_durations, count_frames  # noqa: E402
-from text.sources import MAX_NOTES, print_notes  # noqa: E402
-from whisper_decoder import FrozenWhisper  # noqa: E402
+import data
+import train
+from experiments.student import Speech, letters, resample
+from flow import Solver, last
+from plumbing.errors import BadInput
+from pocket import make_pocket
+from pocket.clips import mel_from_bytes, spoken_clips
+from sample import Flow
+from speech import align, recordings, sound
+from speech.ear import SILENT_FRAMES, Ear, silence_of, upsample
+from speech.recordings import TAIL, speech_span
+from speech.sound import log_mel
+from text.durations import char_durations, count_frames
+from text.sources import MAX_NOTES, print_notes
+from whisper_decoder import FrozenWhisper
 
 N_PEOPLE = 250  # clips of a test, at most
 ACCENTS = dict(en="en-us", es="es-419")  # of the people that human.py gets: espeak-ng's voices
-
-
-class Voice(NamedTuple):
-    """How another speaker differs from the flow's own voice, as with `sample.py --rooms`."""
-
-    amount: float = 0.0
-    strength: dict[str, float] = VOICE
-    has_pace: bool = True
-
-    def pace(self, sentence: data.Sentence, speed: float, seed: int) -> float:
-        """How fast a seed says a sentence."""
-        return sound.pace(sentence, speed, seed, self.has_pace * self.amount)
-
-
-def n_samples(whisper: FrozenWhisper) -> int:
-    """Samples of 16 kHz that its encoder hears at once."""
-    return 2 * whisper.max_frames * HOP_LENGTH
 
 
 # ---- real speech -----------------------------------------------------------------------------
@@ -82,13 +64,13 @@ def encode(mels: Iterable[Tensor], whisper: FrozenWhisper) -> list[Tensor]:
 
 
 def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
-           work: Path, voice: Voice = Voice()) -> Iterator[Tensor]:
-    """espeak-ng says the sentences -> log-mel (M, 2P) each, its speech as `voice` changes it."""
+           work: Path, rooms: float = 0.0) -> Iterator[Tensor]:
+    """espeak-ng says the sentences -> log-mel (M, 2P) each; rooms: as in `sample.py --rooms`."""
     mels = plain_espeak(sentences, variants, seed, whisper, work)
     for sentence, mel in zip(sentences, mels):
-        if voice.amount:
+        if rooms:
             n = 2 * (speech_span(mel).stop - TAIL)
-            speech = sound.move_voice(mel[:, :n], sentence, seed, voice.amount, voice.strength)
+            speech = sound.move_voice(mel[:, :n], sentence, seed, rooms)
             # As the flow's: from 50 frames a second, which smooths the hiss, and clean behind.
             speech = upsample(F.avg_pool1d(speech[None], 2))[0]
             floor = silence_of(speech.max()).item()
@@ -104,7 +86,7 @@ def plain_espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
             yield mel_from_bytes(clip, 2 * whisper.max_frames)
         return
     say = partial(make_pocket.random_samples, variants=variants, seed=seed,
-                  longest=n_samples(whisper))
+                  longest=whisper.n_samples)
     with ThreadPoolExecutor(2) as pool:
         spoken = [s._replace(language=ACCENTS.get(s.language, s.language)) for s in sentences]
         for part in parts(tqdm(spoken, desc="speaking", leave=False), whisper):
@@ -183,19 +165,21 @@ def even(speech: Speech, speed: float = 1.0) -> Speech:
 
 @torch.no_grad()
 def latents(flow: Flow, sentences: list, solver: Solver,
-            voice: Voice) -> Iterator[tuple[Tensor, Tensor]]:
-    """The flow says some sentences at a time -> x1 (B, T, its channels), lengths (B,)."""
+            rooms: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """The flow says some sentences at a time -> x1 (B, T, its channels), lengths (B,).
+
+    rooms: other voices and paces, as in `sample.py --rooms`.
+    """
     whisper, seed = flow.critic, solver.seed
     for group in parts(sentences, whisper):
-        durations = [flow.durations(s, voice.pace(s, flow.speed, seed)) for s in group]
+        durations = [flow.durations(s, sound.pace(s, flow.speed, seed, rooms)) for s in group]
         batch = data.make_batch(group, whisper, durations).to(whisper)
         x1 = last(train.generate(flow.model, whisper, batch, solver))
-        yield (sound.another_voice(x1, batch, whisper, seed, voice.amount, voice.strength),
-               batch.cond["frames"])
+        yield sound.another_voice(x1, batch, whisper, seed, rooms), batch.cond["frames"]
 
 
 @torch.no_grad()
-def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
+def generate(flow: Flow, sentences: list, solver: Solver, rooms: float = 0.0,
              hears: FrozenWhisper | None = None) -> Speech:
     """The flow says the sentences; spectrograms as the critic's encoder, or another, hears them.
 
@@ -203,7 +187,7 @@ def generate(flow: Flow, sentences: list, solver: Solver, voice: Voice,
     """
     critic, encoded = flow.critic, []
     hears, tail = hears or critic, TAIL * (flow.durations is char_durations)
-    for x1, frames in latents(flow, sentences, solver, voice):
+    for x1, frames in latents(flow, sentences, solver, rooms):
         if isinstance(critic, Ear):
             window = min(x1.shape[1] + SILENT_FRAMES, hears.max_frames)
             if frames.max() > window:

@@ -2,7 +2,6 @@
 
 T frames (20 ms), S characters of `data.characters`, N of them spoken, C channels, K symbols.
 """
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import Callable, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from data import Sentence
 from text.durations import char_durations
-from text.spelling import JOINERS, strip_unspoken
+from text.spelling import JOINERS, is_letter, letters, strip_unspoken
 
 PAUSE, EDGE = " ", "\n"  # between words; before the first and after the last character
 ROUNDS = 10  # of Viterbi training
@@ -31,10 +30,6 @@ def symbols(text: str) -> str:
     return "".join(c.lower()[0] for c in strip_unspoken(text))
 
 
-def is_letter(c: str) -> bool:
-    return unicodedata.category(c)[0] in "LMN"  # letters, digits and their marks
-
-
 # ---- forced alignment ------------------------------------------------------------------------
 
 
@@ -44,9 +39,9 @@ def spoken_symbols(text: str) -> tuple[str, list[int]]:
     Of several signs in a row the first is the pause; the others, joiners and signs in front take
     no time. Without a sign at the end the last letter counts as the pause, too.
     """
-    heard = "".join(c if is_letter(c) or c in JOINERS else PAUSE for c in symbols(text))
-    places = [i for i, c in enumerate(heard) if c != PAUSE or i and heard[i - 1] != PAUSE]
-    places = [i for i in places if heard[i] not in JOINERS]
+    heard = letters(symbols(text))  # and pauses
+    places = [i for i, c in enumerate(heard) if c not in JOINERS
+              and (c != PAUSE or i and heard[i - 1] != PAUSE)]
     spoken = "".join(heard[i] for i in places)
     is_ended = spoken.endswith(PAUSE)  # as recordings are
     return (spoken, places) if is_ended else (spoken + PAUSE, [*places, places[-1]])

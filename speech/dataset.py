@@ -34,7 +34,7 @@ from plumbing import flags
 from plumbing.errors import BadInput, as_bad_input
 from plumbing.files import atomic_write, fingerprint, locked
 from plumbing.weights import state_fingerprint
-from speech.sound import griffin_lim, is_whole_wav, log_mel, write_samples
+from speech.sound import griffin_lim, log_mel, write_samples
 from text.durations import FRAMES_PER_SECOND, count_frames
 from text.error_rates import error_rates
 from text.sources import (
@@ -131,9 +131,7 @@ def describe(trip, seed: int, whisper: FrozenWhisper, kinds: Sequence[str]) -> P
     if "features" in kinds:
         arrays["features"] = trip.features[:n].half().cpu()
     if set(kinds) - {"features"}:
-        x1 = trip.x1[None].to(whisper.device)
-        mel = whisper.spectrogram(x1, torch.tensor([n], device=x1.device), n)[0].T
-        arrays["mel"] = mel.half().cpu()
+        arrays["mel"] = whisper.log_mel_of(trip.x1.to(whisper.device)).T.half().cpu()
     return Piece(row, arrays)
 
 
@@ -141,14 +139,13 @@ def best_pieces(pieces: list, make: Make, solvers: Sequence[Solver], whisper: Fr
                 kinds: Sequence[str]) -> list[Piece]:
     """Of each piece of text the seed that is read best: fewest errors, then surest."""
     order = sorted(range(len(pieces)), key=lambda i: count_frames(pieces[i][1]))  # less padding
+    rank = lambda piece: (-piece.row["cer"], piece.row["avg_logprob"])  # noqa: E731
     best = {}
     for solver in solvers:
         trips = make(*zip(*(pieces[i] for i in order)), solver) if order else ()
         for i, trip in zip(order, trips):
             now = describe(trip, solver.seed, whisper, kinds)
-            rank = -now.row["cer"], now.row["avg_logprob"]
-            if i not in best or rank > (-best[i].row["cer"], best[i].row["avg_logprob"]):
-                best[i] = now
+            best[i] = max(best.get(i, now), now, key=rank)  # the first of equals
     return [best[i] for i in range(len(pieces))]
 
 
@@ -204,26 +201,24 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
         for piece in pieces:
             piece.row[sound] = f"{sound}/{name[6:]}/{piece.row['id']}.{sound}"
             write_sound(folder / piece.row[sound], piece.arrays["samples"])
-    arrays = {key: np.concatenate([piece.arrays[key] for piece in pieces])
-              for key in set(kinds) - {*SOUNDS} if pieces}
-    if set(kinds) - {*SOUNDS}:
+    if kept := sorted({*kinds} - {*SOUNDS}):
+        arrays = {kind: np.concatenate([x.arrays[kind] for x in pieces]) for kind in kept if pieces}
         with atomic_write(folder / f"{name}.npz") as part, open(part, "wb") as file:
-            np.savez(file, frames=[piece.row["frames"] for piece in pieces],
-                     **dict(sorted(arrays.items())))
-    rows = [piece.row | dict(shard=f"{name}.npz", index=i) if arrays else piece.row
+            np.savez(file, frames=[piece.row["frames"] for piece in pieces], **arrays)
+    rows = [piece.row | dict(shard=f"{name}.npz", index=i) if kept else piece.row
             for i, piece in enumerate(pieces)]
     with atomic_write(folder / f"{name}.jsonl") as part:
         part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n"
                                 for row in [*rows, *left_out]), "utf-8", newline="\n")
 
 
-def is_whole_flac(path: Path, frames: int) -> bool:
-    """Whether so many latent frames of sound can be read from it."""
+def is_whole_sound(path: Path, frames: int) -> bool:
+    """Whether so many latent frames are in it; RuntimeError for a .flac that is damaged."""
+    n = 2 * HOP_LENGTH * frames  # samples
+    if path.suffix == ".wav":
+        return path.stat().st_size == 44 + 2 * n  # header, 16 bit
     import soundfile
-    try:
-        return len(soundfile.read(path)[0]) == 2 * HOP_LENGTH * frames
-    except soundfile.LibsndfileError:
-        return False
+    return len(soundfile.read(path)[0]) == n
 
 
 def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> bool:
@@ -237,13 +232,11 @@ def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> b
                 if arrays["frames"].tolist() != frames or (
                         frames and not {*kinds} - {*SOUNDS} <= {*arrays}):
                     return False
-        for row in rows:
-            if "wav" in row and not is_whole_wav(folder / row["wav"], row["frames"]):
-                return False
-            if "flac" in row and not is_whole_flac(folder / row["flac"], row["frames"]):
-                return False
+        if not all(is_whole_sound(folder / row[sound], row["frames"])
+                   for row in rows for sound in SOUNDS if sound in row):
+            return False
         return {int(row["id"].split("-")[0]) for row in rows} == {*numbers}
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
             zipfile.BadZipFile):
         return False
 

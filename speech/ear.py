@@ -83,6 +83,10 @@ class Ear(FrozenWhisper):
         floor = silence_of(loudest)
         return torch.where(mask, mel, floor).maximum(floor)
 
+    def log_mel_of(self, x1: Tensor) -> Tensor:
+        """The spectrogram of one item and nothing behind it, (T, M) -> (M, 2T)."""
+        return self.spectrogram(x1[None], torch.tensor([len(x1)], device=x1.device), len(x1))[0]
+
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """What the decoder sees in the official window, (B, T, M), (B,) -> (B, P, E)."""
         return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))

@@ -32,7 +32,7 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
 def log_mel(samples: np.ndarray, whisper: FrozenWhisper) -> Tensor:
     """16 kHz samples (n,) -> log-mel, then silence up to the window (1, M, 2P), or BadInput."""
-    window = 2 * whisper.max_frames * HOP_LENGTH
+    window = whisper.n_samples
     if len(samples) > window:
         raise BadInput(f"it lasts {len(samples) / SAMPLE_RATE:.2f} s and {whisper.name} hears at "
                        f"most {window / SAMPLE_RATE:.2f} s; cut it")
@@ -40,22 +40,20 @@ def log_mel(samples: np.ndarray, whisper: FrozenWhisper) -> Tensor:
     return log_mel_spectrogram(samples, whisper.dims.n_mels, window - len(samples))[None]
 
 
-def move_voice(mel: Tensor, sentence: Sentence, seed: int, amount: float,
-               strength: dict[str, float] = VOICE) -> Tensor:
+def move_voice(mel: Tensor, sentence: Sentence, seed: int, amount: float) -> Tensor:
     """A log-mel (M, n) as another speaker of this seed would say the sentence."""
     rng = sentence_generator(sentence, seed + 2 * 10**6, mel.device)  # not that of its noise
-    return random_room(mel[None], Room(amount, rng, strength))[0]
+    return random_room(mel[None], Room(amount, rng, VOICE))[0]
 
 
-def another_voice(x1: Tensor, batch: Batch, ear: Ear, seed: int, amount: float,
-                  strength: dict[str, float] = VOICE) -> Tensor:
+def another_voice(x1: Tensor, batch: Batch, ear: Ear, seed: int, amount: float) -> Tensor:
     """x1 (B, T, M) as another speaker would say it: vocal tract, pace, loudness, tilt, hiss."""
     if not amount:
         return x1
-    moved, frames = torch.zeros_like(x1), batch.cond["frames"]
-    for i, (n, sentence) in enumerate(zip(frames.tolist(), batch.sentences)):
-        mel = ear.spectrogram(x1[i : i + 1, :n], frames[i : i + 1], n)[0]
-        moved[i, :n] = ear.latents(move_voice(mel, sentence, seed, amount, strength)[None])[0]
+    moved = torch.zeros_like(x1)
+    for i, (n, sentence) in enumerate(zip(batch.cond["frames"].tolist(), batch.sentences)):
+        mel = move_voice(ear.log_mel_of(x1[i, :n]), sentence, seed, amount)
+        moved[i, :n] = ear.latents(mel[None])[0]
     return moved
 
 
@@ -113,9 +111,7 @@ def begin_folder(folder: Path) -> None:
 
 def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:
     """What x1 (T, M) of the pieces of a text sound like, one after another."""
-    mels = [ear.spectrogram(x[None], torch.tensor([len(x)], device=x.device), len(x))[0]
-            for x in latents]
-    write_samples(path, griffin_lim(torch.cat(mels, 1)))
+    write_samples(path, griffin_lim(torch.cat([*map(ear.log_mel_of, latents)], 1)))
 
 
 def write_manifest(files: Sequence[Path], texts: Sequence[Sentence]) -> None:
@@ -135,8 +131,3 @@ def write_samples(path: Path, samples: Tensor) -> None:
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
         file.writeframes(samples.round().short().cpu().numpy().tobytes())
-
-
-def is_whole_wav(path: Path, frames: int) -> bool:
-    """Whether a .wav of so many latent frames has the length of what `write_samples` wrote."""
-    return path.stat().st_size == 44 + 2 * 2 * HOP_LENGTH * frames  # header, bytes a sample, hops

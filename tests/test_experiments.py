@@ -198,23 +198,6 @@ def test_espeak_speaks_once_and_in_the_time_there_is(tmp_path, monkeypatch):
     assert abs(len(spelling.words(text, "fi")) / pace.seconds(text, "fi") / PACE["fi"] - 1) < 0.1
 
 
-def test_measures_of_known_distributions():
-    a, b, noise = (torch.randn(shape, generator=rng(seed), dtype=torch.float64) for seed, shape in
-                   enumerate([(20000, 4), (20000, 4), (200, 50, 1)]))
-    shift, scale = torch.tensor([3.0, 0, 0, 0]), 2.0
-    assert abs(realism.frechet(a, b)) < 0.01
-    assert abs(realism.frechet(a, scale * b + shift) - (9 + 4 * (scale - 1) ** 2)) < 0.3
-    means = list(sum(noise[:, i : 46 + i] for i in range(5)))  # of five: 0.8, ... 0 of correlation
-    assert abs(realism.autocorrelation(means, 1) - 0.8) < 0.03
-    assert abs(realism.autocorrelation(means, 5)) < 0.05
-    one, other = (list(x.float().view(100, 200, 4)) for x in (a, b))
-    assert abs(realism.classifier_accuracy(one, other, 0) - 0.5) < 0.03
-    assert realism.classifier_accuracy(one, [x + shift for x in other], 0) > 0.9
-    assert realism.diversity([one[:5], one[:5]]) == 0 < realism.diversity([one[:5], other[:5]])
-    constant = lambda *values: [torch.full((3, 1), x) for x in values]  # noqa: E731
-    assert realism.diversity([constant(-1.0, 3.0), constant(1.0, 5.0)]) == 2 / 8
-
-
 @pytest.mark.parametrize("sign", [".", ""])
 def test_even_speech_gives_every_letter_the_same_time_and_blanks_half(monkeypatch, sign):
     sentence, n = Sentence("en", "abcd efgh ijkl" + sign), 14 + len(sign)
@@ -266,25 +249,22 @@ def test_no_sentence_is_both_learned_and_set_aside(monkeypatch):
     assert len(aside) == 2 and len(learned) == 18 and not aside & learned
 
 
-def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear, monkeypatch):
+def test_another_take_has_another_voice_and_pace(checkpoints, ear, monkeypatch):
     checkpoint = train.load_checkpoint(utterances.Path(checkpoints["mel"]))
     spoken = sample.load_flow(checkpoint, ear.device)
-    none = dict.fromkeys(VOICE, 0.0)
-    hiss = none | dict(noise=VOICE["noise"])
-    (same, frames), (noisy, _), (again, _), (_, paced) = (
-        next(utterances.latents(spoken, TEXTS, flow.Solver(1), utterances.Voice(1.0, *voice)))
-        for voice in ((none, False), (hiss, False), (hiss, False), (none,)))
-    assert torch.equal(noisy, again) and (same - noisy).abs().mean() > 0.03
-    assert frames.tolist() != paced.tolist()
-    assert utterances.Voice(1.0).pace(TEXTS[0], 9.5, 2) == 10  # the fastest that is possible
-    paces = [utterances.Voice(1.0).pace(TEXTS[0], 1.0, n) for n in range(50)]
+    (plain, frames), (moved, paced), (again, _) = (
+        next(utterances.latents(spoken, TEXTS, flow.Solver(1), rooms)) for rooms in (0.0, 1.0, 1.0))
+    assert torch.equal(moved, again) and frames.tolist() != paced.tolist()
+    assert frames.tolist() == [n_frames(s) for s in TEXTS]
+    assert sound.pace(TEXTS[0], 9.5, 2, 1.0) == 10  # the fastest that is possible
+    paces = [sound.pace(TEXTS[0], 1.0, n, 1.0) for n in range(50)]
     assert 0.8 <= min(paces) < 0.85 and 1.2 < max(paces) <= 1.25
     tracts = [torch.rand((), generator=data.sentence_generator(TEXTS[0], n)) for n in range(50)]
     assert abs(np.corrcoef(paces, tracts)[0, 1]) < 0.4  # see ear.random_room: its first number
     seeds, room = [], sound.random_room
     monkeypatch.setattr(sound, "random_room", lambda mel, r: (
         seeds.append(r.rng.initial_seed()), room(mel, r))[1])
-    next(utterances.latents(spoken, TEXTS, flow.Solver(1), utterances.Voice(1.0)))
+    next(utterances.latents(spoken, TEXTS, flow.Solver(1), 1.0))
     noise = [data.sentence_generator(s, 0).initial_seed() for s in TEXTS]
     assert len({*seeds}) == len(TEXTS) and not {*seeds} & {*noise}
 
@@ -293,7 +273,7 @@ def test_a_voice_differs_in_what_was_asked_for(checkpoints, ear, monkeypatch):
 def test_made_speech_has_as_much_silence_behind_as_real_speech(checkpoints, latent):
     checkpoint = train.load_checkpoint(utterances.Path(checkpoints[latent]))
     spoken = sample.load_flow(checkpoint, torch.device("cpu"))
-    how, frames = (TEXTS, flow.Solver(1), utterances.Voice()), [n_frames(s) for s in TEXTS]
+    how, frames = (TEXTS, flow.Solver(1)), [n_frames(s) for s in TEXTS]
     made, tail = utterances.generate(spoken, *how).x1, utterances.TAIL
     assert [len(x) for x in made] == [n + tail for n in frames]
     critic = spoken.critic
@@ -329,7 +309,7 @@ def test_a_voice_changes_the_speech_of_espeak_and_cleans_the_silence(ear, monkey
     sentence, mel = spoken_clips(ear)[0]
     monkeypatch.setattr(utterances, "plain_espeak", lambda *_: [mel])
     say = functools.partial(utterances.espeak, [sentence], None, 0, ear, None)
-    (plain,), (moved,), n = say(), say(utterances.Voice(1.0)), 2 * speech_span(mel).stop
+    (plain,), (moved,), n = say(), say(1.0), 2 * speech_span(mel).stop
     n -= 2 * utterances.TAIL
     assert torch.equal(plain, mel) and moved.shape == mel.shape
     floor = max(moved[:, :n].max().item() - 2, -1.5)  # clean silence, also in the tail
@@ -338,7 +318,8 @@ def test_a_voice_changes_the_speech_of_espeak_and_cleans_the_silence(ear, monkey
 
 
 def test_espeak_has_the_accents_of_the_people(monkeypatch):
-    said, official = [], SimpleNamespace(dims=SimpleNamespace(n_mels=80), max_frames=1500)
+    said, official = [], SimpleNamespace(dims=SimpleNamespace(n_mels=80), max_frames=1500,
+                                     n_samples=480000)
     monkeypatch.setattr(make_pocket, "random_samples", lambda sentence, **_: (
         said.append(sentence), np.zeros(160))[1])
     sentences = [Sentence("en", "Yes."), Sentence("es", "Sí."), Sentence("fr", "Oui.")]
@@ -348,14 +329,14 @@ def test_espeak_has_the_accents_of_the_people(monkeypatch):
 
 
 def test_hiss_of_espeak_is_as_smooth_as_the_flows(checkpoints, ear, monkeypatch):
-    hiss = utterances.Voice(1.0, dict.fromkeys(VOICE, 0.0) | dict(noise=1.0), False)
+    monkeypatch.setattr(sound, "VOICE", dict.fromkeys(VOICE, 0.0) | dict(noise=1.0))
     flat = torch.zeros(80, 2 * ear.max_frames)
     flat[:, 200:] = -1.5
     monkeypatch.setattr(utterances, "plain_espeak", lambda *_: [flat])
-    moved, = utterances.espeak([TEXTS[0]], None, 0, ear, None, hiss)
+    moved, = utterances.espeak([TEXTS[0]], None, 0, ear, None, 1.0)
     x1 = torch.zeros(1, 100, 80)
     batch = data.make_batch(TEXTS[:1], ear, [np.full(n := len(TEXTS[0].text), 100 / n)])
-    x1 = sound.another_voice(x1, batch, ear, 0, 1.0, hiss.strength)
+    x1 = sound.another_voice(x1, batch, ear, 0, 1.0)
     made = ear.spectrogram(x1, torch.tensor([100]), 100)[0]
     inside = slice(10, 190)
     torch.testing.assert_close(moved[:, inside].std(), made[:, inside].std(), rtol=0.1, atol=0)
@@ -409,33 +390,33 @@ def test_prompts_of_a_clone_are_a_file_for_training(tmp_path, capsys):
 
 
 def table(folder, *flags):
-    few = "--seeds 0 --sentences 50 --read 2 --steps 2 --solver_steps 1".split()
+    few = "--seeds 0 --sentences 50 --read 2 --steps 2".split()
     return realism.main([*few, "--work_dir", str(folder), "--out", str(folder / "t"), *flags])
 
 
 def test_table_has_a_row_for_each_checkpoint(checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(realism, "N_WAV", 1)
-    flags = "--no-real --no-measures --judge pocket --rooms 1 --voice gain".split()
+    flags = "--no-real --judge pocket --rooms 1".split()
     figures, = table(tmp_path, checkpoints["mel"], *flags)[checkpoints["mel"]]
     assert list(figures) == ["critic", "critic_language", "critic_wav", "judge", "judge_language",
                              "judge_wav", "student", "own", "steps"]
     assert figures["critic"] == figures["judge"] and figures["critic_wav"] == figures["judge_wav"]
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "t.md").read_text() in capsys.readouterr().out
-    rows = realism.markdown({"a": [dict(critic=0.1), dict(critic=0.2)], "b": [dict(frechet=1.0)]})
-    assert rows.splitlines()[2:] == ["| a | 15.0% ± 7.1% |  |", "| b |  | 1.00 |"]
+    rows = realism.markdown({"a": [dict(critic=0.1), dict(critic=0.2)], "b": [dict(steps=9)]})
+    assert rows.splitlines()[2:] == ["| a | 15.0% ± 7.1% |  |", "| b |  | 9 |"]
     learned, tested, real = [], [], realism.real_test
     monkeypatch.setattr(realism, "train_student", lambda speech, *rest: (
         learned.append(speech), student.train_student(speech, *rest))[1])
     monkeypatch.setattr(realism, "real_test", lambda whisper, *rest: (
         tested.append(whisper.fingerprint), real(whisper, *rest))[1])
-    judge = FrozenWhisper(str(realism.ROOT / "pocket" / "judge.pt"))
-    table(tmp_path, checkpoints["mel"], "--no-real", "--no-measures", "--hears", judge.name)
+    judge = FrozenWhisper(str(POCKET / "judge.pt"))
+    table(tmp_path, checkpoints["mel"], "--no-real", "--hears", judge.name)
     spoken = sample.load_flow(train.load_checkpoint(utterances.Path(checkpoints["mel"])),
                               torch.device("cpu"))
     assert {*tested} == {judge.fingerprint}  # by the encoder with which students learn
-    how = learned[0].sentences, flow.Solver(1), utterances.Voice()
-    expected, others = (utterances.generate(spoken, *how, hears) for hears in (judge, None))
+    how = learned[0].sentences, flow.Solver()
+    expected, others = (utterances.generate(spoken, *how, hears=hears) for hears in (judge, None))
     for x, same, other in zip(learned[0].x1, expected.x1, others.x1):
         torch.testing.assert_close(x, same, rtol=1e-3, atol=1e-3)
         assert (x - other).abs().mean() > 0.1
@@ -469,19 +450,16 @@ def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path,
     real, made = rows["real speech"][0], rows[path][0]
     assert list(real) == list(made) and set(made) == set(realism.COLUMNS) - {
         "critic_wav", "judge_wav"}
-    assert real["critic"] < 0.1 < made["critic"] and real["frechet"] < 1 < made["frechet"]
+    assert real["critic"] < 0.1 < made["critic"]
     # Another decoder does not even understand the features of real speech.
     assert real["critic_language"] == 1 and real["judge_language"] < 0.9 and real["judge"] > 0.5
-    assert abs(real["classifier"] - 0.5) < 0.03 and made["classifier"] > 0.9
     assert real["student"] + 0.1 < made["student"]  # who learned from what
 
 
 def test_mistakes_are_told_in_one_sentence(checkpoints, tmp_path):
     for latent, flags, words in (
             ("features", "--rooms 1", "--rooms 1.0 cannot"), ("mel", "--sentences 9", "too few"),
-            ("mel", "--voice pace", "--voice pace does nothing without --rooms"),
             ("features", "--hears pocket", "--hears pocket cannot hear features"),
-            ("mel", "--solver_steps 0", "--solver_steps must be between 1 and 1000, not 0"),
             ("mel", "--seeds 0 0", "some seeds are given twice"),
             ("mel", "--recordings nowhere", "no folder nowhere")):
         with pytest.raises(BadInput, match=words):

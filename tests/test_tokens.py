@@ -13,7 +13,7 @@ import sample
 from data import Sentence
 from experiments import speech_lm, speed, tokens
 from experiments.student import Speech, letters
-from experiments.utterances import Voice, generate
+from experiments.utterances import generate
 from flow import Solver
 from plumbing.errors import BadInput
 from plumbing.files import locked
@@ -168,7 +168,7 @@ def test_a_set_of_spectrograms_is_heard_as_its_flow_is(make_set, quantiser, pock
     flow, same = tokens.open_source(str(runs[0] / "mel"), [], pocket), []
     for row, piece in zip(rows, pieces, strict=True):
         sentence = Sentence(piece["language"], piece["text"])
-        speech = generate(flow, [sentence], Solver(), Voice(), pocket)  # in the same window
+        speech = generate(flow, [sentence], Solver(), hears=pocket)  # in the same window
         ids = tokens.tokenise(quantiser, speech, pocket)[0]
         assert len(row["tokens"]) == len(ids) and row["text_prompt"] == sentence.text
         same += [a == b for a, b in zip(row["tokens"], ids)]

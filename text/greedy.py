@@ -18,9 +18,13 @@ MARGIN = 0.1  # by which a logit is surely the largest, in spite of rounding, in
 
 
 def transcribe(whisper, features: Tensor, languages: Sequence[str | None],
-               texts: Sequence[str] | None) -> list[DecodingResult]:
-    """`FrozenWhisper.transcribe`: what `confirm` does not confirm is decoded step by step."""
-    results = [None] * len(features)
+               texts: Sequence[str] | None = None) -> list[DecodingResult]:
+    """Greedy `whisper.decode`, past the encoder: features (B, P, E) -> hypotheses.
+
+    None: the language is detected. texts: drafts, as in speculative decoding: one that a single
+    pass confirms is not decoded; the result is the same.
+    """
+    features, results = features.float(), [None] * len(features)
     if texts and None not in languages:
         results = confirm(whisper, features, languages, texts)
     rest = [i for i, result in enumerate(results) if result is None]

@@ -1,6 +1,5 @@
 """Texts too long for the decoder are cut into pieces that fit; long and short ones are learned."""
 import re
-from collections import defaultdict
 from typing import Callable, Sequence
 
 import numpy as np
@@ -86,10 +85,8 @@ class MixedBatches(data.Batches):
 
     def __init__(self, *args, held_out: Sequence[Sentence] = ()):
         super().__init__(*args)
-        self.held_out, numbers = set(map(data.key, held_out)), defaultdict(list)
-        for i, sentence in enumerate(self.sentences):
-            numbers[sentence.language].append(i)
-        self.of_language = {code: torch.tensor(of_code) for code, of_code in numbers.items()}
+        self.held_out, codes = {*map(data.key, held_out)}, np.array([*zip(*self.sentences)][0])
+        self.of_language = {c: torch.from_numpy(np.flatnonzero(codes == c)) for c in {*codes}}
         self.sums_of = {code: self.shares[i].cumsum(0) for code, i in self.of_language.items()}
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:

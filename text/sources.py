@@ -27,7 +27,7 @@ from plumbing.files import atomic_write
 from plumbing.weights import POCKET
 from text.durations import LANGUAGE_ROWS, n_frames
 from text.long import split_long
-from text.spelling import JOINERS, TWO_I, language_code, words
+from text.spelling import JOINERS, TWO_I, is_letter, language_code, words
 from whisper_decoder import FrozenWhisper
 
 MAX_CHARACTERS = 20_000  # of a text
@@ -68,8 +68,8 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
     text = re.sub(BLANK, " ", re.sub(INVISIBLE, "", text))
     if not text.isprintable():  # soft hyphens, zero-width blanks, control characters
         text = "".join(c for c in text if c.isprintable() or c.isspace() or c in JOINERS)
-        text = "".join(c for before, c in zip(" " + text, text) if c not in JOINERS
-                       or unicodedata.category(before)[0] in "LMN")  # not those of emojis
+        text = "".join(c for before, c in zip(" " + text, text)
+                       if c not in JOINERS or is_letter(before))  # not those of emojis
     text = " ".join(unicodedata.normalize("NFC", text).split())
     with_letters = ([word for word in text.split() if re.search(r"[^\W\d_]", word)]
                     if text == text.upper() else [])  # hardly ever, and there may be millions

@@ -42,9 +42,13 @@ def words(text: str, language: str) -> list[str]:
     return [c for c in text if c.isalnum()] if language in UNSPACED else letters(text).split()
 
 
+def is_letter(c: str) -> bool:
+    return unicodedata.category(c)[0] in "LMN"  # letters, digits and their marks
+
+
 def letters(text: str) -> str:
     """Letters, digits, marks such as Hindi's vowel signs, joiners; a blank for anything else."""
-    return "".join(c if unicodedata.category(c)[0] in "LMN" or c in JOINERS else " " for c in text)
+    return "".join(c if is_letter(c) or c in JOINERS else " " for c in text)
 
 
 @cache
