@@ -122,7 +122,8 @@ def main(argv=None) -> None:
     print_notes(notes)
     parts = [*map(cut_text, texts)]
     trips = make(*zip(*chain(*parts)), args.solver)
-    pieces = [trip._replace(features=trip.features.cpu() if args.out else None) for trip in trips]
+    pieces = [trip._replace(features=trip.features.cpu() if args.out else None,
+                            x1=trip.x1 if args.wav else trip.x1[:, :0].clone()) for trip in trips]
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
     folder = None if args.wav in files else args.wav

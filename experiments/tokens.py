@@ -309,8 +309,9 @@ def write_rows(rows: list[dict], file: Path) -> None:
     """Rows as .parquet, by pyarrow, or as .jsonl."""
     with atomic_write(file) as part:
         if file.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
+            with as_bad_input(f"{file} needs pyarrow", "`pip install pyarrow`"):
+                import pyarrow
+                import pyarrow.parquet
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), part)
         else:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,4 +1,5 @@
 """Where a program runs: on which device, in how many processes of torchrun, one for each GPU."""
+import ctypes
 import math
 import os
 import signal
@@ -108,9 +109,16 @@ def workers(device: torch.device, n_ranks: int) -> dict:
     if device.type != "cuda" or not hasattr(os, "fork"):
         return {}
     n = max(1, min(4, (os.cpu_count() or 1) // (2 * n_ranks)))
-    # A session of their own: a SIGTERM to the group must not kill them while the step ends.
-    return dict(num_workers=n, multiprocessing_context="fork",
-                worker_init_fn=lambda _: os.setsid())
+    return dict(num_workers=n, multiprocessing_context="fork", worker_init_fn=begin_worker)
+
+
+def begin_worker(_) -> None:
+    """It lives as long as its parent, which at a SIGTERM to all of them still needs its batches,
+    and whose lock of the folder it holds too."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG, <linux/prctl.h>
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def stop_ranks() -> None:

@@ -77,12 +77,8 @@ def locked(folder: Path, rank: int = 0, part: str = ""):
         yield
         return
     make_folder(folder)
-    try:  # a file, as NFS locks no folders; it stays, as another run may just have opened it
-        lock = open(folder / f".lock{part}", "w")
-    except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror}); give a place that you may "
-                       "write to") from error
-    with lock:
+    # A file, as NFS locks no folders; it stays, as another run may just have opened it.
+    with open(folder / f".lock{part}", "w") as lock:
         try:
             if flock:
                 flock(lock, LOCK_EX | LOCK_NB)

@@ -32,10 +32,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def file_path(text: str) -> Path:
-    """A path, also where the shell has left its ~, as in --out=~/x; "" is none."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; give something, or leave it out")
-    return Path(os.path.expanduser(text))
+    """A path, also where the shell has left its ~, as in --out=~/x; "" is none, see Parser."""
+    return Path(os.path.expanduser(text)) if text else ""
 
 
 def flag(default, help: str, low=None, below=1e9, choices=None):

@@ -16,11 +16,9 @@ POCKET = Path(__file__).parent.parent / "pocket"
 def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     """`whisper.load_model`, with one clear sentence, a BadInput, where it fails."""
     names = ["pocket", *whisper.available_models()]
-    if name not in names and Path(name).is_absolute() and not Path(name).is_file():
-        raise BadInput(f"the Whisper {name} is not there; put it back, or say where it is "
-                       "now, by --whisper of train.py or sample.py")
     if name not in names and not Path(name).is_file():
-        raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}")
+        raise BadInput(f"no Whisper {name!r}: neither a file nor one of {', '.join(names)}; "
+                       "--whisper says where a file is now")
     hint = ("a Whisper checkpoint has `dims` and `model_state_dict` as openai-whisper saves them"
             if Path(name).is_file() else "check the network, or use the embedded pocket")
     with as_bad_input(f"cannot load Whisper {name!r}", hint):

@@ -39,7 +39,7 @@ TEXT_WEIGHT = 0.2  # of the cross-entropy, in the other steps of text
 SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
 TAIL = 10  # frames behind the last sound: without them an official decoder may repeat itself
-MAX_SECONDS = 3600  # of a recording; a Whisper hears 30
+MAX_SECONDS = 60  # of a recording; a Whisper hears 30, and a whole book would fill the memory
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of recordings that no manifest names
 
 Entry = tuple[Path, Sentence | None]  # a recording, and what it says if that is known
@@ -159,7 +159,7 @@ def content_key(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) 
 
 def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
     """What `encode_recordings` makes, from a file in the folder that is made anew if need be."""
-    cache = folder / f"encoded_{type(whisper).__name__}.pt"
+    cache = folder / f"encoded_{type(whisper).__name__}_{whisper.fingerprint[:8]}.pt"
     key = content_key(folder, entries, whisper)
     try:
         if (encoded := torch.load(cache, weights_only=True))["key"] == key:

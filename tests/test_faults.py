@@ -193,7 +193,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --out {0}", "is a folder of shards; it needs --text_file"),
     ("sample x --out {0}/long.txt/a.npz", "long.txt cannot be a folder (File exists)"),
     ("sample x --ckpt {0}/mel2/ckpt.pt", "/mel2` makes one"),
-    ("train --whisper {0}/moved.pt", "moved.pt is not there; put it back, or say where it is"),
+    ("train --whisper {0}/moved.pt", "moved.pt': neither a file nor one of pocket, tiny.en"),
     ("sample x --text_file y.txt", "texts and --text_file were given"),
     ("sample  y", "text 1, '': there is no word in it"),
     ("sample {0}/long.txt", "it is a file, which belongs after --text_file"),
@@ -209,8 +209,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --language it_IT.UTF-8", "does not know the language 'it_IT.UTF-8'"),
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
     ("sample x --ckpt {0}/outt", "/outt/ckpt.pt; `python train.py --out_dir "),
-    ("sample x --wav=", "--wav: it is empty; give something"),
-    ("sample x --out=", "--out: it is empty; give something"),
+    ("sample x --wav=", "--wav is empty; give something"),
+    ("sample x --out=", "--out is empty; give something"),
     ("sample --text_file=", "'' is no file; give a path"),
     ("sample --text_file fr=x.txt", "there is no file 'fr=x.txt'; --language says the language"),
     ("sample --text_file x.txt y.txt", "such as 'y.txt'; give one of them, and each file its"),
@@ -520,9 +520,12 @@ def test_a_full_standard_output_is_told(runs):
     assert done.returncode == 1 and "sample.py: <stdout> cannot be written (No sp" in done.stderr
 
 
-def test_builtin_sentences_of_one_language_and_of_so_many_lines(pocket):
-    shares, _ = load_data(["fr=builtin"], pocket, max_lines=30)
-    assert {s.language for s in shares} == {"fr"} and 20 < len(shares) <= 30
+def test_builtin_sentences_of_one_language_and_of_so_many_lines(pocket, monkeypatch):
+    shares, notes = load_data(["fr=builtin"], pocket, max_lines=30)
+    assert {s.language for s in shares} == {"fr"} and 20 < len(shares) <= 30 and not notes
+    monkeypatch.setattr(pocket, "name", "base")
+    for source in ("builtin", "fr=builtin", "0.5*builtin"):
+        assert "have a few hundred words" in load_data([source], pocket, max_lines=30)[1][0]
 
 
 def test_a_folder_that_is_moved_during_a_run_is_told(tmp_path, capsys):

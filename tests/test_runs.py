@@ -2,8 +2,11 @@
 import itertools
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -181,7 +184,7 @@ def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_langu
     close(whisper.nll(whisper.teacher_force(features, batch.targets), batch.targets)[0], plain)
     (tmp_path / "w.pt").rename(tmp_path / "moved.pt")
     argv = ["Hello.", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--steps", "1"]
-    with pytest.raises(BadInput, match="w.pt is not there; put it back, or say where it is"):
+    with pytest.raises(BadInput, match="neither a file nor .*; --whisper says where a file is now"):
         sample.main(argv)
     sample.main([*argv, "--whisper", str(tmp_path / "moved.pt")])
     assert "letter by letter" in capsys.readouterr().out
@@ -304,13 +307,29 @@ def test_matrix_products_are_bf16_where_that_is_faster(pocket, monkeypatch, cpu,
 
 class Sessions(torch.utils.data.Dataset):
     def __getitem__(self, _):
-        return os.getsid(0)
+        return os.getsid(0), signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
 def test_a_signal_to_all_processes_does_not_reach_those_that_make_batches():
     settings = devices.workers(torch.device("cuda"), 1)
-    session, = torch.utils.data.DataLoader(Sessions(), None, sampler=range(1), **settings)
-    assert session != os.getsid(0)
+    (session, is_deaf), = torch.utils.data.DataLoader(Sessions(), None, sampler=[0], **settings)
+    assert session != os.getsid(0) and is_deaf
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody is told of a parent's end")
+def test_those_that_make_batches_end_with_a_run_that_is_killed():
+    ours, theirs = os.pipe()
+    if not (run := os.fork()):
+        if not os.fork():
+            devices.begin_worker(0)
+            os.write(theirs, b"begun")
+        time.sleep(30)
+        os._exit(0)
+    os.close(theirs)
+    assert os.read(ours, 5) == b"begun"
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    assert select.select([ours], [], [], 10)[0] and os.read(ours, 5) == b""  # closed at its end
 
 
 def test_processes_that_cannot_work_together(monkeypatch):

@@ -191,9 +191,13 @@ def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
     other = FrozenWhisper("pocket")
     next(other.model.parameters()).data.mul_(1.01)
     other.fingerprint = weights_fingerprint(other.model)
+    for whisper in (other, pocket):  # each Whisper has a file of its own, too
+        recordings.load_recordings(folder, whisper)
+        assert len(calls) == 24
+    other.fingerprint = "as never before"
     monkeypatch.setattr(recordings, "atomic_write", lambda file: open(folder / "no" / file.name))
     assert "cannot be kept" in recordings.load_recordings(folder, other)[1][0]
-    assert len(calls) == 24
+    assert len(calls) == 28
 
 
 def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken):

@@ -356,7 +356,7 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
     the number of its sentences to the power of 1 / temperature. Texts that are too long are split.
     """
     pools, notes = read_pools(sources, whisper, max_lines)
-    if "builtin" in sources and whisper.name != "pocket":
+    if any(re.fullmatch(r"(.*[*=])?builtin", x) for x in sources) and whisper.name != "pocket":
         notes.append("the built-in sentences have a few hundred words; give --data more")
     shares, n_long, too_long = Counter(), 0, []
     for weight, pool in pools:
