@@ -6,7 +6,7 @@ Features mean something to one decoder only. A spectrogram can be looked at and 
 that is optimised by itself pleases this network alone (experiments/rooms.py). In rooms the text has
 to survive a random change of the log-mel in each step, as it does in speech: expectation over
 transformations, Athalye et al. 2018 (arXiv 1707.07397). A flow, which says many texts, needs rooms
-less: one of base that trained without was understood nearly as well (experiments/README.md).
+less; but without them another Whisper makes half as many errors again (experiments/README.md).
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins, which are the channels
 of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width of the encoder.
