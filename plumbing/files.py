@@ -11,7 +11,7 @@ from uuid import uuid4
 import torch
 from tqdm import tqdm
 
-from plumbing.errors import BadInput, first_line, is_out_of_memory
+from plumbing.errors import BadInput, as_bad_input, first_line, is_out_of_memory
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, flock
@@ -77,8 +77,10 @@ def locked(folder: Path, rank: int = 0, part: str = ""):
         yield
         return
     make_folder(folder)
-    # A file, as NFS locks no folders; it stays, as another run may just have opened it.
-    with open(folder / f".lock{part}", "w") as lock:
+    with as_bad_input(f"{folder} cannot be written", "give a place that you may write to"):
+        # A file, as NFS locks no folders; it stays, as another run may just have opened it.
+        lock = open(folder / f".lock{part}", "w")
+    with lock:
         try:
             if flock:
                 flock(lock, LOCK_EX | LOCK_NB)

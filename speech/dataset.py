@@ -290,7 +290,7 @@ def check_settings(folder: Path, settings: dict) -> None:
 def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> tuple[int, str]:
     """manifest.jsonl and left_out.jsonl of all shards -> how many pieces, what is in them."""
     seconds, kept, left_out, first = 0.0, Counter(), Counter(), {}
-    with suppress(BadInput, OSError), ExitStack() as parts:
+    with suppress(BadInput), ExitStack() as parts:
         for lock in folder.glob(".lock-*"):  # no part is still at work
             parts.enter_context(locked(folder, part=lock.name[len(".lock"):]))
         for file in folder.rglob("*.tmp"):

@@ -252,7 +252,7 @@ def test_no_sentence_is_both_learned_and_set_aside(monkeypatch):
 def test_another_take_has_another_voice_and_pace(checkpoints, ear, monkeypatch):
     checkpoint = train.load_checkpoint(utterances.Path(checkpoints["mel"]))
     spoken = sample.load_flow(checkpoint, ear.device)
-    (plain, frames), (moved, paced), (again, _) = (
+    (_, frames), (moved, paced), (again, _) = (
         next(utterances.latents(spoken, TEXTS, flow.Solver(1), rooms)) for rooms in (0.0, 1.0, 1.0))
     assert torch.equal(moved, again) and frames.tolist() != paced.tolist()
     assert frames.tolist() == [n_frames(s) for s in TEXTS]

@@ -396,6 +396,10 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".lock-1").mkdir()  # such as another user's file
+    with pytest.raises(BadInput, match="cannot be written .*; give a place that you may write to"):
+        with locked(tmp_path, part="-1"):
+            pass
     def cannot(*_):
         raise OSError(errno.ENOLCK, "No locks available")  # as some clusters have it
     monkeypatch.setattr(files, "flock", cannot)

@@ -184,7 +184,7 @@ def test_official_shapes_train_and_are_sampled(tmp_path, capsys, latent, n_langu
     close(whisper.nll(whisper.teacher_force(features, batch.targets), batch.targets)[0], plain)
     (tmp_path / "w.pt").rename(tmp_path / "moved.pt")
     argv = ["Hello.", "--ckpt", str(tmp_path / "ckpt.pt"), "--device", "cpu", "--steps", "1"]
-    with pytest.raises(BadInput, match="neither a file nor .*; --whisper says where a file is now"):
+    with pytest.raises(BadInput, match="w.pt': neither a file nor .*; --whisper says where"):
         sample.main(argv)
     sample.main([*argv, "--whisper", str(tmp_path / "moved.pt")])
     assert "letter by letter" in capsys.readouterr().out

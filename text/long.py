@@ -85,7 +85,8 @@ class MixedBatches(data.Batches):
 
     def __init__(self, *args, held_out: Sequence[Sentence] = ()):
         super().__init__(*args)
-        self.held_out, codes = {*map(data.key, held_out)}, np.array([*zip(*self.sentences)][0])
+        self.held_out = {*map(data.key, held_out)}
+        codes = np.array([sentence.language for sentence in self.sentences])
         self.of_language = {c: torch.from_numpy(np.flatnonzero(codes == c)) for c in {*codes}}
         self.sums_of = {code: self.shares[i].cumsum(0) for code, i in self.of_language.items()}
 
