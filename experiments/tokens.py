@@ -403,8 +403,6 @@ def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhis
     check_quantiser(folder / "tokens", quantiser)
     n_rows, n_own, n_shards = 0, 0, len({row["shard"] for row in rows_of(folder)})
     number, n_parts = parse_part(part)
-    for half in (folder / "tokens").glob(f"{form}-*.tmp") if n_parts == 1 else ():
-        half.unlink()  # of a run that was killed
     tables = [x for x in (".jsonl", ".parquet") if any((folder / "tokens").glob(f"{form}-*{x}"))]
     table = (tables or [TABLE])[0]  # as it was begun, also if pyarrow was installed since
     for i, (shard, pieces) in enumerate(tqdm(shards_of(folder), folder.name, n_shards,
@@ -424,6 +422,8 @@ def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhis
                 tokens = quantiser.tokens(features[None], frames)[0].tolist()
                 rows.append(row(form, first + len(rows), piece["text"], tokens)
                             | {key: piece[key] for key in ("id", "language", "cer")})
+            for half in file.parent.glob(f"{file.name}.*.tmp"):
+                half.unlink()  # of a run that was killed
             write_rows(rows, file)
     return n_own
 

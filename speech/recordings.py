@@ -10,8 +10,9 @@ B batch, S characters, T latent frames (20 ms), C latent channels, M mel bins, P
 """
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
 TAIL = 10  # frames behind the last sound: without them an official decoder may repeat itself
 MAX_SECONDS = 60  # of a recording; a Whisper hears 30, and a whole book would fill the memory
+AT_ONCE = 100  # recordings in a file of what is encoded: no more are lost at a Ctrl-C
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of recordings that no manifest names
 
 Entry = tuple[Path, Sentence | None]  # a recording, and what it says if that is known
@@ -133,18 +135,18 @@ def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tu
     return sentence, x1
 
 
-def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
-    """Sentences, x1 (T, C) and durations (S,) of recordings, notes on those that are left out."""
+def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper, bar: tqdm) -> dict:
+    """Sentences and x1 (T, C) of recordings, notes on those that are left out."""
     sentences, x1, notes = [], [], []
-    for path, sentence in tqdm(entries, "encoding recordings"):
+    for path, sentence in entries:
+        bar.update()
         try:
             sentence, latents = encode(log_mel(read_audio(path), whisper), sentence, whisper)
-            sentences.append(sentence)
+            sentences.append(tuple(sentence))
             x1.append(latents)
         except BadInput as error:
             notes.append(f"{path}: {error}")
-    durations = [torch.from_numpy(n) for n in align_characters(sentences, x1)]
-    return dict(sentences=[*map(tuple, sentences)], x1=x1, durations=durations, notes=notes)
+    return dict(sentences=sentences, x1=x1, notes=notes)
 
 
 def content_key(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
@@ -157,22 +159,38 @@ def content_key(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) 
     return fingerprint((texts, stats, whisper.fingerprint, constants))
 
 
-def cached(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> dict:
-    """What `encode_recordings` makes, from a file in the folder that is made anew if need be."""
-    cache = folder / f"encoded_{type(whisper).__name__}_{whisper.fingerprint[:8]}.pt"
-    key = content_key(folder, entries, whisper)
-    try:
-        if (encoded := torch.load(cache, weights_only=True))["key"] == key:
-            return encoded
-    except Exception:  # there is none, or one that cannot be read
-        pass
-    encoded = encode_recordings(entries, whisper) | dict(key=key)
-    try:
-        with atomic_write(cache) as part, open(part, "wb") as file:
-            torch.save(encoded, file)
-    except OSError as error:
-        encoded["notes"].append(f"{cache} cannot be kept ({first_line(error)})")
-    return encoded
+def cached(cache: Path, key: str, make: Callable[[], dict]) -> dict:
+    """What `make` makes, from a file that is written anew if it has another key."""
+    with suppress(Exception):  # there is none, or one that cannot be read
+        if (kept := torch.load(cache, weights_only=True))["key"] == key:
+            return kept
+        cache.unlink()
+    made = make() | dict(key=key)
+    with suppress(OSError), atomic_write(cache) as part, open(part, "wb") as file:
+        torch.save(made, file)
+    return made
+
+
+def encode_folder(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper
+                  ) -> tuple[list[Recording], list[str]]:
+    """Recordings, which stay encoded in the folder, and notes on those that are left out."""
+    cache = folder / f"encoded_{type(whisper).__name__}_{whisper.fingerprint[:8]}"
+    sentences, x1, notes = [], [], []
+    with tqdm(total=len(entries), desc="encoding recordings") as bar:
+        for start in range(0, len(entries), AT_ONCE):
+            bar.update(start - bar.n)
+            some = entries[start : start + AT_ONCE]
+            encoded = cached(cache / f"{start:06d}.pt", content_key(folder, some, whisper),
+                             lambda: encode_recordings(some, whisper, bar))
+            sentences += (Sentence(*s) for s in encoded["sentences"])
+            x1 += encoded["x1"]
+            notes += encoded["notes"]
+    aligned = cached(cache / "aligned.pt", content_key(folder, entries, whisper), lambda: dict(
+        durations=[torch.from_numpy(n) for n in align_characters(sentences, x1)]))
+    if not (cache / "aligned.pt").exists():
+        notes.append(f"{cache} cannot be kept, so the next run encodes again")
+    durations = (n.numpy() for n in aligned["durations"])
+    return [*map(Recording, sentences, x1, durations)], notes
 
 
 def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sentence] = ()
@@ -181,16 +199,14 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
     entries, notes = read_manifest(folder, whisper)
     if not entries:
         raise BadInput(f"{folder} has no recording; {(notes or [', '.join(SUFFIXES)])[0]}")
-    encoded = cached(folder, entries, whisper)
-    notes += encoded["notes"]
-    fields = zip(encoded["sentences"], encoded["x1"], encoded["durations"])
-    known = [Recording(Sentence(*s), x1, n.numpy()) for s, x1, n in fields]
+    known, unusable = encode_folder(folder, entries, whisper)
+    notes += unusable
     keys = set(map(data.key, held_out))
     training = [r for r in known if data.hash_share(r.sentence) > data.HELD_OUT
                 and data.key(r.sentence) not in keys]
     if not training:
         held_out = [f"all {len(known)} are of held-out sentences, so add others"] if known else []
-        reasons = [*held_out, *encoded["notes"], *notes]
+        reasons = [*held_out, *unusable, *notes]
         raise BadInput(f"{folder} has no usable recording; {reasons[0]}")
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"{len(notes) - MAX_NOTES} more recordings are left out"]

@@ -134,18 +134,17 @@ def test_a_run_is_told_when_its_terminal_closes(monkeypatch):
 
 def test_recordings_like_held_out_sentences_are_not_learned_from(pocket, tmp_path, monkeypatch):
     texts = ["The dog sleeps.", "the dog sleeps", "The cat sleeps."]
+    known = [recordings.Recording(data.Sentence("en", text), torch.zeros(9, 2), None)
+             for text in texts]
     monkeypatch.setattr(recordings, "read_manifest", lambda *_: ([None] * 3, []))
-    monkeypatch.setattr(recordings, "cached", lambda *_: dict(
-        sentences=[("en", text) for text in texts], x1=[torch.zeros(9, 2)] * 3,
-        durations=[torch.ones(9)] * 3, notes=[]))
+    monkeypatch.setattr(recordings, "encode_folder", lambda *_: (known, []))
     monkeypatch.setattr(data, "HELD_OUT", 0)
     held_out = [data.Sentence("en", texts[0])]
     found, notes = recordings.load_recordings(tmp_path, pocket, held_out)
     assert [r.sentence.text for r in found] == texts[2:] and "2 of held-out" in notes[-1]
     with pytest.raises(BadInput, match="no usable recording; all 3 are of held-out sentences"):
         recordings.load_recordings(tmp_path, pocket, [*held_out, data.Sentence("en", texts[2])])
-    monkeypatch.setattr(recordings, "cached", lambda *_: dict(
-        sentences=[], x1=[], durations=[], notes=["a.mp3: no audio"]))
+    monkeypatch.setattr(recordings, "encode_folder", lambda *_: ([], ["a.mp3: no audio"]))
     with pytest.raises(BadInput, match="no usable recording; a.mp3: no audio"):
         recordings.load_recordings(tmp_path, pocket, held_out)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tqdm import tqdm
 
 import data
 import train
@@ -200,13 +201,40 @@ def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
     assert len(calls) == 28
 
 
+def test_what_is_encoded_stays_when_a_run_is_stopped(folder, pocket, monkeypatch):
+    encode, calls = recordings.encode, []
+
+    def stop_at_the_fourth(*args):
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    whole = recordings.load_recordings(folder, pocket)
+    shutil.rmtree(next(folder.glob("encoded_*")))
+    monkeypatch.setattr(recordings, "AT_ONCE", 2)
+    monkeypatch.setattr(recordings, "encode", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        recordings.load_recordings(folder, pocket)
+    found, notes = recordings.load_recordings(folder, pocket)
+    assert len(calls) == 6 and notes == whole[1]  # the first two are not encoded again
+    for now, before in zip(found, whole[0], strict=True):
+        assert now.sentence == before.sentence and torch.equal(now.x1, before.x1)
+        assert np.array_equal(now.durations, before.durations)
+    with open(folder / "manifest.tsv", "a", encoding="utf-8") as file:
+        file.write("\n5.wav\ten\tIt is late.")
+    soundfile.write(folder / "5.wav", soundfile.read(folder / "0.wav")[0], 16000)
+    recordings.load_recordings(folder, pocket)
+    assert len(calls) == 7  # a line more, and a whole file of them
+
+
 def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken):
     for i, samples in enumerate(spoken[1]):
         soundfile.write(tmp_path / f"{i}.wav", samples, 16000)
     noise = np.random.default_rng(0).normal(0, 0.01, 16000)
     soundfile.write(tmp_path / "noise.wav", noise, 16000)
     entries, _ = recordings.read_manifest(tmp_path, pocket)
-    encoded = recordings.encode_recordings(entries, pocket)
+    encoded = recordings.encode_recordings(entries, pocket, tqdm(disable=True))
     assert encoded["sentences"] == [tuple(s) for s in spoken[0]]
     assert len(encoded["notes"]) == 1 and "noise.wav: pocket is not sure" in encoded["notes"][0]
 
