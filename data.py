@@ -1,7 +1,7 @@
 """Text in, batches out: sentences, hold-out split, characters over frames, batches.
 
 B batch, S characters, U units (a character is one, or k if it is k tokens), T latent
-frames, L prompt + text + end tokens, C channels.
+frames, L prompt + text + end tokens, C channels, N sentences.
 """
 import hashlib
 import math
@@ -48,10 +48,9 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     """
     hashes = {s: hash_share(s) for s in sentences}
     order = sorted(sentences, key=hashes.get)  # so that the first few are a fair sample
-    last, first = ({s.language: s for s in x} for x in (order, order[::-1]))  # of each language
-    # Always held out: the smallest hash of all, and of each language that has two or more.
-    at_least = {*order[:1], *(s for s in first.values() if s != last[s.language])}
-    held_out = [s for s in order if hashes[s] <= HELD_OUT or s in at_least]
+    first = {s.language: s for s in reversed(order)}  # held out in a language that has two
+    always = {*order[:1], *(first[s.language] for s in order if s != first[s.language])}
+    held_out = [s for s in order if hashes[s] <= HELD_OUT or s in always]
     keys = set(map(key, held_out))  # so held-out sentences themselves drop out too
     training = [s for s in sentences if key(s) not in keys]
     if not training:
@@ -100,8 +99,8 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
     ends = np.union1d(char_ends, token_ends)  # of units
     of_token, of_char = (np.searchsorted(x, ends) for x in (token_ends, char_ends))
-    unit_durations = durations / np.bincount(of_char)  # units of a character share its duration
-    times = np.cumsum([0, *unit_durations[of_char]])
+    unit_durations = (durations / np.bincount(of_char))[of_char]  # they share that of a character
+    times = np.cumsum([0, *unit_durations])
     times *= frames / times[-1]
     alignment = np.interp(np.arange(frames) + 0.5, times, range(len(times)))
     middles = np.interp((token_ends + [0, *token_ends[:-1]]) / 2, [0, *ends], times)
@@ -177,7 +176,8 @@ class Batches(torch.utils.data.Dataset):
 
     def set_durations(self, durations: Callable) -> None:
         """How long characters last, from a rule or a `speech.align.Rhythm`."""
-        self.rule, self.durations = durations, [durations(s, self.speed) for s in self.sentences]
+        self.durations_of = durations
+        self.durations = [durations(s, self.speed) for s in self.sentences]
         self.frames = torch.tensor([d.sum() for d in self.durations])
 
     def draw(self, step: int, rng: torch.Generator) -> list[tuple[Sentence, np.ndarray]]:
@@ -194,7 +194,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def generator(seed: int, number: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Random numbers of a seed and a number, mixed as torch uses only 32 bits of a seed."""
+    """Random numbers of a seed and a number, mixed because torch uses only 32 bits of a seed."""
     return torch.Generator(device).manual_seed((2654435761 * seed + number) % 2**32)
 
 

@@ -11,15 +11,15 @@ The contract
     cond      dict of tensors (B, ...); cond["drop"] (B,): True where the condition is left out
     guidance  classifier-free: v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho
               and Salimans 2022, eq. 6
-    steps     steps of the solver; NFE = steps * ORDER[method] network evaluations, twice if guided
+    steps     of the solver; NFE = steps * ORDER[method] network evaluations, twice that if guided
 
 One Euler step from t = 0 to t = 1 lands on the endpoint itself: x1 = model(x0, 0, cond).
 
 "OT-CFM" means this conditional optimal-transport path: straight lines from x0 to x1. It is not the
 minibatch optimal-transport coupling of Tong et al. 2024 that shares the name: pairing noise with
 data inside a batch skews the prior of every single condition (arXiv 2503.10636), and here each text
-is its own condition. In train.py x1 is the network's own one-step output (self-distillation; in
-reflow, Liu et al. 2022, arXiv 2209.03003, a trained network's ODE makes it); x0 stays N(0, I).
+is its own condition. In train.py x1 is the network's own one-step output from this x0: pairs as in
+reflow (Liu et al. 2022, arXiv 2209.03003), by self-distillation; x0 stays N(0, I) for every text.
 
 x0, x1, x_t, u_t: (B, T, C) for B items, T frames, C channels; t: (B,); mask: (B, T), True in frames
 of an item, False behind it.
@@ -57,7 +57,7 @@ def path(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_from_endpoint(x1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The velocity that leads from x_t to x1_hat in the time that is left, t < 1."""
+    """The velocity that leads from x_t to x1_hat in the time that is left, t < 1. Eq. 21."""
     return (x1_hat - x_t) / (1 - t[:, None, None])
 
 
@@ -85,9 +85,9 @@ def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
     both = {key: torch.cat([cond[key], null[key]]) for key in cond}
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        x1_cond, x1_null = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         # The weights of guidance sum to 1, so mixing endpoints is mixing velocities.
-        return velocity_from_endpoint(without + guidance * (with_text - without), x, t)
+        return velocity_from_endpoint(x1_null + guidance * (x1_cond - x1_null), x, t)
 
     return guided
 

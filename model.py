@@ -1,12 +1,12 @@
 """The DiT (diffusion transformer): noise, text and time in, the endpoint of the flow out.
 
-Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which character
-sounds in it, as in ZipVoice (arXiv 2506.13053), and how far into the character it is; Whisper's
+Peebles and Xie 2022 (arXiv 2212.09748) with rotary positions. Every frame knows which unit of the
+text sounds in it, as in ZipVoice (arXiv 2506.13053), and how far into the unit it is; Whisper's
 embedding of its token also goes straight into the endpoint.
 
 B batch, U units of text (a character is one, or k if it is k tokens), T latent frames (50
 per second), C latent channels, D model width, H heads, N = ceil(T / patch) patches, E width of the
-frozen token embeddings.
+frozen token embeddings, P positions of Whisper's window.
 """
 import math
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ from torch import Tensor
 REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
 BYTES = 4  # most bytes of a character in UTF-8
 CAPITAL = 1 + 256 * BYTES  # id of what every capital adds, behind those of all bytes
-OF_WHISPER = "token_in", "language_in", "token_out", "marks"  # parameters that fit one Whisper
+OF_WHISPER = "token_in", "language_in", "token_out", "position_out"  # they fit one Whisper
 
 
 @dataclass(frozen=True)
 class DiTConfig:
     channels: int  # C
     embedding: int  # E
-    depth: int = 4  # layers and heads; the width follows
+    depth: int  # layers and heads; the width follows
     patch: int = 4  # frames per patch, 20 ms each
     bound: str = "sphere"  # endpoint: sphere: mean 0, variance 1 in every frame; tanh: +-REACH
-    max_frames: int = 1500  # positions of Whisper's window (P)
+    max_frames: int = 1500  # P
 
     @property
     def width(self) -> int:
@@ -124,17 +124,17 @@ class DiT(nn.Module):
         self.condition_out = nn.Linear(width, 2 * width)
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
-        self.register_buffer("marks", torch.zeros(config.max_frames, config.channels))  # of frames
+        self.register_buffer("position_out", torch.zeros(config.max_frames, config.channels))
         # All but ASCII (ids 1 to 128) begin as the Latin letters that they sound like.
         nn.init.zeros_(self.letter_in.weight[129:CAPITAL])
         nn.init.zeros_(self.order_in.weight)
-        nn.init.zeros_(self.token_out.weight)  # until `begin`
+        nn.init.zeros_(self.token_out.weight)
 
     @torch.no_grad()
-    def begin(self, token_out: Tensor, marks: Tensor) -> None:
-        """Token shortcut and positional embedding at first, from `FrozenWhisper.directions`."""
+    def init_shortcut(self, token_out: Tensor, position_out: Tensor) -> None:
+        """W to begin with (C, E), and m (P, C), from `FrozenWhisper.directions`."""
         self.token_out.weight.copy_(token_out)
-        self.marks.copy_(marks)
+        self.position_out.copy_(position_out)
 
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
         """The embedding of each frame's unit, mask (B, N * patch) -> (B, N * patch, D)."""
@@ -165,7 +165,7 @@ class DiT(nn.Module):
         mask = torch.arange(n_frames + padding, device=x_t.device) < cond["frames"][:, None]
         x_t = F.pad(x_t, (0, 0, 0, padding)) * mask[:, :, None]  # (B, T + padding, C)
         text = self.embed_text(cond, mask).unflatten(1, (-1, patch))  # (B, N, patch, D)
-        # The mean of a patch learns faster; order_in, zero at first, tells "ab" from "ba".
+        # A mean over the patch is learned faster; order_in, zero at first, tells "ab" from "ba".
         x = text.mean(2) + self.order_in(text.flatten(2))  # (B, N, D)
         x = x + self.latent_in(x_t.unflatten(1, (-1, patch)).flatten(2))
         attention_mask = mask[:, None, None, ::patch]  # (B, 1, 1, N), by its first frame
@@ -176,5 +176,5 @@ class DiT(nn.Module):
         shift, scale = self.condition_out(F.silu(condition)).chunk(2, dim=-1)
         x = self.latent_out(modulate(x, shift, scale))  # (B, N, patch * C)
         x = x.unflatten(-1, (patch, -1)).flatten(1, 2)[:, :n_frames].float()  # (B, T, C)
-        x = x + self.token_shortcut(cond) + self.marks[:n_frames]
+        x = x + self.token_shortcut(cond) + self.position_out[:n_frames]
         return bounded(x, self.config.bound) * mask[:, :n_frames, None]

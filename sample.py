@@ -17,10 +17,8 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-import data
 import flow
-from data import Sentence
-from flow import Solver
+from data import Sentence, make_batch
 from model import DiT, DiTConfig
 from plumbing.devices import choose_device
 from plumbing.files import make_folder
@@ -68,7 +66,7 @@ def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Senten
 
 def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args) -> None:
     """Print what is read at every step of the ODE, from x0 to x1, before --rooms changes it."""
-    batch = data.make_batch([sentence], whisper, [durations]).to(whisper)
+    batch = make_batch([sentence], whisper, [durations]).to(whisper)
     for t, x in zip(flow.schedule(args.steps), generate(model, whisper, batch, args.solver)):
         features = whisper.features(x, batch.cond["frames"])
         read = whisper.transcribe(features, [sentence.language])[0]
@@ -93,12 +91,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     dataset.add_flags(add)
     add("--wav", type=file_path, help="write the sound here: FILE.wav, or a folder of files")
-    parser.set_defaults(**Solver()._asdict())
+    parser.set_defaults(**flow.Solver()._asdict())
     args = parser.parse_args(argv)
     if args.text and args.text_file:
         raise BadInput(f"texts and --text_file were given, such as {args.text[0][:40]!r}; give one "
                        "of them, and each file its --text_file")
-    args.solver = Solver(*(getattr(args, name) for name in Solver._fields))
+    args.solver = flow.Solver(*(getattr(args, name) for name in flow.Solver._fields))
     return args
 
 
@@ -109,9 +107,9 @@ def main(argv=None) -> None:
     model, whisper, durations, speed = load_flow(checkpoint, device, args.whisper)
     args.speed = speed if args.speed is None else args.speed
     change = partial(another_voice, ear=whisper, seed=args.seed, amount=args.rooms)
-    make = partial(round_trips, model, whisper, change=change)
     cut_text = partial(cut, durations=durations, whisper=whisper, args=args)
     if dataset.is_set(args.out):
+        make = partial(round_trips, model, whisper, change=change)
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     files = wav_files(args.wav, len(texts))
@@ -121,7 +119,7 @@ def main(argv=None) -> None:
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
     print_notes(notes)
     parts = [*map(cut_text, texts)]
-    trips = make(*zip(*chain(*parts)), args.solver)
+    trips = round_trips(model, whisper, *zip(*chain(*parts)), args.solver, change)
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None,
                             x1=trip.x1 if args.wav else trip.x1[:, :0].clone()) for trip in trips]
     if args.out:

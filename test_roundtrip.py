@@ -1,6 +1,6 @@
 """Tests: text comes back through the frozen Whisper; closed forms, known equations, bad input.
 
-    python -m pytest -q               # minutes; these and those in tests/: text, ear, runs, speech
+    python -m pytest -q               # minutes; these and those in tests/
     python -m pytest -q -m slow       # the ear learns four sentences; official widths
 """
 import functools
@@ -73,7 +73,7 @@ def network(whisper: FrozenWhisper) -> DiT:
     """A small DiT of which no weight is zero, so that every path through it is alive."""
     torch.manual_seed(0)
     model = DiT(DiTConfig(whisper.channels, whisper.dims.n_text_state, 2, bound=whisper.bound))
-    for p in (*model.parameters(), model.marks):
+    for p in (*model.parameters(), model.position_out):
         torch.nn.init.normal_(p, std=0.1)
     return model
 
@@ -236,7 +236,7 @@ def test_a_token_goes_straight_into_the_endpoint_of_its_frames(pocket):
     for x, tokens, where, n in zip(x1_hat, batch.cond["tokens"], batch.cond["alignment"],
                                    batch.cond["frames"]):
         said = F.linear(tokens[where[:n].long()], model.token_out.weight)
-        close(x[:n], F.layer_norm(said + model.marks[:n], said.shape[-1:]))
+        close(x[:n], F.layer_norm(said + model.position_out[:n], said.shape[-1:]))
 
 
 def test_objective_is_its_formula_and_trains_the_whole_flow_and_no_whisper(critic):

@@ -35,7 +35,7 @@ from text.sources import load_data
 from whisper_decoder import FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
-MAY_DIFFER = "out_dir device resume eval_every eval_sentences batch_size whisper".split()
+MAY_CHANGE = "out_dir device resume eval_every eval_sentences batch_size whisper".split()
 LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
        "gradient_norm,learning_rate")  # losses of rank 0; nan: no item in that quarter of t
 
@@ -62,7 +62,7 @@ class Config:
     drop_text: float = flag(0.1, "share of items without text and language, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
-    init_from: str = flag("", "checkpoint to begin with, for other text, an ear's other Whisper")
+    init_from: str = flag("", "checkpoint to begin from; an ear's may be of another --whisper")
     seed: int = flag(0, "of everything random", 0, 2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     resume: bool = flag(False, "go on from out_dir/ckpt.pt")
@@ -107,9 +107,9 @@ def learning_rate(step: int, width: int, config: Config) -> float:
 
 @torch.no_grad()
 def update_ema(ema: DiT, model: DiT, step: int, decay: float) -> None:
-    """ema += rate (model - ema), in place; rate is 9 / (10 + step), later 1 - decay."""
+    """ema += (1 - d) (model - ema), in place, with d = min(decay, (1 + step) / (10 + step))."""
     for averaged, now in zip(ema.parameters(), model.parameters()):
-        averaged.lerp_(now, max(1 - decay, 9 / (10 + step)))
+        averaged.lerp_(now, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 # ---- evaluation ------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         frames = batch.cond["frames"]
         x1 = change(flow.last(generate(model, whisper, batch, solver)), batch)
         features = whisper.features(x1, frames)
-        read = whisper.transcribe(features, *zip(*batch.sentences))  # the texts are only drafts
+        read = whisper.transcribe(features, *zip(*batch.sentences))  # a draft changes no result
         x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
         yield from map(RoundTrip, batch.sentences, x1, features, read)
 
@@ -170,7 +170,7 @@ def evaluate(run: "Run", held_out: list) -> dict:
 
 class Run:
     """What a checkpoint keeps: network, its average, optimizer, step, flags; rhythm (the duration
-    model from recordings, of each language), origin (digests of Whisper, text, rhythm)."""
+    model from recordings, of each language), origin (digests of its inputs, and languages)."""
 
     def __init__(self, config: Config, whisper: FrozenWhisper, rhythm: dict | None = None,
                  shares: dict | None = None):
@@ -185,13 +185,13 @@ class Run:
         self.origin = dict(whisper=whisper.fingerprint, text=fingerprint(shares),
                            speech=fingerprint(rhythm), languages=sorted(languages))
         self.model = DiT(shape).to(whisper.device)
-        self.model.begin(*whisper.directions())
+        self.model.init_shortcut(*whisper.directions())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), fused=True,
                                            weight_decay=config.weight_decay)
 
     def save(self, log: Log) -> None:
-        """Write ckpt.pt as a whole; log.csv becomes the log of this run."""
+        """Write ckpt.pt as a whole; log.csv is from then on the log of this run."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         states |= dict(step=self.step, rhythm=self.rhythm, origin=self.origin,
                        config=asdict(self.config), model_config=asdict(self.model.config))
@@ -199,8 +199,8 @@ class Run:
             torch.save(states, file)
 
     def load(self, checkpoint: dict) -> None:
-        """Go on from a checkpoint; BadInput if its origin or a flag not MAY_DIFFER differs."""
-        flags = {name: x for name, x in asdict(self.config).items() if name not in MAY_DIFFER}
+        """Go on from a checkpoint; BadInput if its origin or a flag not in MAY_CHANGE differs."""
+        flags = {name: x for name, x in asdict(self.config).items() if name not in MAY_CHANGE}
         check_same(self.path, checkpoint["config"], flags, "--out_dir")
         check_same(self.path, checkpoint["origin"], self.origin, "--out_dir", self.origin)
         self.step = checkpoint["step"]
@@ -245,11 +245,11 @@ def load_checkpoint(path: Path) -> dict:
         for weights in checkpoint["model"], checkpoint["ema"]:
             model.load_state_dict(weights)
         durations_by(checkpoint["rhythm"]), checkpoint["origin"]["whisper"]  # raise if bad
-        groups = checkpoint["optimizer"]["param_groups"]  # AdamW itself takes seconds to import
+        groups = checkpoint["optimizer"]["param_groups"]  # by hand: an AdamW takes seconds to build
         if not (all(x.isfinite().all() for x in checkpoint["ema"].values())
                 and checkpoint["step"] in range(checkpoint["config"]["steps"] + 1)
                 and [len(x["params"]) for x in groups] == [len(list(model.parameters()))]):
-            raise ValueError("weights that are no numbers, an impossible step or optimizer")
+            raise ValueError("weights that are not finite, an impossible step or optimizer")
         return checkpoint
 
 
@@ -273,7 +273,7 @@ def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = 
                                                config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            stopped = devices.average_gradients(run.model, bool(stops))
+            stopped = devices.average_gradients(run.model, bool(stops))  # by Ctrl-C on any rank
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
             if not math.isfinite(norm):
                 raise BadInput(f"the loss is {loss.item()} at step {run.step}, its gradient {norm};"

@@ -45,11 +45,11 @@ class FrozenWhisper:
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
         self.rows, self.row_of, self.row_count, is_own = distinct_rows(
             self.model.decoder.token_embedding.weight)
-        # Pocket's unused tokens share one row; a language whose token does was never trained.
+        # Pocket's unused tokens share one row; a language with such a token was never trained.
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         if not (self.languages and self.rows.isfinite().all()):
-            raise BadInput(f"{name} was never trained: its weights are all alike, or no numbers")
+            raise BadInput(f"{name} was never trained: its weights are all alike, or not finite")
         self.fingerprint = weights_fingerprint(self.model)
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
@@ -111,13 +111,13 @@ class FrozenWhisper:
         return w * len(w) ** 0.5 / w.norm()
 
     def directions(self) -> tuple[Tensor, Tensor]:
-        """For `model.DiT.begin`: token shortcut W (C, E), fixed positional embedding (P, C).
+        """For `DiT.init_shortcut`: token shortcut W (C, E), fixed positional embedding m (P, C).
 
         The latter is the encoder's silence less its mean over time, scaled to a root mean square of
         1/2; it helps attention to move forward.
         """
-        marks = self.silence_x1 - self.silence_x1.mean(0)
-        return self.token_direction, marks / (2 * marks.square().mean().sqrt())
+        m = self.silence_x1 - self.silence_x1.mean(0)
+        return self.token_direction, m / (2 * m.square().mean().sqrt())
 
     def encode(self, text: str, language: str) -> list[int]:
         """Text, after a space -> the tokens that `whisper.decode` can write for it."""
@@ -190,11 +190,11 @@ class FrozenWhisper:
         mask = targets[:, 1:] >= 0  # position i predicts token i + 1
         mask[:, : self.n_prompt - 1] = False
         mask[:, 0] = self.model.is_multilingual  # but <|startoftranscript|> predicts the language
-        rows, log_count = self.row_of[targets[:, 1:][mask]], self.row_count.log()
+        target, log_count = self.row_of[targets[:, 1:][mask]], self.row_count.log()
         with torch.autocast(states.device.type, enabled=False):  # bf16 rounds small losses away
             # k equal rows weigh k exp(logit) in the softmax, and the target is one of them.
             logits = F.linear(states[mask].float(), self.rows, log_count)  # (predicted tokens, R)
-            per_token = F.cross_entropy(logits, rows, reduction="none") + log_count[rows]
+            per_token = F.cross_entropy(logits, target, reduction="none") + log_count[target]
         return mean_per_item(per_token, mask)
 
     transcribe = greedy.transcribe  # features (B, P, E) -> what `whisper.decode` reads

@@ -28,7 +28,7 @@ def test_attention_knows_how_far_apart_two_patches_are_and_not_where():
 
 @torch.no_grad()
 def test_the_frozen_weights_tell_where_x1_leans(pocket):
-    w, marks = pocket.directions()
+    w, m = pocket.directions()
     e, x, decoder = randn(128), randn(128, seed=2).requires_grad_(), pocket.model.decoder
     with torch.enable_grad():  # what attention to x adds to the logit of e
         added = sum(F.linear(F.linear(x * pocket.model.encoder.ln_post.weight,
@@ -36,13 +36,13 @@ def test_the_frozen_weights_tell_where_x1_leans(pocket):
                     for b in decoder.blocks)
         gradient, = torch.autograd.grad(added @ (decoder.ln.weight * e), x)
     close(F.cosine_similarity(w @ e, gradient, dim=0), torch.tensor(1.0))
-    close(marks.mean(0), torch.zeros(128))
-    close(marks.square().mean(), torch.tensor(0.25))
+    close(m.mean(0), torch.zeros(128))
+    close(m.square().mean(), torch.tensor(0.25))
     run, batch, losses = train.Run(train.Config(), pocket), batch_of(pocket), []
     for model in run.model, run.ema:
-        assert torch.equal(model.token_out.weight, w) and torch.equal(model.marks, marks)
-    for lean in ((w, marks), (w, 0 * marks), (0 * w, 0 * marks)):
-        run.model.begin(*lean)
+        assert torch.equal(model.token_out.weight, w) and torch.equal(model.position_out, m)
+    for lean in ((w, m), (w, 0 * m), (0 * w, 0 * m)):
+        run.model.init_shortcut(*lean)
         x1 = run.model(data.noise(batch, 128, 0), torch.zeros(4), batch.cond)
         losses.append(pocket.text_loss(x1, batch)[1].mean().item())
     assert losses[0] < 0.8 * losses[1] < 0.6 * losses[2], losses

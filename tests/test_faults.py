@@ -244,9 +244,9 @@ def nan(checkpoint):
     (lambda c: c.pop("step"), "'step'"), (lambda c: c.pop("config"), "'config'"),
     (lambda c: c["config"].update(foo=1), "unexpected keyword argument 'foo'"),
     (lambda c: c["ema"].update(no_text=torch.zeros(1)), "Error(s) in loading"),
-    (lambda c: c["ema"].pop("marks"), 'Missing key(s) in state_dict: "marks"'),  # of before
-    (nan, "weights that are no numbers"), (lambda c: c.update(step=10**6), "an impossible step"),
-    (lambda c: c["model"].pop("marks"), 'Missing key(s) in state_dict: "marks"'),
+    (lambda c: c["ema"].pop("position_out"), "Missing key(s) in state_dict: \"posi"),
+    (nan, "weights that are not finite"), (lambda c: c.update(step=10**6), "an impossible step"),
+    (lambda c: c["model"].pop("token_in.bias"), "Missing key(s) in state_dict: \"token_in"),
     (lambda c: c.update(step="two"), "an impossible step"),
     (lambda c: c.update(step=1.5), "an impossible step"),
     (lambda c: c.update(optimizer={}), "'param_groups'"),

@@ -36,7 +36,7 @@ def test_a_new_block_is_the_identity():
 def test_blocks_know_the_order_of_patches(pocket):
     """All frames have one text and the same order inside a patch, and only rotations differ."""
     model, batch = network(pocket), batch_of(pocket, [Sentence("en", "A long word sleeps.")])
-    model.marks.zero_()
+    model.position_out.zero_()
     n = batch.mask.shape[1] // 4 * 4
     cond = batch.cond | dict(alignment=torch.zeros(1, n), frames=torch.tensor([n]))
     x, t = randn(1, n, pocket.channels), torch.zeros(1)

@@ -98,7 +98,7 @@ class MixedBatches(data.Batches):
         n, change = (size, self.shorten) if turn else (max(1, size // EVERY), self.lengthen)
         picks = data.draw_similar(self.sums, self.frames, n, rng)
         sentences = [change(self.sentences[i], rng) for i in picks]
-        return [(s, self.rule(s, self.speed)) for s in sentences]
+        return [(s, self.durations_of(s, self.speed)) for s in sentences]
 
     def shorten(self, sentence: Sentence, rng: torch.Generator) -> Sentence:
         """A few words of it, or characters in UNSPACED; itself, if they are held out or signs.
@@ -126,8 +126,8 @@ class MixedBatches(data.Batches):
         picks = self.of_language[language][data.draw(self.sums_of[language], 100, rng)]
         for i in picks.tolist():
             longer = Sentence(language, text + between_words(language) + self.sentences[i].text)
-            frames = count_frames(self.rule(longer, self.speed))
-            if frames > longest or not fits(longer, self.whisper, self.speed, self.rule):
+            frames = count_frames(self.durations_of(longer, self.speed))
+            if frames > longest or not fits(longer, self.whisper, self.speed, self.durations_of):
                 break
             text = longer.text
         return Sentence(language, text)
