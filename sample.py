@@ -25,7 +25,7 @@ from plumbing.files import make_folder
 from plumbing.flags import Parser, file_path
 from speech import dataset
 from speech.align import durations_by
-from speech.sound import another_voice, begin_folder, pace, wav_files, write_manifest, write_wav
+from speech.sound import another_voice, pace, wav_files, wav_folder, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
 from text.report import show_round_trip
@@ -124,22 +124,18 @@ def main(argv=None) -> None:
                             x1=trip.x1 if args.wav else trip.x1[:, :0].clone()) for trip in trips]
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
-    folder = None if args.wav in files else args.wav
-    if folder:
-        begin_folder(folder)
     hypotheses, remaining = [], iter(pieces)
-    for i, text in enumerate(texts):
-        group = list(islice(remaining, len(parts[i])))
-        hypotheses.append(join(text.text, [piece.sentence.text for piece in group],
-                               [piece.read.text for piece in group]))
-        show_round_trip(text, hypotheses[-1], group, args)
-        if i == 0 and not args.text_file:
-            print(f"forming      {group[0].sentence.text[:70]}")
-            show_forming(model, whisper, *parts[0][0], args)
-        if args.wav:
-            write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])
-    if folder:
-        write_manifest(files, texts)
+    with wav_folder(None if args.wav in files else args.wav, files, texts):
+        for i, text in enumerate(texts):
+            group = list(islice(remaining, len(parts[i])))
+            hypotheses.append(join(text.text, [piece.sentence.text for piece in group],
+                                   [piece.read.text for piece in group]))
+            show_round_trip(text, hypotheses[-1], group, args)
+            if i == 0 and not args.text_file:
+                print(f"forming      {group[0].sentence.text[:70]}")
+                show_forming(model, whisper, *parts[0][0], args)
+            if args.wav:
+                write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])
     cer, wer, exact = error_rates(texts, hypotheses)
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}",
           *(f"wrote {to}: {len(texts)} texts" for to in (args.wav, args.out) if to), sep="\n")

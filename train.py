@@ -302,31 +302,31 @@ def main(argv=None) -> dict:
     """The run that the flags describe -> its figures."""
     start, config = time.time(), parse_flags(Config, __doc__.splitlines()[0], argv)
     folder, device = Path(config.out_dir), devices.choose_device(config.device)
-    start_from = folder / "ckpt.pt" if config.resume else config.init_from
-    checkpoint = load_checkpoint(Path(start_from)) if start_from else None
     rank, n_ranks = devices.start_ranks(device, config.batch_size)
-    run_objective, rhythm = objective, None
-    with devices.first_rank_first(rank):  # it downloads and encodes for all
-        whisper = LATENTS[config.latent](config.whisper, device)
-        shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
-                                  config.max_lines)
-        training, held_out = data.split(list(shares))
-        batches = MixedBatches({s: shares[s] for s in training}, whisper, config.batch_size,
-                               config.seed, config.speed, whisper.speed_range, held_out=held_out)
-        if config.speech:
-            from speech.recordings import with_recordings
-            batches, run_objective, rhythm, more = with_recordings(batches, held_out, config)
-            notes += more
-    run = Run(config, whisper, rhythm, shares)
-    if checkpoint:
-        (run.load if config.resume else run.begin_with)(checkpoint)
-        checkpoint.clear()  # training needs the memory
-    n_parameters = sum(p.numel() for p in run.model.parameters())
-    if rank == 0:
-        print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device}; "
-              f"{len(training)} sentences to train on, {len(held_out)} held out, in "
-              f"{', '.join(run.origin['languages'])}; {n_parameters:,} parameters", sep="\n")
     with locked(folder, rank):
+        start_from = folder / "ckpt.pt" if config.resume else config.init_from
+        checkpoint = load_checkpoint(Path(start_from)) if start_from else None
+        run_objective, rhythm = objective, None
+        with devices.first_rank_first(rank):  # it downloads and encodes for all
+            whisper = LATENTS[config.latent](config.whisper, device)
+            shares, notes = load_data(config.data, whisper, config.speed, config.temperature,
+                                      config.max_lines)
+            training, held_out = data.split(list(shares))
+            batches = MixedBatches({s: shares[s] for s in training}, whisper, config.batch_size,
+                                   config.seed, config.speed, whisper.speed_range, held_out)
+            if config.speech:
+                from speech.recordings import with_recordings
+                batches, run_objective, rhythm, more = with_recordings(batches, held_out, config)
+                notes += more
+        run = Run(config, whisper, rhythm, shares)
+        if checkpoint:
+            (run.load if config.resume else run.begin_with)(checkpoint)
+            checkpoint.clear()  # training needs the memory
+        n_parameters = sum(p.numel() for p in run.model.parameters())
+        if rank == 0:
+            print(*(f"note: {note}" for note in notes), f"{config.whisper} on {n_ranks} x {device};"
+                  f" {len(training)} sentences to train on, {len(held_out)} held out, in "
+                  f"{', '.join(run.origin['languages'])}; {n_parameters:,} parameters", sep="\n")
         train(run, batches, held_out, run_objective, rank, n_ranks)
         devices.stop_ranks()
         if rank > 0:  # the first evaluates alone

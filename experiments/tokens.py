@@ -48,7 +48,7 @@ from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, as_bad_input, first_line, guard  # noqa: E402
-from plumbing.files import atomic_write, locked  # noqa: E402
+from plumbing.files import atomic_write, fingerprint, locked  # noqa: E402
 from plumbing.flags import check_same, read_settings  # noqa: E402
 from plumbing.weights import state_fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
@@ -376,11 +376,13 @@ def check_set(folder: Path, whisper: FrozenWhisper) -> None:
 
 
 def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
-    """Raises BadInput if the folder has tokens of another quantiser, which nobody could tell."""
-    settings = dict(quantiser=state_fingerprint(quantiser.state_dict()), tail=TAIL)
+    """Raises BadInput if the folder has tokens of another quantiser or set: nobody could tell."""
+    made_of = read_settings(folder.with_name("settings.json"), "make the set anew")
+    settings = dict(quantiser=state_fingerprint(quantiser.state_dict()), tail=TAIL,
+                    set=fingerprint(made_of))
     file = folder / "settings.json"
     if file.exists():
-        before = read_settings(file, "move the folder away")
+        before = dict(set=settings["set"]) | read_settings(file, "move the folder away")
         return check_same(folder, before, settings, "--set, or move it away", tuple(settings))
     with atomic_write(file) as part:
         part.write_text(json.dumps(settings) + "\n", "utf-8")
@@ -557,8 +559,11 @@ def main(argv=None) -> None:
     whisper = FrozenWhisper(args.whisper, "cpu" if args.source else choose_device(args.device))
     for folder in args.set:  # it fails now, not after the work
         check_set(folder, whisper)
-    quantiser = (quantiser_of_source(args, whisper) if args.source else
-                 load_quantiser(args.quantiser, whisper).to(whisper.device))
+    if args.source:
+        with locked(args.out):
+            quantiser = quantiser_of_source(args, whisper)
+    else:
+        quantiser = load_quantiser(args.quantiser, whisper).to(whisper.device)
     name = f"-tokens-{args.form}" + f"-{args.part.replace('/', '-')}" * (args.part != "1/1")
     for folder in args.set:
         with locked(folder, part=name):  # sample.py then leaves its files alone

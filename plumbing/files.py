@@ -76,6 +76,7 @@ def locked(folder: Path, rank: int = 0, part: str = ""):
     if rank > 0:
         yield
         return
+    is_new = not folder.exists()
     make_folder(folder)
     with as_bad_input(f"{folder} cannot be written", "give a place that you may write to"):
         # A file, as NFS locks no folders; it stays, as another run may just have opened it.
@@ -92,7 +93,13 @@ def locked(folder: Path, rank: int = 0, part: str = ""):
         for name in OURS if not part else ():
             for half in folder.glob(f"{name}.*.tmp"):
                 half.unlink()
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if is_new and [*folder.iterdir()] == [Path(lock.name)]:  # nothing came of it
+                    os.unlink(lock.name)
+                    folder.rmdir()
 
 
 class Log:
@@ -124,6 +131,8 @@ class Log:
                 if file.exists():
                     os.replace(file, file.with_suffix(".old"))
                     tqdm.write(f"note: {file} of an earlier run is now its .old", file=sys.stderr)
+                elif checkpoint.exists():  # that run did not end: its result is no older one's
+                    file.with_suffix(".old").unlink(missing_ok=True)
             self.file.close()  # Windows renames no open file
             os.replace(self.now, self.path)
             self.now, self.file = self.path, open(self.path, "a", buffering=1)

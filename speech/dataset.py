@@ -293,7 +293,7 @@ def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> tuple[i
     with suppress(BadInput), ExitStack() as parts:
         for lock in folder.glob(".lock-*"):  # no part is still at work
             parts.enter_context(locked(folder, part=lock.name[len(".lock"):]))
-        for file in folder.rglob("*.tmp"):
+        for file in folder.rglob("*.????????????.tmp"):  # of atomic_write
             file.unlink(missing_ok=True)  # of a run that was killed
     with (atomic_write(folder / "manifest.jsonl") as good, open(good, "wb") as manifest,
           atomic_write(folder / "left_out.jsonl") as bad, open(bad, "wb") as rest):

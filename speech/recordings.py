@@ -10,6 +10,7 @@ B batch, S characters, T latent frames (20 ms), C latent channels, M mel bins, P
 """
 import math
 import os
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -41,7 +42,6 @@ SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
 TAIL = 10  # frames behind the last sound: without them an official decoder may repeat itself
 MAX_SECONDS = 60  # of a recording; a Whisper hears 30, and a whole book would fill the memory
-AT_ONCE = 100  # recordings in a file of what is encoded: no more are lost at a Ctrl-C
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of recordings that no manifest names
 
 Entry = tuple[Path, Sentence | None]  # a recording, and what it says if that is known
@@ -103,7 +103,7 @@ def read_audio(path: Path) -> np.ndarray:
         if (seconds := soundfile.info(path).duration) > MAX_SECONDS:
             raise BadInput(f"it lasts {seconds:.0f} s; cut it")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError, TypeError) as error:
+    except (PermissionError, RuntimeError, TypeError) as error:  # a disk's failure stops the run
         raise BadInput(f"no audio that can be read ({first_line(error)})") from error
     samples = samples.mean(1)
     loudest = abs(samples).max(initial=0)  # nan, if one is
@@ -135,62 +135,65 @@ def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tu
     return sentence, x1
 
 
-def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper, bar: tqdm) -> dict:
-    """Sentences and x1 (T, C) of recordings, notes on those that are left out."""
-    sentences, x1, notes = [], [], []
+def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper, bar: tqdm) -> list:
+    """Of each recording its sentence and x1 (T, C), or a note that it is left out."""
+    encoded = []
     for path, sentence in entries:
         bar.update()
         try:
-            sentence, latents = encode(log_mel(read_audio(path), whisper), sentence, whisper)
-            sentences.append(tuple(sentence))
-            x1.append(latents)
+            sentence, x1 = encode(log_mel(read_audio(path), whisper), sentence, whisper)
+            encoded.append((tuple(sentence), x1))
         except BadInput as error:
-            notes.append(f"{path}: {error}")
-    return dict(sentences=sentences, x1=x1, notes=notes)
+            encoded.append(f"{path}: {error}")
+    return encoded
 
 
 def content_key(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
-    """It changes with the recordings, their texts, and who encodes and aligns them how."""
+    """It changes with the recordings, their texts, and who encodes them how."""
     texts = [(os.path.relpath(path, folder), text) for path, text in entries]
     stats = [(path.stat().st_size, path.stat().st_mtime_ns, os.access(path, os.R_OK))
              if os.path.isfile(path) else None for path, _ in entries]
-    constants = (TAIL, MIN_LOGPROB, MAX_NO_SPEECH, ROUNDS, STRAY,
-                 soundfile.__libsndfile_version__)  # a newer one reads more
+    constants = TAIL, MIN_LOGPROB, MAX_NO_SPEECH, soundfile.__libsndfile_version__
     return fingerprint((texts, stats, whisper.fingerprint, constants))
 
 
-def cached(cache: Path, key: str, make: Callable[[], dict]) -> dict:
-    """What `make` makes, from a file that is written anew if it has another key."""
+def cached(file: Path, key: str, make: Callable[[], list], notes: list[str]) -> list:
+    """What `make` makes, from a file that is written anew if its key is another."""
     with suppress(Exception):  # there is none, or one that cannot be read
-        if (kept := torch.load(cache, weights_only=True))["key"] == key:
-            return kept
-        cache.unlink()
-    made = make() | dict(key=key)
-    with suppress(OSError), atomic_write(cache) as part, open(part, "wb") as file:
-        torch.save(made, file)
+        if (kept := torch.load(file, weights_only=True))["key"] == key:
+            return kept["made"]
+    made = make()
+    try:
+        with atomic_write(file) as part, open(part, "wb") as out:
+            torch.save(dict(key=key, made=made), out)
+    except OSError as error:
+        notes[:] = [f"{file.parent} cannot be kept ({first_line(error)})"]
     return made
 
 
 def encode_folder(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper
                   ) -> tuple[list[Recording], list[str]]:
-    """Recordings, which stay encoded in the folder, and notes on those that are left out."""
+    """Recordings and notes on those that are left out. In the folder they stay encoded, in up to
+    256 files by their names: a run that is stopped, or another recording, costs one of these."""
     cache = folder / f"encoded_{type(whisper).__name__}_{whisper.fingerprint[:8]}"
-    sentences, x1, notes = [], [], []
+    groups, keys, notes, encoded = defaultdict(list), {}, [], {}
+    for i, (path, _) in enumerate(entries):
+        groups[fingerprint(os.path.relpath(path, folder))[:2]].append(i)
     with tqdm(total=len(entries), desc="encoding recordings") as bar:
-        for start in range(0, len(entries), AT_ONCE):
-            bar.update(start - bar.n)
-            some = entries[start : start + AT_ONCE]
-            encoded = cached(cache / f"{start:06d}.pt", content_key(folder, some, whisper),
-                             lambda: encode_recordings(some, whisper, bar))
-            sentences += (Sentence(*s) for s in encoded["sentences"])
-            x1 += encoded["x1"]
-            notes += encoded["notes"]
-    aligned = cached(cache / "aligned.pt", content_key(folder, entries, whisper), lambda: dict(
-        durations=[torch.from_numpy(n) for n in align_characters(sentences, x1)]))
-    if not (cache / "aligned.pt").exists():
-        notes.append(f"{cache} cannot be kept, so the next run encodes again")
-    durations = (n.numpy() for n in aligned["durations"])
-    return [*map(Recording, sentences, x1, durations)], notes
+        for name, numbers in groups.items():
+            some = [entries[i] for i in numbers]
+            keys[name], done = content_key(folder, some, whisper), bar.n
+            encoded |= zip(numbers, cached(cache / f"{name}.pt", keys[name], lambda: (
+                encode_recordings(some, whisper, bar)), notes))
+            bar.update(done + len(some) - bar.n)
+    encoded = [encoded[i] for i in range(len(entries))]
+    left_out = [note for note in encoded if isinstance(note, str)]
+    known = [x for x in encoded if not isinstance(x, str)]
+    sentences, x1 = [Sentence(*s) for s, _ in known], [x for _, x in known]
+    key = fingerprint((keys, sentences, [*map(len, x1)], ROUNDS, STRAY))
+    durations = cached(cache / "aligned.pt", key, lambda: [
+        torch.from_numpy(n) for n in align_characters(sentences, x1)], notes)
+    return [*map(Recording, sentences, x1, (n.numpy() for n in durations))], [*left_out, *notes]
 
 
 def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sentence] = ()

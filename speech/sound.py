@@ -3,7 +3,9 @@
 B batch, T latent frames (20 ms), M mel bins, n frames of 10 ms.
 """
 import math
+import re
 import wave
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
 
@@ -15,7 +17,7 @@ from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, m
 
 from data import Batch, Sentence, sentence_generator
 from plumbing.errors import BadInput
-from plumbing.files import atomic_write
+from plumbing.files import atomic_write, locked
 from speech.ear import VOICE, Ear, Room, random_room
 from whisper_decoder import FrozenWhisper
 
@@ -98,15 +100,25 @@ def wav_files(path: Path | None, n: int) -> list[Path]:
         return [path]
     if (path.exists() or path.suffix) and not path.is_dir():
         raise BadInput(f"--wav {path} is neither FILE.wav nor a folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / MARK).exists():
+    manifest = path / "manifest.tsv"
+    lines = manifest.read_text("utf-8", "replace").splitlines() if manifest.exists() else []
+    is_ours = (path / MARK).exists() and all(re.match(r"\d{4,}\.wav\t", line) for line in lines)
+    if path.is_dir() and any(path.iterdir()) and not is_ours:
         raise BadInput(f"--wav {path} holds something else; give a new or empty folder")
     return [path / f"{i:04d}.wav" for i in range(n)]
 
 
-def begin_folder(folder: Path) -> None:
-    """From now on its .wav files are ours. An old manifest would not match the new ones."""
-    (folder / MARK).touch()
-    (folder / "manifest.tsv").unlink(missing_ok=True)
+@contextmanager
+def wav_folder(folder: Path | None, files: Sequence[Path], texts: Sequence[Sentence]):
+    """Its .wav files are ours, and no other run's; when all are written, manifest.tsv is."""
+    if not folder:
+        yield
+        return
+    with locked(folder):
+        (folder / MARK).touch()
+        (folder / "manifest.tsv").unlink(missing_ok=True)  # it would not match the new files
+        yield
+        write_manifest(files, texts)
 
 
 def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:

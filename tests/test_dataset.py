@@ -76,7 +76,7 @@ def test_parts_and_runs_that_were_killed_make_the_same_bytes(make, tmp_path, mon
     def dying(file):
         written.append(file)
         if len(written) % 3 == 0:
-            file.with_name(f"{file.name}.1.tmp").write_text("half")
+            file.with_name(f"{file.name}.0123456789ab.tmp").write_text("half")
             raise KeyboardInterrupt
         return write(file)
     monkeypatch.setattr(dataset, "atomic_write", dying)
@@ -219,7 +219,7 @@ def fail(error: Exception):
 def test_two_parts_that_end_together(make, tmp_path, capsys, monkeypatch):
     make("a", "--part", "1/2")
     (tmp_path / "a/shard-00000.npz").unlink()
-    half = tmp_path / "a/shard-00000.npz.1.tmp"
+    half = tmp_path / "a/shard-00000.npz.0123456789ab.tmp"
     half.write_text("of another run, which just writes the same shard")
     make("a", "--part", "1/3")
     assert half.exists()  # until all shards are whole

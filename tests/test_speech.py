@@ -181,24 +181,28 @@ def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
     assert len(calls) == 8
     soundfile.write(folder / "0.wav", soundfile.read(folder / "0.wav")[0][:30000], 16000)
     recordings.load_recordings(folder, pocket)
-    assert len(calls) == 12
+    assert len(calls) == 9
     manifest.write_text(manifest.read_text().replace("garden", "yard"))
     recordings.load_recordings(folder, pocket)
-    assert len(calls) == 16
+    assert len(calls) == 10
+    align = recordings.align_characters
+    monkeypatch.setattr(recordings, "align_characters", lambda *a: (calls.append(0), align(*a))[1])
+    recordings.load_recordings(folder, pocket)
+    assert len(calls) == 10
     monkeypatch.setattr(recordings, "STRAY", 0.1)  # who aligns otherwise aligns anew
     recordings.load_recordings(folder, pocket)
-    assert len(calls) == 20
+    assert len(calls) == 11
     assert recordings.speech_span(torch.ones(80, 100)) == slice(0, 50)  # up to its end
     other = FrozenWhisper("pocket")
     next(other.model.parameters()).data.mul_(1.01)
     other.fingerprint = weights_fingerprint(other.model)
-    for whisper in (other, pocket):  # each Whisper has a file of its own, too
+    for whisper in (other, pocket):  # each Whisper has files of its own, too
         recordings.load_recordings(folder, whisper)
-        assert len(calls) == 24
+        assert len(calls) == 16  # four, and their alignment
     other.fingerprint = "as never before"
     monkeypatch.setattr(recordings, "atomic_write", lambda file: open(folder / "no" / file.name))
     assert "cannot be kept" in recordings.load_recordings(folder, other)[1][0]
-    assert len(calls) == 28
+    assert len(calls) == 21
 
 
 def test_what_is_encoded_stays_when_a_run_is_stopped(folder, pocket, monkeypatch):
@@ -212,20 +216,30 @@ def test_what_is_encoded_stays_when_a_run_is_stopped(folder, pocket, monkeypatch
 
     whole = recordings.load_recordings(folder, pocket)
     shutil.rmtree(next(folder.glob("encoded_*")))
-    monkeypatch.setattr(recordings, "AT_ONCE", 2)
     monkeypatch.setattr(recordings, "encode", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         recordings.load_recordings(folder, pocket)
     found, notes = recordings.load_recordings(folder, pocket)
-    assert len(calls) == 6 and notes == whole[1]  # the first two are not encoded again
+    assert len(calls) == 5 and notes == whole[1]  # the first three are not encoded again
     for now, before in zip(found, whole[0], strict=True):
         assert now.sentence == before.sentence and torch.equal(now.x1, before.x1)
         assert np.array_equal(now.durations, before.durations)
-    with open(folder / "manifest.tsv", "a", encoding="utf-8") as file:
-        file.write("\n5.wav\ten\tIt is late.")
-    soundfile.write(folder / "5.wav", soundfile.read(folder / "0.wav")[0], 16000)
-    recordings.load_recordings(folder, pocket)
-    assert len(calls) == 7  # a line more, and a whole file of them
+    manifest = folder / "manifest.tsv"
+    manifest.write_text("5.wav\ten\tIt is late.\n" + manifest.read_text())
+    (folder / "5.wav").write_bytes((folder / "0.wav").read_bytes()[:999])  # is being copied
+    notes = recordings.load_recordings(folder, pocket)[1]
+    assert len(calls) == 5 and "5.wav: it was cut short after 999 bytes" in notes[0]
+
+    def copy_the_rest(*args):
+        shutil.copy(folder / "0.wav", folder / "5.wav")
+        return encode(*args)
+
+    (folder / "3.wav").touch()
+    monkeypatch.setattr(recordings, "encode", copy_the_rest)
+    for n in 4, 5:  # it is seen by the next run, and aligned then
+        found = recordings.load_recordings(folder, pocket)[0]
+        assert [int(r.durations.sum()) for r in found] == [len(r.x1) for r in found]
+        assert len(found) == n
 
 
 def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken):
@@ -235,8 +249,8 @@ def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken
     soundfile.write(tmp_path / "noise.wav", noise, 16000)
     entries, _ = recordings.read_manifest(tmp_path, pocket)
     encoded = recordings.encode_recordings(entries, pocket, tqdm(disable=True))
-    assert encoded["sentences"] == [tuple(s) for s in spoken[0]]
-    assert len(encoded["notes"]) == 1 and "noise.wav: pocket is not sure" in encoded["notes"][0]
+    assert [x[0] for x in encoded[:-1]] == [tuple(s) for s in spoken[0]]
+    assert "noise.wav: pocket is not sure" in encoded[-1]
 
 
 def join(folder, whisper, speed=1.0, held_out=()):

@@ -83,8 +83,9 @@ class MixedBatches(data.Batches):
     and says a lonely word twice. Where Whisper hears less than WINDOW, batches are as they were.
     """
 
-    def __init__(self, *args, held_out: Sequence[Sentence] = ()):
-        super().__init__(*args)
+    def __init__(self, shares: dict[Sentence, float], whisper: FrozenWhisper, batch_size: int,
+                 seed: int, speed: float, speed_range: float, held_out: Sequence[Sentence] = ()):
+        super().__init__(shares, whisper, batch_size, seed, speed, speed_range)
         self.held_out = {*map(data.key, held_out)}
         codes = np.array([sentence.language for sentence in self.sentences])
         self.of_language = {c: torch.from_numpy(np.flatnonzero(codes == c)) for c in {*codes}}

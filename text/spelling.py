@@ -64,5 +64,5 @@ def latin_letter(c: str) -> str:
 def language_code(name: str) -> str:
     """English, en-US or EN -> en; what is no language stays, in lower case."""
     name = name.strip().lower()
-    tag = re.fullmatch(r"([a-z]{2,3})([-_][a-z0-9]{2,8})*(\.utf-?8)?", name)
+    tag = re.fullmatch(r"([a-z]{2,3})([-_]([a-z]{2}|\d{3}|hans|hant|latn|cyrl))*(\.utf-?8)?", name)
     return TO_LANGUAGE_CODE.get(name, tag[1] if tag else name)
