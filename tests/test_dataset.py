@@ -232,8 +232,9 @@ def test_two_parts_that_end_together(make, tmp_path, capsys, monkeypatch):
         with pytest.raises(BadInput, match="another run writes"):
             make("a", "--part", "2/2")
         assert "manifest.jsonl" in make("a") and half.exists()  # of a part that is still at work
+    (others := tmp_path / "a" / "codes.tmp").mkdir()
     make("a")
-    assert not half.exists()
+    assert not half.exists() and others.exists()
     assert "part 2/2 is done; another part is just writing" in capsys.readouterr().out
 
 

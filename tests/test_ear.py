@@ -12,6 +12,7 @@ from whisper.audio import log_mel_spectrogram
 import sample
 from data import Sentence
 from plumbing.errors import BadInput
+from plumbing.files import locked
 from speech import sound
 from speech.ear import MEL_STD, NEAR, ROOM, VOICE, Ear, Room, random_room
 from speech.recordings import read_manifest
@@ -155,9 +156,19 @@ def test_sound(ear, runs, tmp_path, capsys, monkeypatch):
         sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))
     assert not (tmp_path / "new" / "manifest.tsv").exists()
     sampled(tmp_path, run, "Yes.", "--wav", str(tmp_path / "new"))
+    again = [tmp_path, run, *texts, "--wav", str(tmp_path / "new")]
+    with locked(tmp_path / "new"), pytest.raises(BadInput, match="another run writes to"):
+        sampled(*again)
+    manifest = tmp_path / "new" / "manifest.tsv"
+    ours = manifest.read_text("utf-8")
+    manifest.write_text(ours + "my.wav\ten\tMy own.\n")  # a recording that the user has added
+    with pytest.raises(BadInput, match="new holds something else; give a new or empty folder"):
+        sampled(*again)
+    assert manifest.read_text("utf-8") != ours
+    manifest.write_text(ours)
     (tmp_path / "new" / sound.MARK).unlink()  # as in a folder of somebody's recordings
     with pytest.raises(BadInput, match="new holds something else; give a new or empty folder"):
-        sampled(tmp_path, run, *texts, "--wav", str(tmp_path / "new"))
+        sampled(*again)
     voices = [sampled(tmp_path, run, "Yes.", "--wav", str(wav), "--rooms", amount, "--seed", seed)
               for amount, seed in (("0", "0"), ("1", "0"), ("1", "0"), ("1", "1"))]
     assert len(read_wav(wav)) == 320 * voices[-1]["frames"][0]

@@ -317,7 +317,7 @@ def test_a_run_goes_on_with_the_text_and_the_whisper_that_it_had(tmp_path):
             str(tmp_path / "out"), "--steps", "1"]
     train.main(argv)
     with locked(tmp_path / "out"), pytest.raises(BadInput, match="another run writes to"):
-        train.main([*argv, "--resume"])
+        train.main([*argv, "--resume", "--whisper", "x.pt"])  # before anything is loaded
     with pytest.raises(BadInput, match="begun with no --init_from, not with --init_from x.pt"):
         train.main([*argv, "--resume", "--init_from", "x.pt"])  # it began, and saved nothing
     shutil.copy(ROOT / "pocket" / "judge.pt", weights)
@@ -383,6 +383,15 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
     contents = {x.name: x.read_text() for x in tmp_path.glob("[!.]*")}
     assert contents == {"log.csv": "step,loss\n0,0.5\n", "ckpt.pt": "now", "log.old": "earlier",
                         "ckpt.old": "earlier", "result.old": "earlier"}
+    for n in 2, 3:  # the second had no result.txt
+        log = Log(path, "step,loss", 0)
+        log.keep(checkpoint)
+        checkpoint.write_text(f"of run {n}")
+    assert sorted(x.name for x in tmp_path.glob("*.old")) == ["ckpt.old", "log.old"]
+    assert (tmp_path / "ckpt.old").read_text() == "of run 2"
+    checkpoint.unlink()  # the user keeps the .old
+    Log(path, "step,loss", 0).keep(checkpoint)
+    assert (tmp_path / "ckpt.old").read_text() == "of run 2"
     with locked(tmp_path), pytest.raises(BadInput, match="another run writes to"):
         with locked(tmp_path):
             pass
@@ -392,6 +401,16 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(BadInput, match="new cannot be written; give a place that you may write to"):
         files.make_folder(tmp_path / "new")
+
+
+def test_a_new_folder_goes_with_a_run_that_wrote_nothing(tmp_path):
+    for name, writes in (("empty", False), ("old", False), ("full", True)):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        with pytest.raises(KeyboardInterrupt), locked(tmp_path / name):
+            if writes:
+                (tmp_path / name / "x").touch()
+            raise KeyboardInterrupt
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["full", "old"]
 
 
 def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys):

@@ -235,6 +235,9 @@ def test_what_is_encoded_stays_when_a_run_is_stopped(folder, pocket, monkeypatch
         return encode(*args)
 
     (folder / "3.wav").touch()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Stale"):  # not of the file
+        patch.setattr(os.path, "getsize", lambda _: (_ for _ in ()).throw(OSError(116, "Stale")))
+        recordings.load_recordings(folder, pocket)
     monkeypatch.setattr(recordings, "encode", copy_the_rest)
     for n in 4, 5:  # it is seen by the next run, and aligned then
         found = recordings.load_recordings(folder, pocket)[0]

@@ -26,7 +26,7 @@ from text.durations import FRAMES_PER_SECOND, LANGUAGE_ROWS, char_durations, n_f
 from text.error_rates import edit_distance, error_rates
 from text.long import MixedBatches, fits, spell, split_long
 from text.sources import builtin, load_data, make_sentence
-from text.spelling import latin_letter, strip_unspoken, words
+from text.spelling import language_code, latin_letter, strip_unspoken, words
 from whisper_decoder import FrozenWhisper
 
 
@@ -404,3 +404,10 @@ def test_error_rates():
                                   ("th", "ที่นี่", "ทูนู", 4 / 6),
                                   ("fr", "Cafe\u0301, là!", "café là", 0)):
         assert error_rates([Sentence(code, text)], [read]).cer == cer
+
+
+@pytest.mark.parametrize("name, code", [
+    ("English", "en"), ("EN", "en"), ("en-US", "en"), ("es_419", "es"), ("zh-Hans-CN", "zh"),
+    ("de_DE.UTF-8", "de"), ("my_data", "my_data"), ("it_corpus", "it_corpus"), ("hi_res", "hi_res")])
+def test_names_of_languages(name, code):
+    assert language_code(name) == code

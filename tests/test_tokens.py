@@ -222,6 +222,14 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
         settings.write_text(text)
         fails(f"tokens(/settings.json)? .*{words}", "--quantiser", file, "--set", features)
     settings.write_text(whole)
+    of_set.write_text(now.replace('"speed": 1.0', '"speed": 0.9'))  # another set, in its place
+    fails("tokens was begun with another set, which has", "--quantiser", file, "--set", features)
+    of_set.write_text(now)
+    settings.write_text(json.dumps({k: x for k, x in json.loads(whole).items() if k != "set"}))
+    tokens.main(["--quantiser", str(file), "--set", str(features)])  # older ones do not say it
+    settings.write_text(whole)
+    with locked(tmp_path / "new"):
+        fails("another run writes to .*new", "espeak", "--out", tmp_path / "new")
     fails("features/tokens has tokens of another quantiser; give it as --quantiser, or move",
           "espeak", "--set", features, "--out", tmp_path / "new")
     with torch.no_grad():
