@@ -404,8 +404,8 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
 
 
 def test_a_new_folder_goes_with_a_run_that_wrote_nothing(tmp_path):
+    (tmp_path / "old").mkdir()
     for name, writes in (("empty", False), ("old", False), ("full", True)):
-        (tmp_path / "old").mkdir(exist_ok=True)
         with pytest.raises(KeyboardInterrupt), locked(tmp_path / name):
             if writes:
                 (tmp_path / name / "x").touch()

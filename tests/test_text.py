@@ -408,6 +408,6 @@ def test_error_rates():
 
 @pytest.mark.parametrize("name, code", [
     ("English", "en"), ("EN", "en"), ("en-US", "en"), ("es_419", "es"), ("zh-Hans-CN", "zh"),
-    ("de_DE.UTF-8", "de"), ("my_data", "my_data"), ("it_corpus", "it_corpus"), ("hi_res", "hi_res")])
+    ("de_DE.UTF-8", "de"), ("my_data", "my_data"), ("it_corpus", "it_corpus")])
 def test_names_of_languages(name, code):
     assert language_code(name) == code
