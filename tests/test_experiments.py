@@ -20,8 +20,8 @@ import sample
 import train
 from data import Sentence
 from experiments import (
-    bars, benchmark, engine, lens, look, pace, prompts, realism, rooms, seeds, student, sweep,
-    utterances,
+    bars, benchmark, engine, lens, look, pace, prompts, realism, rooms, seeds, sphinx, student,
+    sweep, utterances,
 )
 from plumbing.errors import BadInput
 from plumbing.files import Log
@@ -604,3 +604,46 @@ def test_people_are_an_upper_bound(ear, tmp_path, capsys):
     engine.compare("people", trips, [trip.read.text for trip in trips])
     out = capsys.readouterr().out
     assert "people, CTranslate2: CER" in out and "letter by letter the same: 100.0%" in out
+
+
+def test_a_recogniser_that_is_no_whisper(checkpoints, tmp_path, ear, monkeypatch, capsys):
+    heard = []
+
+    class Decoder:  # it writes the same in every other sound, else nothing
+        start_utt = end_utt = staticmethod(lambda: None)
+
+        def __init__(self, **flags):
+            assert flags["samprate"] == 16000
+
+        def process_raw(self, raw, full_utt):
+            heard.append(np.frombuffer(raw, "<i2").astype(int))
+
+        def hyp(self):
+            return SimpleNamespace(hypstr="the dog") if len(heard) % 2 else None
+
+    clips = spoken_clips(ear)[:2]
+    monkeypatch.setattr(sphinx, "Decoder", Decoder)
+    monkeypatch.setattr(sphinx, "espeak", lambda sentences, *_: (clips[0][1] for _ in sentences))
+    monkeypatch.setattr(sphinx, "human_clips", lambda *_: clips)
+    flags = ["--sentences", "4", "--recordings", "people", "--work_dir", str(tmp_path)]
+    sphinx.main([checkpoints["mel"], *flags, "--data", "en=builtin"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| espeak-ng", "| people",
+                                                    f"| {checkpoints['mel']}"]
+    assert [row.split(" | ")[-1] for row in rows] == ["4 |", "2 |", "4 |"]
+    spans = [speech_span(mel) for _, mel in clips]
+    assert [len(x) for x in heard[4:6]] == [
+        320 * (span.stop - sphinx.TAIL - span.start) + 6400 for span in spans]
+    assert 15000 < abs(heard[4]).max() < 17000 and 0 < abs(heard[4][:3000]).max() < 300
+    sentences = [Sentence("en", text) for text in ("The dog!", "A cat.", "Dogs")]
+    cer, low, high = sphinx.rates(sentences, ["the dog", "a bat", ""])
+    assert cer == 5 / 16 and low < cer < high == 1
+    assert not sphinx.rates(sentences, ["THE DOG.", "a cat", "dogs"]).any()
+    for argv, words in (([checkpoints["features"], *flags], "features, which have no sound"),
+                        ([checkpoints["mel"], "--sentences", "1"], "--sentences 1 are too few"),
+                        ([checkpoints["mel"], "--data", "de=builtin"], "knows English alone")):
+        with pytest.raises(BadInput, match=words):
+            sphinx.main(argv)
+    monkeypatch.setattr(sphinx, "Decoder", None)
+    with pytest.raises(BadInput, match="not installed; `pip install pocketsphinx`"):
+        sphinx.main([checkpoints["mel"]])

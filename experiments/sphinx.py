@@ -1,0 +1,122 @@
+"""Does a recogniser that is no Whisper understand an ear's English? PocketSphinx hears its sound.
+
+    pip install pocketsphinx
+    python experiments/sphinx.py out/ear5/ckpt.pt --data en=en.txt --recordings human
+
+It has Gaussian mixtures over cepstra and a trigram model of words (Huggins-Daines et al. 2006,
+10.1109/ICASSP.2006.1659988), and shares nothing with a Whisper but the language. It is a weak
+recogniser, so espeak-ng, which says the same sentences, and people stand beside the flows. All
+sound is made of a log-mel by Griffin-Lim. Chance: the same readings, of other sentences.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from data import Sentence  # noqa: E402
+from experiments.student import letters, others  # noqa: E402
+from experiments.utterances import espeak, human_clips, latents  # noqa: E402
+from flow import Solver  # noqa: E402
+from plumbing.errors import BadInput, guard  # noqa: E402
+from pocket import make_pocket  # noqa: E402
+from speech.ear import Ear  # noqa: E402
+from speech.recordings import TAIL, speech_span  # noqa: E402
+from speech.sound import griffin_lim  # noqa: E402
+from text.error_rates import edit_distance  # noqa: E402
+from text.sources import split_of  # noqa: E402
+
+try:
+    from pocketsphinx import Decoder
+except ImportError:
+    Decoder = None
+
+SEED = 1000  # of espeak-ng's voices, as in realism.py
+RESAMPLED = 1000  # times, for the interval
+
+
+def read(decoder, mel: Tensor) -> str:
+    """What it writes for a log-mel (M, n), which becomes sound first."""
+    samples = griffin_lim(mel).numpy()
+    samples = np.pad(0.5 * samples / abs(samples).max().clip(1e-6), 3200)  # 0.2 s of silence around
+    noise = np.random.default_rng(0).normal(0, 1e-3, len(samples))  # or silence is -inf to it
+    decoder.start_utt()
+    decoder.process_raw((32767 * (samples + noise)).astype("<i2").tobytes(), full_utt=True)
+    decoder.end_utt()
+    return decoder.hyp().hypstr if decoder.hyp() else ""
+
+
+def rates(sentences: list[Sentence], texts: list[str]) -> np.ndarray:
+    """Edits per letter, and between which bounds 95 % of resampled sets of sentences have it."""
+    pairs = [(letters(s), letters(Sentence("en", text))) for s, text in zip(sentences, texts)]
+    edits = np.array([edit_distance(*pair) for pair in pairs])
+    lengths = np.array([len(reference) for reference, _ in pairs])
+    picks = np.random.default_rng(0).integers(len(pairs), size=(RESAMPLED, len(pairs)))
+    resampled = edits[picks].sum(1) / lengths[picks].sum(1)
+    return np.array([edits.sum() / lengths.sum(), *np.quantile(resampled, (0.025, 0.975))])
+
+
+def spoken(mels: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Log-mels (M, 2P) -> what is speech in them (M, n)."""
+    for mel in mels:
+        span = speech_span(mel)
+        yield mel[:, 2 * span.start : 2 * (span.stop - TAIL)]
+
+
+def said(flow: sample.Flow, sentences: list[Sentence]) -> Iterator[Tensor]:
+    """Log-mels (M, n) of a flow."""
+    for x1, frames in latents(flow, sentences, Solver()):
+        yield from (flow.critic.log_mel_of(x[:n]) for x, n in zip(x1, frames))
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", type=Path, help="of train.py --latent mel")
+    add("--data", nargs="+", help="text, as for train.py (default: that of the first checkpoint)")
+    add("--sentences", type=int, default=200, help="held-out ones, at most")
+    add("--recordings", type=Path, help="people: a folder with manifest.tsv")
+    add("--work_dir", type=Path, default=Path("out/sphinx"), help="for espeak-ng's sound")
+    args = parser.parse_args(argv)
+    if args.sentences < 2:
+        raise BadInput(f"--sentences {args.sentences} are too few; at least 2")
+    if not Decoder:
+        raise BadInput("PocketSphinx is not installed; `pip install pocketsphinx`")
+    checkpoints = [train.load_checkpoint(path) for path in args.checkpoints]
+    flows = [sample.load_flow(checkpoint, torch.device("cpu")) for checkpoint in checkpoints]
+    for path, flow in zip(args.checkpoints, flows):
+        if not isinstance(flow.critic, Ear):
+            raise BadInput(f"{path} makes features, which have no sound; give one of --latent mel")
+    whisper = flows[0].critic
+    held_out = split_of(checkpoints[0]["config"], whisper, args.data)[1]
+    sentences = sorted((s for s in held_out if s.language == "en"), key=data.hash_share)
+    if len(sentences := sentences[: args.sentences]) < 2:
+        raise BadInput("PocketSphinx knows English alone; give --data in it")
+    rows = {"espeak-ng": (sentences, spoken(espeak(sentences, make_pocket.VARIANTS, SEED, whisper,
+                                                   args.work_dir)))}
+    if args.recordings:
+        clips = human_clips(args.recordings, whisper, {"en"}, args.sentences)
+        rows["people"] = [s for s, _ in clips], spoken(mel for _, mel in clips)
+    rows |= {str(path): (sentences, said(flow, sentences))
+             for path, flow in zip(args.checkpoints, flows)}
+    decoder = Decoder(samprate=16000, loglevel="FATAL")
+    print("| speech | CER | of resampled sentences 95 % | chance | sentences |\n| --- "
+          "| --- | --- | --- | --- |")
+    for name, (texts, mels) in rows.items():
+        read_texts = [read(decoder, mel) for mel in tqdm(mels, name, len(texts), leave=False)]
+        cer, low, high = rates(texts, read_texts)
+        chance = rates(others(texts), read_texts)[0]
+        print(f"| {name} | {cer:.1%} | {low:.1%} to {high:.1%} | {chance:.1%} | {len(texts)} |",
+              flush=True)
+
+
+if __name__ == "__main__":
+    guard(main)
