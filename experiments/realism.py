@@ -121,7 +121,7 @@ class Study:
         if is_pocket and not self.args.real:
             return False
         if voiceless := make_pocket.voiceless(languages):
-            print("note: no row of real speech, as espeak-ng cannot read " + ", ".join(voiceless))
+            print("note: no row of espeak-ng, as it cannot read " + ", ".join(voiceless))
         return not voiceless
 
     def make_tests(self, training: list, held_out: list, is_pocket: bool) -> dict[str, Speech]:
@@ -214,17 +214,17 @@ class Study:
             whisper.log_mel_of(x[:n]) for x1, frames in made for x, n in zip(x1, frames.tolist()))
 
     def real_rows(self) -> Iterator[tuple[str, dict]]:
-        """Students of as much real speech, and of the same without its rhythm, for each seed."""
+        """Students of espeak-ng's speech, and of the same without its rhythm, for each seed."""
         real = join(self.say(self.sentences, seed, make_pocket.VARIANTS, rooms)
                     for seed, rooms in self.takes(0, 20))
         own = self.say(self.held_out, 2)
         figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")
         for seed in self.args.seeds:
-            yield "real speech", figures | self.student(real, own, seed)
+            yield "espeak-ng", figures | self.student(real, own, seed)
         speed = self.flows[self.args.checkpoints[0]].speed
         real, own = even(real, speed), even(own, speed)
         for seed in self.args.seeds:
-            yield "real speech, letters equally long", self.student(real, own, seed)
+            yield "espeak-ng, letters equally long", self.student(real, own, seed)
         if not self.args.recordings:
             return
         others = self.other_clips()
@@ -340,7 +340,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--steps", type=int, default=3000, help="of a student, at most")
     add("--rooms", type=float, default=0.0, help="say all once more, in voices so different")
     add("--real", action=argparse.BooleanOptionalAction, default=True,
-        help="rows of real speech and of other texts")
+        help="rows of espeak-ng and of other texts")
     add("--device", default="auto", help="of Whisper and the flow: auto, cpu, cuda, mps")
     add("--work_dir", type=Path, default=Path("out/realism"), help="speech, .wav files")
     add("--out", type=Path, default=Path("out/realism"), help="writes OUT.md and OUT.png")

@@ -6,12 +6,12 @@
         --quantiser out/tokens_tiny/quantiser.pt
 
 A decoder-only transformer reads the sound tokens of an utterance, then writes its text, letter by
-letter. It learns from one kind of speech, and is tested on real speech, of sentences and in voices
-that nothing was trained on, or of people (--recordings): character error rate, greedy; and
-perplexity of the real tokens, which says how likely a model of synthetic ones finds them. All rows
-have one quantiser, of real speech, as Ichigo has. So small a model learns where to look only with
-CTC over the sound as a second loss, as in hybrid recognisers (Watanabe et al. 2017,
-10.1109/JSTSP.2017.2763455); it writes without it.
+letter. It learns from one kind of speech, and is tested on sentences that nothing was trained on,
+of espeak-ng in unheard voices, or of people (--recordings): character error rate, greedy; and
+perplexity of their tokens, which says how likely a model of synthetic ones finds them. All rows
+have one quantiser, of espeak-ng. So small a model learns where to look only with CTC over the sound
+as a second loss, as in hybrid recognisers (Watanabe et al. 2017, 10.1109/JSTSP.2017.2763455); it
+writes without it.
 
 B batch, L positions of a sequence, D width, H heads, V tokens of sound, marks and letters.
 """
@@ -214,8 +214,8 @@ def main(argv=None) -> None:
     check_sources(args.sources, sentences, whisper)
     note_unheard(quantiser, sentences)
     heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
-    print("| a language model of | CER on real speech | on what it learned from | perplexity "
-          "of real tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)
+    print("| a language model of | CER on this test | on what it learned from | perplexity "
+          "of its tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)
     rows = [(source, source, texts) for source in args.sources]
     if args.chance:
         rows.insert(1, (args.sources[0], f"{args.sources[0]}, with other texts",

@@ -1,6 +1,6 @@
 """Sound tokens: a quantiser of WhisperVQ's recipe, and its tokens in the forms of other projects.
 
-    python experiments/tokens.py espeak --out out/tokens                  # of real speech
+    python experiments/tokens.py espeak --out out/tokens                  # of its speech
     python experiments/tokens.py out/mel/ckpt.pt --out out/made_tokens    # of a flow's speech
     python experiments/tokens.py --quantiser out/tokens/quantiser.pt --set out/set --part 2/8
 
@@ -528,7 +528,7 @@ def quantiser_of_source(args: argparse.Namespace, whisper: FrozenWhisper) -> Qua
     if args.recordings:
         tests["people"] = people(args.recordings, languages, known, whisper)
     if args.whisper == "pocket":
-        tests["real speech"] = real_test(whisper, languages, known)
+        tests["espeak-ng, unheard voices"] = real_test(whisper, languages, known)
     if args.quantiser:
         quantiser = load_quantiser(args.quantiser, whisper)
         note_unheard(quantiser, training)

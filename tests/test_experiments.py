@@ -442,12 +442,12 @@ def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path,
     rows = table(tmp_path, path := checkpoints["features"], "--steps", "300", "--recordings",
                  str(tmp_path))
     others = f"people, {len(learned[2].sentences)} other clips of them"  # 30 times 2 or 3
-    assert list(rows) == ["real speech", "real speech, letters equally long", others, path,
+    assert list(rows) == ["espeak-ng", "espeak-ng, letters equally long", others, path,
                           f"{path}, with other texts"]
     assert {s.text for s in learned[2].sentences} < {*texts} and list(rows[others][0]) == ["human"]
     assert learned[4].x1 is learned[3].x1  # of other texts
     assert learned[4].sentences == student.others(learned[3].sentences) != learned[3].sentences
-    real, made = rows["real speech"][0], rows[path][0]
+    real, made = rows["espeak-ng"][0], rows[path][0]
     assert list(real) == list(made) and set(made) == set(realism.COLUMNS) - {
         "critic_wav", "judge_wav"}
     assert real["critic"] < 0.1 < made["critic"]

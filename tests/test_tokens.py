@@ -343,7 +343,7 @@ def test_commands(runs, make_set, pocket, tmp_path, monkeypatch, capsys):
     tokens.main([ear, "--steps", "2", "--out", str(tmp_path), "--set", str(made), "--form",
                  "speechless", *text])
     out = capsys.readouterr().out
-    assert "real speech: " in out and f"wrote {made}/tokens: " in out
+    assert "espeak-ng, unheard voices: " in out and f"wrote {made}/tokens: " in out
     assert re.search(r"\n  CER: .*% of the speech, .*% of its tokens\n  CER de: ", out)
     assert judged == [few, held_out] and known == [{"the dog sleeps", "die sonne scheint"}]
     with pytest.raises(BadInput, match="quantiser.pt is there already; --quantiser .* uses it"):
