@@ -1,6 +1,6 @@
 """Does a recogniser that is no Whisper understand an ear's English? PocketSphinx hears its sound.
 
-    pip install pocketsphinx
+    pip install pocketsphinx        # and espeak-ng
     python experiments/sphinx.py out/ear5/ckpt.pt --data en=en.txt --recordings human
 
 It has Gaussian mixtures over cepstra and a trigram model of words (Huggins-Daines et al. 2006,
@@ -24,6 +24,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from data import Sentence  # noqa: E402
 from experiments.student import letters, others  # noqa: E402
+from experiments.tokens import check_espeak, open_source  # noqa: E402
 from experiments.utterances import espeak, human_clips, latents  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
@@ -90,16 +91,17 @@ def main(argv=None) -> None:
         raise BadInput(f"--sentences {args.sentences} are too few; at least 2")
     if not Decoder:
         raise BadInput("PocketSphinx is not installed; `pip install pocketsphinx`")
-    checkpoints = [train.load_checkpoint(path) for path in args.checkpoints]
-    flows = [sample.load_flow(checkpoint, torch.device("cpu")) for checkpoint in checkpoints]
-    for path, flow in zip(args.checkpoints, flows):
-        if not isinstance(flow.critic, Ear):
-            raise BadInput(f"{path} makes features, which have no sound; give one of --latent mel")
-    whisper = flows[0].critic
-    held_out = split_of(checkpoints[0]["config"], whisper, args.data)[1]
+    checkpoint = train.load_checkpoint(args.checkpoints[0])
+    whisper = sample.load_flow(checkpoint, torch.device("cpu")).critic
+    held_out = split_of(checkpoint["config"], whisper, args.data)[1]
     sentences = sorted((s for s in held_out if s.language == "en"), key=data.hash_share)
     if len(sentences := sentences[: args.sentences]) < 2:
         raise BadInput("PocketSphinx knows English alone; give --data in it")
+    check_espeak(sentences)
+    flows = [open_source(str(path), sentences, whisper) for path in args.checkpoints]
+    for path, flow in zip(args.checkpoints, flows):
+        if not isinstance(flow.critic, Ear):
+            raise BadInput(f"{path} makes features, which have no sound; give one of --latent mel")
     rows = {"espeak-ng": (sentences, spoken(espeak(sentences, make_pocket.VARIANTS, SEED, whisper,
                                                    args.work_dir)))}
     if args.recordings:

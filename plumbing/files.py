@@ -79,12 +79,14 @@ def locked(folder: Path, rank: int = 0, part: str = ""):
     is_new = not folder.exists()
     make_folder(folder)
     with as_bad_input(f"{folder} cannot be written", "give a place that you may write to"):
-        # A file, as NFS locks no folders; it stays, as another run may just have opened it.
+        # A file, as NFS locks no folders; it stays where something was written.
         lock = open(folder / f".lock{part}", "w")
     with lock:
         try:
             if flock:
                 flock(lock, LOCK_EX | LOCK_NB)
+                if not os.path.exists(lock.name):  # whoever had it has just deleted it
+                    raise BlockingIOError
         except BlockingIOError as error:
             raise BadInput(f"another run writes to {folder}; give another folder") from error
         except OSError as error:  # of a cluster, perhaps
@@ -127,11 +129,12 @@ class Log:
             self.file = open(self.now, "a", buffering=1)
             print(self.header, file=self.file)
         if self.now != self.path:
-            for file in self.path, checkpoint.with_name("result.txt"), checkpoint:
+            was_run = checkpoint.exists()
+            for file in checkpoint, checkpoint.with_name("result.txt"), self.path:
                 if file.exists():
                     os.replace(file, file.with_suffix(".old"))
                     tqdm.write(f"note: {file} of an earlier run is now its .old", file=sys.stderr)
-                elif checkpoint.exists():  # that run did not end: its result is no older one's
+                elif was_run:  # it has none, so an .old is of a run before that
                     file.with_suffix(".old").unlink(missing_ok=True)
             self.file.close()  # Windows renames no open file
             os.replace(self.now, self.path)

@@ -103,7 +103,7 @@ def read_audio(path: Path) -> np.ndarray:
         if (seconds := soundfile.info(path).duration) > MAX_SECONDS:
             raise BadInput(f"it lasts {seconds:.0f} s; cut it")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (PermissionError, RuntimeError, TypeError) as error:  # a disk's failure stops the run
+    except (PermissionError, RuntimeError, TypeError) as error:  # another OSError stops the run
         raise BadInput(f"no audio that can be read ({first_line(error)})") from error
     samples = samples.mean(1)
     loudest = abs(samples).max(initial=0)  # nan, if one is

@@ -606,8 +606,8 @@ def test_people_are_an_upper_bound(ear, tmp_path, capsys):
     assert "people, CTranslate2: CER" in out and "letter by letter the same: 100.0%" in out
 
 
-def test_a_recogniser_that_is_no_whisper(checkpoints, tmp_path, ear, monkeypatch, capsys):
-    heard = []
+def test_a_recogniser_that_is_no_whisper(runs, tmp_path, ear, monkeypatch, capsys):
+    heard, mel, features = [], *(str(runs[0] / name) for name in ("mel", "features"))
 
     class Decoder:  # it writes the same in every other sound, else nothing
         start_utt = end_utt = staticmethod(lambda: None)
@@ -623,13 +623,14 @@ def test_a_recogniser_that_is_no_whisper(checkpoints, tmp_path, ear, monkeypatch
 
     clips = spoken_clips(ear)[:2]
     monkeypatch.setattr(sphinx, "Decoder", Decoder)
+    monkeypatch.setattr(sphinx, "check_espeak", lambda _: None)
     monkeypatch.setattr(sphinx, "espeak", lambda sentences, *_: (clips[0][1] for _ in sentences))
     monkeypatch.setattr(sphinx, "human_clips", lambda *_: clips)
     flags = ["--sentences", "4", "--recordings", "people", "--work_dir", str(tmp_path)]
-    sphinx.main([checkpoints["mel"], *flags, "--data", "en=builtin"])
+    sphinx.main([mel, *flags, "--data", "en=builtin"])
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| espeak-ng", "| people",
-                                                    f"| {checkpoints['mel']}"]
+                                                    f"| {mel}"]
     assert [row.split(" | ")[-1] for row in rows] == ["4 |", "2 |", "4 |"]
     spans = [speech_span(mel) for _, mel in clips]
     assert [len(x) for x in heard[4:6]] == [
@@ -639,11 +640,11 @@ def test_a_recogniser_that_is_no_whisper(checkpoints, tmp_path, ear, monkeypatch
     cer, low, high = sphinx.rates(sentences, ["the dog", "a bat", ""])
     assert cer == 5 / 16 and low < cer < high == 1
     assert not sphinx.rates(sentences, ["THE DOG.", "a cat", "dogs"]).any()
-    for argv, words in (([checkpoints["features"], *flags], "features, which have no sound"),
-                        ([checkpoints["mel"], "--sentences", "1"], "--sentences 1 are too few"),
-                        ([checkpoints["mel"], "--data", "de=builtin"], "knows English alone")):
+    for argv, words in (([features, *flags], "features, which have no sound"),
+                        ([mel, "--sentences", "1"], "--sentences 1 are too few"),
+                        ([mel, "--data", "de=builtin"], "knows English alone")):
         with pytest.raises(BadInput, match=words):
             sphinx.main(argv)
     monkeypatch.setattr(sphinx, "Decoder", None)
     with pytest.raises(BadInput, match="not installed; `pip install pocketsphinx`"):
-        sphinx.main([checkpoints["mel"]])
+        sphinx.main([mel])
