@@ -606,7 +606,7 @@ def test_people_are_an_upper_bound(ear, tmp_path, capsys):
     assert "people, CTranslate2: CER" in out and "letter by letter the same: 100.0%" in out
 
 
-def test_a_recogniser_that_is_no_whisper(runs, tmp_path, ear, monkeypatch, capsys):
+def test_a_recogniser_that_is_no_whisper(runs, checkpoints, tmp_path, ear, monkeypatch, capsys):
     heard, mel, features = [], *(str(runs[0] / name) for name in ("mel", "features"))
 
     class Decoder:  # it writes the same in every other sound, else nothing
@@ -642,7 +642,8 @@ def test_a_recogniser_that_is_no_whisper(runs, tmp_path, ear, monkeypatch, capsy
     assert not sphinx.rates(sentences, ["THE DOG.", "a cat", "dogs"]).any()
     for argv, words in (([features, *flags], "features, which have no sound"),
                         ([mel, "--sentences", "1"], "--sentences 1 are too few"),
-                        ([mel, "--data", "de=builtin"], "knows English alone")):
+                        ([mel, "--data", "de=builtin"], "knows English alone"),
+                        ([mel, checkpoints["mel"], *flags], "never learned en")):
         with pytest.raises(BadInput, match=words):
             sphinx.main(argv)
     monkeypatch.setattr(sphinx, "Decoder", None)

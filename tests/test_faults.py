@@ -397,6 +397,32 @@ def test_files_stay_whole_and_those_of_an_earlier_run_are_kept(tmp_path):
             pass
 
 
+def test_a_kill_between_two_renames_leaves_an_earlier_run_whole(tmp_path, monkeypatch):
+    names, replace, calls = ("ckpt", "result", "log"), os.replace, []
+    paths = [tmp_path / f"{name}{end}" for name, end in zip(names, (".pt", ".txt", ".csv"))]
+    for path in paths:
+        path.write_text("earlier")
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    log = Log(paths[2], "step,loss", 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        log.keep(paths[0])
+    Log(paths[2], "step,loss", 0).keep(paths[0])  # of the next run
+    assert [(tmp_path / f"{name}.old").read_text() for name in names] == ["earlier"] * 3
+
+
+def test_a_lock_that_was_just_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "flock", lambda lock, _: os.unlink(lock.name))
+    with pytest.raises(BadInput, match="another run writes to"), locked(tmp_path):
+        pass
+
+
 def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(BadInput, match="new cannot be written; give a place that you may write to"):
