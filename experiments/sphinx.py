@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from data import Sentence  # noqa: E402
 from experiments.student import letters, others  # noqa: E402
-from experiments.tokens import check_espeak, open_source  # noqa: E402
+from experiments.tokens import SEED, check_espeak, open_source  # noqa: E402
 from experiments.utterances import espeak, human_clips, latents  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
@@ -34,13 +33,13 @@ from speech.recordings import TAIL, speech_span  # noqa: E402
 from speech.sound import griffin_lim  # noqa: E402
 from text.error_rates import edit_distance  # noqa: E402
 from text.sources import split_of  # noqa: E402
+from whisper_decoder import FrozenWhisper  # noqa: E402
 
 try:
     from pocketsphinx import Decoder
 except ImportError:
     Decoder = None
 
-SEED = 1000  # of espeak-ng's voices, as in realism.py
 RESAMPLED = 1000  # times, for the interval
 
 
@@ -92,7 +91,7 @@ def main(argv=None) -> None:
     if not Decoder:
         raise BadInput("PocketSphinx is not installed; `pip install pocketsphinx`")
     checkpoint = train.load_checkpoint(args.checkpoints[0])
-    whisper = sample.load_flow(checkpoint, torch.device("cpu")).critic
+    whisper = FrozenWhisper(checkpoint["config"]["whisper"])
     held_out = split_of(checkpoint["config"], whisper, args.data)[1]
     sentences = sorted((s for s in held_out if s.language == "en"), key=data.hash_share)
     if len(sentences := sentences[: args.sentences]) < 2:
