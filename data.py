@@ -48,10 +48,11 @@ def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]
     """
     hashes = {s: hash_share(s) for s in sentences}
     order = sorted(sentences, key=hashes.get)  # so that the first few are a fair sample
-    first = {s.language: s for s in reversed(order)}  # held out in a language that has two
+    first = {s.language: s for s in reversed(order)}  # of each language
+    # Always held out: the first of all, and that of each language which has another.
     always = {*order[:1], *(first[s.language] for s in order if s != first[s.language])}
     held_out = [s for s in order if hashes[s] <= HELD_OUT or s in always]
-    keys = set(map(key, held_out))  # so held-out sentences themselves drop out too
+    keys = {key(s) for s in held_out}  # of these sentences and their near copies
     training = [s for s in sentences if key(s) not in keys]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "

@@ -19,7 +19,7 @@ from torch import Tensor
 REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
 BYTES = 4  # most bytes of a character in UTF-8
 CAPITAL = 1 + 256 * BYTES  # id of what every capital adds, behind those of all bytes
-OF_WHISPER = "token_in", "language_in", "token_out", "position_out"  # they fit one Whisper
+OF_WHISPER = "token_in", "language_in", "token_out", "position_out"  # for one Whisper only
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class DiT(nn.Module):
         self.letter_in = nn.Embedding(CAPITAL + 1, width, padding_idx=0)
         self.unit_conv = nn.Conv1d(width, width, 9, padding=4)  # a unit and its neighbours
         self.phase_in = nn.Linear(2, width)  # how far into its unit a frame is
-        self.order_in = nn.Linear(patch * width, width, bias=False)
+        self.order_in = nn.Linear(patch * width, width, bias=False)  # of the frames in a patch
         self.time_in = mlp(width, width, width)
         self.language_in = nn.Linear(config.embedding, width)
         self.no_text = nn.Parameter(torch.zeros(width))
@@ -125,7 +125,8 @@ class DiT(nn.Module):
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         self.register_buffer("position_out", torch.zeros(config.max_frames, config.channels))
-        # All but ASCII (ids 1 to 128) begin as the Latin letters that they sound like.
+        # Bytes that are not ASCII (ids 1 to 128) say nothing at first; the Latin letter beside
+        # them, which they sound like, speaks for them.
         nn.init.zeros_(self.letter_in.weight[129:CAPITAL])
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)

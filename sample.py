@@ -121,7 +121,8 @@ def main(argv=None) -> None:
     parts = [*map(cut_text, texts)]
     trips = round_trips(model, whisper, *zip(*chain(*parts)), args.solver, change)
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None,
-                            x1=trip.x1 if args.wav else trip.x1[:, :0].clone()) for trip in trips]
+                            x1=trip.x1 if args.wav else trip.x1[:, :0].clone())  # its length
+              for trip in trips]
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
     hypotheses, remaining = [], iter(pieces)

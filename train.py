@@ -145,7 +145,7 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         frames = batch.cond["frames"]
         x1 = change(flow.last(generate(model, whisper, batch, solver)), batch)
         features = whisper.features(x1, frames)
-        read = whisper.transcribe(features, *zip(*batch.sentences))  # a draft changes no result
+        read = whisper.transcribe(features, *zip(*batch.sentences))  # drafts: text/greedy.py
         x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
         yield from map(RoundTrip, batch.sentences, x1, features, read)
 
@@ -202,7 +202,7 @@ class Run:
         """Go on from a checkpoint; BadInput if its origin or a flag not in MAY_CHANGE differs."""
         flags = {name: x for name, x in asdict(self.config).items() if name not in MAY_CHANGE}
         check_same(self.path, checkpoint["config"], flags, "--out_dir")
-        check_same(self.path, checkpoint["origin"], self.origin, "--out_dir", self.origin)
+        check_same(self.path, checkpoint["origin"], self.origin, "--out_dir", things=self.origin)
         self.step = checkpoint["step"]
         for name in ("model", "ema", "optimizer"):
             getattr(self, name).load_state_dict(checkpoint[name])

@@ -43,6 +43,7 @@ class FrozenWhisper:
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.n_samples = 2 * self.max_frames * HOP_LENGTH  # of 16 kHz, in its window
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
+        # Tokens whose embeddings are equal count as one, a row; most have a row of their own.
         self.rows, self.row_of, self.row_count, is_own = distinct_rows(
             self.model.decoder.token_embedding.weight)
         # Pocket's unused tokens share one row; a language with such a token was never trained.
