@@ -176,7 +176,7 @@ class Batches(torch.utils.data.Dataset):
         self.set_durations(char_durations)
 
     def set_durations(self, durations: Callable) -> None:
-        """How long characters last, from a rule or a `speech.align.Rhythm`."""
+        """How long characters last, by a rule, or by `speech.align.durations_by`."""
         self.durations_of = durations
         self.durations = [durations(s, self.speed) for s in self.sentences]
         self.frames = torch.tensor([d.sum() for d in self.durations])

@@ -12,26 +12,27 @@ from pathlib import Path
 from typing import Sequence
 
 import torch
+from whisper.audio import HOP_LENGTH
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from plumbing.files import atomic_write, fingerprint  # noqa: E402
+from plumbing.files import fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech import recordings, sound  # noqa: E402
 from text.sources import builtin  # noqa: E402
 
 MEAN_SECONDS = 2.25  # of a spoken sentence
 FIRST_SEED = 2000  # of speech; realism.py's voices have others
-LONGEST = 160 * make_pocket.MEL_FRAMES  # samples that pocket hears at once
+LONGEST = HOP_LENGTH * make_pocket.MEL_FRAMES  # samples that pocket hears at once
 # minutes of speech, share of the steps for speech alone, steps: 4,200 of speech in both kinds
 ARMS = {f"{kind}-{minutes}": (minutes, *arm) for minutes in (1, 7, 30, 110)
         for kind, arm in dict(flow=(1.0, 4200), both=(0.75, 4800)).items()}
 
 
 def choose(minutes: float) -> list[data.Sentence]:
-    """So many minutes of sentences, in equal parts of every language; few are among the many."""
+    """So many minutes of sentences, in equal parts of every language; all are among the 110."""
     sentences = data.split(builtin())[0]
     random.Random(2).shuffle(sentences)
     most = data.per_language(sentences, round(110 * 60 / MEAN_SECONDS))
@@ -40,18 +41,16 @@ def choose(minutes: float) -> list[data.Sentence]:
 
 def write_speech(folder: Path, sentences: Sequence[data.Sentence]) -> None:
     """Speak sentences once each, into .wav files and a manifest.tsv."""
-    def write(sentence: data.Sentence) -> str:
+    def write(sentence: data.Sentence) -> Path:
         path = folder / f"{fingerprint(sentence)}.wav"
         if not path.exists():
             samples = make_pocket.random_samples(
                 sentence, make_pocket.VARIANTS, FIRST_SEED, LONGEST, lead=0.1)
             sound.write_samples(path, torch.from_numpy(samples))
-        return f"{path.name}\t{sentence.language}\t{sentence.text}\n"
+        return path
 
     with ThreadPoolExecutor(2) as pool:
-        lines = list(pool.map(write, sentences))
-    with atomic_write(folder / "manifest.tsv") as part:
-        part.write_text("".join(lines), "utf-8")
+        sound.write_manifest([*pool.map(write, sentences)], sentences)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
     python experiments/bars.py out/base/result.txt --out docs/languages.png
 """
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from whisper.tokenizer import LANGUAGES
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import figures  # noqa: E402
 from plumbing.errors import BadInput, first_line, guard  # noqa: E402
+from plumbing.flags import Parser, file_path  # noqa: E402
 
 
 def rates_of(result: str, steps: int) -> dict[str, float]:
@@ -33,10 +33,10 @@ def picture(rates: dict[str, float], title: str, path: Path) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("result", type=Path, help="result.txt of train.py")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("result", type=file_path, help="result.txt of train.py")
     parser.add_argument("--steps", type=int, choices=[1, 4], default=4, help="of the solver")
-    parser.add_argument("--out", type=Path, default=Path("out/languages.png"))
+    parser.add_argument("--out", type=file_path, default=Path("out/languages.png"))
     args = parser.parse_args(argv)
     try:
         rates = rates_of(args.result.read_text(), args.steps)

@@ -28,6 +28,7 @@ import train  # noqa: E402
 from model import DiT, DiTConfig  # noqa: E402
 from plumbing.devices import choose_device, has_bf16, mixed_precision, peak_memory  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.flags import Parser, positive  # noqa: E402
 from text.durations import FRAMES_PER_SECOND  # noqa: E402
 from text.long import MixedBatches  # noqa: E402
 from text.sources import load_data  # noqa: E402
@@ -85,8 +86,8 @@ def random_checkpoint(name: str, path: Path) -> None:
 
 
 def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -113,17 +114,20 @@ def choose(sentences: list, span: str, n_languages: int) -> list:
     return chosen
 
 
-def measure_training(name: str, bf16: bool, args) -> None:
-    """One line of the table, in a process of its own: peak memory never falls."""
-    device = choose_device(args.device)
+def random_run(name: str, args, device: torch.device) -> train.Run:
+    """A run that begins, with a Whisper of random weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "whisper.pt"
         random_checkpoint(name, path)
         config = train.Config(out_dir=folder, latent=args.latent, depth=args.depth)
-        whisper = train.LATENTS[args.latent](str(path), device)
-        run = train.Run(config, whisper)
-    trained = n_parameters(run.model)
-    frozen = n_parameters(whisper.model)
+        return train.Run(config, train.LATENTS[args.latent](str(path), device))
+
+
+def measure_training(name: str, bf16: bool, args) -> None:
+    """One line of the table, in a process of its own: peak memory never falls."""
+    device = choose_device(args.device)
+    run = random_run(name, args, device)
+    config, whisper, trained = run.config, run.whisper, n_parameters(run.model)
     n, span, n_languages = args.batch_size[0], args.words[0], args.languages[0]
     shares = load_data(args.data, whisper, temperature=config.temperature)[0]
     sentences = choose(data.split(list(shares))[0], span, n_languages)
@@ -161,31 +165,31 @@ def measure_training(name: str, bf16: bool, args) -> None:
     form = "bf16" if bf16 else "tf32" if device.type == "cuda" else "fp32"
     parts = " | ".join(f"{1000 * times[part] / args.steps:.0f}" for part in PARTS)
     print(f"| {name} | {run.model.config.depth} | {trained / 1e6:.0f} M | {form} | {n} | {span} | "
-          f"{seconds:.1f} | {n_languages} | {held(frozen, trained):.1f} | "
+          f"{seconds:.1f} | {n_languages} | {held(n_parameters(whisper.model), trained):.1f} | "
           f"{peak_memory(device):.1f} | {1000 * times.total() / args.steps:.0f} | {parts} |",
           flush=True)
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("what", choices=["memory", "train"])
     parser.add_argument("names", nargs="*", default=["tiny", "base"], help=f"of {list(SHAPES)}")
     parser.add_argument("--latent", choices=list(train.LATENTS), default="features")
     parser.add_argument("--depth", type=int, default=0, help="of the DiT; 0: as wide as Whisper")
     parser.add_argument("--data", nargs="+", default=["builtin"])
-    parser.add_argument("--batch_size", nargs="+", type=int, default=[24])
+    parser.add_argument("--batch_size", nargs="+", type=positive, default=[24])
     parser.add_argument("--words", nargs="+", default=[ALL], help="of a sentence, in "
                         "batches of single ones; all: batches as train.py has them")
     parser.add_argument("--languages", nargs="+", type=int, default=[0], help="how many; 0: all")
-    parser.add_argument("--steps", type=int, default=20, help="that are measured")
+    parser.add_argument("--steps", type=positive, default=20, help="that are measured")
     parser.add_argument("--warmup", type=int, default=5, help="steps before")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what this process measures
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(SHAPES):
         raise BadInput(f"{' '.join(unknown)}: choose some of {', '.join(SHAPES)}")
-    if min(args.steps, args.warmup + 1, *args.batch_size) < 1:
-        raise BadInput("--steps and --batch_size are at least 1, --warmup at least 0")
+    if args.warmup < 0:
+        raise BadInput(f"--warmup {args.warmup} cannot be used; at least 0")
     if args.what == "memory":
         return compute_memory()
     if args.one:

@@ -7,7 +7,6 @@
 Both have the same weights; its decoder and its search were written by others. It reads features,
 and of --latent mel the spectrogram, which its own encoder hears.
 """
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from experiments.utterances import human_clips  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.flags import Parser, file_path, positive  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from text.error_rates import cer_by_language, edit_distance, error_rates  # noqa: E402
 from text.greedy import make_task  # noqa: E402
@@ -127,14 +127,12 @@ def compare(what: str, trips: list, theirs: list[str]) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="of train.py")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=file_path, help="of train.py")
     parser.add_argument("--data", nargs="+", help="of train.py; its held-out part is read")
-    parser.add_argument("--sentences", type=int, default=100)
-    parser.add_argument("--recordings", type=Path, help="a folder with manifest.tsv")
+    parser.add_argument("--sentences", type=positive, default=100)
+    parser.add_argument("--recordings", type=file_path, help="a folder with manifest.tsv")
     args = parser.parse_args(argv)
-    if args.sentences < 1:
-        raise BadInput(f"--sentences {args.sentences} are too few; at least 1")
     if not ctranslate2:
         raise BadInput("CTranslate2 is not installed; `pip install ctranslate2`")
     checkpoint = train.load_checkpoint(args.checkpoint)

@@ -10,7 +10,6 @@ about a fifth of the texts is not what is said.
 It needs apt-get and dpkg, of Debian or Ubuntu, and ffmpeg. A run that was stopped goes on where it
 was; manifest.tsv comes last and lists the languages of that run.
 """
-import argparse
 import gzip
 import re
 import shutil
@@ -25,6 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write, make_folder  # noqa: E402
+from plumbing.flags import Parser, file_path  # noqa: E402
 
 VOICES = {"en": "en_US_f_Allison", "es": "es_MX_f_Allison", "fr": "fr_CA_f_June",
           "it": "it_IT_m_Carlo", "ru": "ru_RU_f_IvrvoiceRU"}  # folders in the packages
@@ -89,9 +89,9 @@ def convert(source: Path, wav: Path) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=Path, default=Path("human"), help="a folder (default: %(default)s)")
+    add("--out", type=file_path, default=Path("human"), help="a folder (default: %(default)s)")
     add("--languages", nargs="+", choices=VOICES, default=[*VOICES], metavar="CODE",
         help=f"of {' '.join(VOICES)} (default: all)")
     args = parser.parse_args(argv)

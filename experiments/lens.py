@@ -9,7 +9,6 @@ a clip that says it than in a clip that does not? Two controls: other tokens in 
 make over 50 %, as long clips say more, and peak higher; and a random rotation in place of W.
 FOLDER has manifest.tsv (path, language, text).
 """
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import data  # noqa: E402
 from experiments.student import Speech  # noqa: E402
 from experiments.utterances import people, real_test  # noqa: E402
 from plumbing.errors import guard  # noqa: E402
+from plumbing.flags import Parser, file_path  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
 N_DRAWS = 10  # of other tokens, and of rotations
@@ -57,10 +57,10 @@ def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float, float]:
 
 
 def main(argv=None) -> dict[str, tuple[float, float, float]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("whisper", help="pocket, an official name, or a checkpoint file")
-    add("--recordings", type=Path, help="human speech (default: the shipped clips of espeak-ng)")
+    add("--recordings", type=file_path, help="human speech (default: clips of espeak-ng)")
     add("--languages", nargs="+", default="de en es fr zh".split(), help="of the speech")
     args = parser.parse_args(argv)
     whisper = FrozenWhisper(args.whisper)

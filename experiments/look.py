@@ -5,7 +5,6 @@
 Beside them the x1 of real speech. The sentence is the first spoken one of pocket/speech.npz in the
 language, which training never saw.
 """
-import argparse
 import sys
 import textwrap
 from pathlib import Path
@@ -19,6 +18,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from experiments import figures  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.flags import Parser, file_path  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech.recordings import speech_span  # noqa: E402
 from text.durations import FRAMES_PER_SECOND  # noqa: E402
@@ -38,10 +38,10 @@ def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="of train.py")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=file_path, help="of train.py")
     parser.add_argument("--language", default="en", help="of the sentence (default: en)")
-    parser.add_argument("--out", type=Path, default=Path("out/flow.png"))
+    parser.add_argument("--out", type=file_path, default=Path("out/flow.png"))
     args = parser.parse_args(argv)
     checkpoint = train.load_checkpoint(args.checkpoint)
     model, whisper, durations, speed = sample.load_flow(checkpoint, torch.device("cpu"))

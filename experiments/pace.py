@@ -5,16 +5,15 @@
 The sentences were written for this project. The file has other paces for en, es, de, fr, zh (of
 pocket's own clips, in many voices) and ja (6.3, of the same sentence in kana); nn has nb's.
 """
-import argparse
-import io
 import subprocess
 import sys
-import wave
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plumbing.errors import guard  # noqa: E402
+from plumbing.flags import Parser  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from text.durations import LANGUAGE_ROWS  # noqa: E402
 from text.spelling import words  # noqa: E402
@@ -26,19 +25,19 @@ RESPELLED = {"as": {"\u09af\u09bc": "\u09df", "\u09a2\u09bc": "\u09f0"},
 
 def seconds(text: str, voice: str) -> float | None:
     """How long the voice speaks, between the silences (40 dB); None if there is no such voice."""
-    command = ["espeak-ng", "-v", voice, "--stdout", text]
-    wav = subprocess.run(command, capture_output=True).stdout
-    if not voice or not wav:
+    if not voice:
         return None
-    with wave.open(io.BytesIO(wav)) as clip:
-        rate, samples = clip.getframerate(), np.frombuffer(clip.readframes(10**9), np.int16)
+    try:
+        samples, rate = make_pocket.read_aloud(text, voice)
+    except subprocess.CalledProcessError:
+        return None
     power = np.square(samples[: len(samples) // 100 * 100].reshape(-1, 100).astype(float)).mean(1)
     loud = np.flatnonzero(power > power.max() / 1e4)
     return (loud[-1] + 1 - loud[0]) * 100 / rate
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    Parser(__doc__.splitlines()[0]).parse_args()
     make_pocket.need_espeak()
     for code, iso, _, text in LANGUAGE_ROWS:
         said = text
@@ -50,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

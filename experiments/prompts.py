@@ -4,7 +4,6 @@
     python experiments/prompts.py piper-recording-studio --out prompts.tsv
     python experiments/prompts.py piper-recording-studio --languages en es --short --out short2.tsv
 """
-import argparse
 import re
 import sys
 import unicodedata
@@ -13,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write  # noqa: E402
+from plumbing.flags import Parser, file_path  # noqa: E402
 
 WHISPER_CODES = {"nb-NO": "no", "zh-HK": "yue"}  # where they are not those of the folders
 LONGEST, SHORT = 199, 61  # characters of a prompt
@@ -39,10 +39,10 @@ def read_prompts(folder: Path) -> list[tuple[str, str]]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", type=Path, help="of the clone")
-    add("--out", type=Path, default=Path("prompts.tsv"), help="(default: %(default)s)")
+    add("folder", type=file_path, help="of the clone")
+    add("--out", type=file_path, default=Path("prompts.tsv"), help="(default: %(default)s)")
     add("--languages", nargs="+", help="Whisper's codes (default: all)")
     add("--short", action="store_true", help=f"at most {SHORT} characters and no digits")
     args = parser.parse_args(argv)

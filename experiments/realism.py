@@ -40,11 +40,12 @@ from experiments.student import (  # noqa: E402
     Speech, greedy_cer, language_accuracy, letters, load_judge, others, student_cer, train_student,
 )
 from experiments.utterances import (  # noqa: E402
-    encode, espeak, even, generate, latents, parts, people, real_test,
+    N_PEOPLE, encode, espeak, even, generate, latents, parts, people, real_test,
 )
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write, make_folder  # noqa: E402
+from plumbing.flags import Parser, file_path, positive  # noqa: E402
 from plumbing.weights import POCKET  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from sample import Flow  # noqa: E402
@@ -56,8 +57,7 @@ from text.durations import count_frames  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
-FIRST_SEED = 1000  # of speech; with those below make_pocket.py spoke what pocket was trained on
-N_WAV, N_TEST = 24, 250  # files; clips of a test, at most
+N_WAV = 24  # files
 FEWEST = 50  # utterances that a student learns from
 COLUMNS = {  # name of a figure -> heading, format
     "critic": ("critic's CER", "{:.1%}"),
@@ -129,11 +129,11 @@ class Study:
         tests, languages = {}, {s.language for s in training}
         known = {letters(s) for s in training}
         if self.args.recordings:
-            tests["human"] = people(self.args.recordings, languages, known, self.hears, N_TEST)
+            tests["human"] = people(self.args.recordings, languages, known, self.hears)
         if is_pocket:
             tests["student"] = real_test(self.hears, languages, known)
         elif self.has_voices:
-            tests["student"] = self.say(per_language(held_out, N_TEST), 2,
+            tests["student"] = self.say(per_language(held_out, N_PEOPLE), 2,
                                         make_pocket.HELD_OUT_VARIANTS)
         return tests
 
@@ -164,7 +164,7 @@ class Study:
 
     def spectrograms(self, sentences: list, seed: int, whisper: FrozenWhisper,
                      variants=make_pocket.VARIANTS, rooms: float = 0.0) -> Iterator[Tensor]:
-        return espeak(sentences, variants, FIRST_SEED + seed, whisper, self.args.work_dir, rooms)
+        return espeak(sentences, variants, seed, whisper, self.args.work_dir, rooms)
 
     def say(self, sentences: list, seed: int, *how) -> Speech:
         """espeak-ng says the sentences; what the students' encoder hears."""
@@ -214,7 +214,7 @@ class Study:
             whisper.log_mel_of(x[:n]) for x1, frames in made for x, n in zip(x1, frames.tolist()))
 
     def real_rows(self) -> Iterator[tuple[str, dict]]:
-        """Students of espeak-ng's speech, and of the same without its rhythm, for each seed."""
+        """Students of espeak-ng's speech, and of the same in an even rhythm, for each seed."""
         real = join(self.say(self.sentences, seed, make_pocket.VARIANTS, rooms)
                     for seed, rooms in self.takes(0, 20))
         own = self.say(self.held_out, 2)
@@ -225,15 +225,17 @@ class Study:
         real, own = even(real, speed), even(own, speed)
         for seed in self.args.seeds:
             yield "espeak-ng, letters equally long", self.student(real, own, seed)
-        if not self.args.recordings:
-            return
+
+    def people_rows(self) -> Iterator[tuple[str, dict]]:
+        """Students of other clips of the people of the test, for each seed."""
         others = self.other_clips()
         if (n := len(others.sentences)) < FEWEST:
             print(f"note: no row of people: they have {n} clips besides the test")
             return
         for seed in self.args.seeds:
-            figures = self.student(others, own, seed)
-            yield f"people, {n} other clips of them", {"human": figures["human"]}
+            student = train_student(others, self.alphabet, seed, self.args.steps)
+            yield f"people, {n} other clips of them", {
+                "human": student_cer(student, self.tests["human"], self.alphabet)}
 
     def other_clips(self) -> Speech:
         """Of people, in texts that the test has not, each once; without letters that it has not."""
@@ -309,9 +311,8 @@ def check(args) -> None:
             if config[name] != first[name]:
                 raise BadInput(f"{path} was trained with --{name} {config[name]} and "
                                f"{args.checkpoints[0]} with {first[name]}; give them in two calls")
-    if args.sentences < FEWEST or min(args.steps, args.read) < 1:
-        raise BadInput(f"--sentences {args.sentences} --steps {args.steps} --read {args.read} "
-                       "are too few; give at least 50, 1, 1")
+    if args.sentences < FEWEST:
+        raise BadInput(f"--sentences {args.sentences} are too few; give at least {FEWEST}")
     for name in "checkpoints", "seeds":
         if len({*getattr(args, name)}) < len(getattr(args, name)):
             raise BadInput(f"some {name} are given twice, which would count twice; give each once")
@@ -326,24 +327,24 @@ def check(args) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("checkpoints", nargs="+", type=Path, help="of train.py, all with one critic")
+    add("checkpoints", nargs="+", type=file_path, help="of train.py, all with one critic")
     add("--judge", help="another Whisper (default with pocket: pocket/judge.pt)")
     add("--hears", help="whose encoder the students hear with (default: the critic's; mel only)")
-    add("--recordings", type=Path, help="human speech, a folder with manifest.tsv (path, language, "
-        "text): another test of the students")
+    add("--recordings", type=file_path, help="human speech, a folder with manifest.tsv "
+        "(path, language, text): another test of the students, and a row of it")
     add("--data", nargs="+", help="text, as for train.py (default: that of the checkpoints)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students and the flow")
     add("--sentences", type=int, default=2000, help="a student learns from")
-    add("--read", type=int, default=100, help="held-out sentences that critic and judge read")
-    add("--steps", type=int, default=3000, help="of a student, at most")
+    add("--read", type=positive, default=100, help="held-out sentences that critic and judge read")
+    add("--steps", type=positive, default=3000, help="of a student, at most")
     add("--rooms", type=float, default=0.0, help="say all once more, in voices so different")
     add("--real", action=argparse.BooleanOptionalAction, default=True,
-        help="rows of espeak-ng and of other texts")
+        help="rows of espeak-ng, of people and of other texts")
     add("--device", default="auto", help="of Whisper and the flow: auto, cpu, cuda, mps")
-    add("--work_dir", type=Path, default=Path("out/realism"), help="speech, .wav files")
-    add("--out", type=Path, default=Path("out/realism"), help="writes OUT.md and OUT.png")
+    add("--work_dir", type=file_path, default=Path("out/realism"), help="speech, .wav files")
+    add("--out", type=file_path, default=Path("out/realism"), help="writes OUT.md and OUT.png")
     return parser.parse_args(argv)
 
 
@@ -352,6 +353,8 @@ def main(argv=None) -> dict:
     check(args)
     study = Study(args)
     sources = [study.real_rows()] if args.real and study.has_voices else []
+    if args.real and args.recordings:
+        sources.append(study.people_rows())
     for i, path in enumerate(args.checkpoints):
         sources.append(study.generated_rows(path, shuffle=args.real and i == 0))
     for name, cells in (row for source in sources for row in source):

@@ -8,7 +8,6 @@ first Whisper, in rooms of which one transformation is left out, or is the only 
 of up to a quarter of a second stays, in "no room" too). Then both Whispers read the spectrograms
 greedily, without rooms. The second has no part in what they are.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from experiments.student import greedy_cer  # noqa: E402
 from model import bounded  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.flags import Parser, positive  # noqa: E402
 from plumbing.weights import POCKET  # noqa: E402
 from speech.ear import ROOM, Ear, Room  # noqa: E402
 from text.durations import FRAMES_PER_SECOND, char_durations, n_frames  # noqa: E402
@@ -61,14 +61,14 @@ def optimise(ear: Ear, batch: data.Batch, strength: dict, steps: int, seed: int)
 
 
 def main(argv=None) -> dict[str, tuple[float, float]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", help="such as: 'no room' all 'without noise'")
     parser.add_argument("--whisper", default="pocket", help="the critic")
     parser.add_argument("--judge", default=str(JUDGE), help="another Whisper")
     parser.add_argument("--data", nargs="+", default=["builtin"], help="as for train.py")
-    parser.add_argument("--sentences", type=int, default=25, help="of held-out text")
+    parser.add_argument("--sentences", type=positive, default=25, help="of held-out text")
     parser.add_argument("--longest", type=float, default=4.0, help="seconds of a sentence")
-    parser.add_argument("--steps", type=int, default=300, help="of Adam")
+    parser.add_argument("--steps", type=positive, default=300, help="of Adam")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     strengths, device = rows(args.rows), choose_device("auto")
@@ -79,9 +79,9 @@ def main(argv=None) -> dict[str, tuple[float, float]]:
     held_out = data.split(load_sentences(args.data, ear))[1]
     longest = min(FRAMES_PER_SECOND * args.longest, judge.max_frames)
     short = [s for s in held_out if n_frames(s) <= longest and s.language in judge.languages]
-    if not short or args.sentences < 1 or args.steps < 1:
-        raise BadInput(f"--longest {args.longest} --sentences {args.sentences} --steps {args.steps}"
-                       " leave nothing to do; give more")
+    if not short:
+        raise BadInput(f"no held-out sentence lasts at most {args.longest} seconds; give a larger "
+                       "--longest")
     sentences, rates = per_language(short, args.sentences), {}
     batch = data.make_batch(sentences, ear, [char_durations(s) for s in sentences]).to(ear)
     print(f"| {len(sentences)} held-out sentences | {args.whisper} | {args.judge} |\n"

@@ -15,9 +15,9 @@ writes without it.
 
 B batch, L positions of a sequence, D width, H heads, V tokens of sound, marks and letters.
 """
-import argparse
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -29,13 +29,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-from experiments.student import Speech, edit_distance, letters, others, resample  # noqa: E402
+from experiments.student import (  # noqa: E402
+    Speech, edit_distance, letters, others, resample, update,
+)
 from experiments.tokens import (  # noqa: E402
     N_CODES, Quantiser, check_sources, load_quantiser, note_unheard, speak, tokenise,
 )
 from experiments.utterances import people, real_test  # noqa: E402
 from model import mlp, rotate, rotations  # noqa: E402
-from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.errors import guard  # noqa: E402
+from plumbing.flags import Parser, file_path, positive  # noqa: E402
 from text.sources import load_sentences  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -133,11 +136,8 @@ def train_model(sounds: list[list[list[int]]], texts: list[str], alphabet: dict,
         picks = data.draw_similar(sums, lengths, 24, data.generator(seed, step))
         items = [versions[(step + i) % len(versions)][i] for i in picks]
         sound, text, ctc = losses(model, items)
-        optimizer.zero_grad(set_to_none=True)
-        (text + 0.3 * sound + ctc).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 100, 1.05 - step / steps)
-        optimizer.step()
+        update(model, optimizer, text + 0.3 * sound + ctc,
+               RATE * min(1, step / 100, 1.05 - step / steps))
         bar.set_postfix(sound=f"{sound.item():.2f}", text=f"{text.item():.2f}",
                         ctc=f"{ctc.item():.2f}")
     return model.eval()
@@ -181,25 +181,27 @@ def versions_of(source: str, sentences: list, n: int, quantiser: Quantiser,
     return sounds
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse_args(argv=None) -> Namespace:
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("sources", nargs="+", help="espeak, or checkpoints of train.py: a row each")
-    add("--quantiser", type=Path, default=Path("out/tokens/quantiser.pt"),
+    add("--quantiser", type=file_path, default=Path("out/tokens/quantiser.pt"),
         help="of experiments/tokens.py")
     add("--whisper", default="pocket", help="whose features they are")
     add("--data", nargs="+", default=["builtin"], help="of train.py")
-    add("--recordings", type=Path, help="folder of recordings to test on (default: pocket's test)")
+    add("--recordings", type=file_path, help="a folder, to test on (default: pocket's test)")
     add("--languages", nargs="+", help="of sentences and test (default: all); one learns faster")
-    add("--sentences", type=int, default=2000, help="that a model learns from")
-    add("--versions", type=int, default=2, help="of each, in other voices")
+    add("--sentences", type=positive, default=2000, help="that a model learns from")
+    add("--versions", type=positive, default=2, help="of each, in other voices")
     add("--rooms", type=float, default=1.0, help="how different they are (not of features)")
-    add("--steps", type=int, default=1500)
+    add("--steps", type=positive, default=1500)
     add("--seed", type=int, default=0)
     add("--chance", action="store_true", help="a row more: the first source with other texts")
-    args = parser.parse_args(argv)
-    if min(args.sentences, args.versions, args.steps) < 1:
-        raise BadInput("--sentences, --versions and --steps are at least 1")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
     whisper = FrozenWhisper(args.whisper)
     quantiser = load_quantiser(args.quantiser, whisper)
     codes = [whisper.check_language(code) for code in args.languages or whisper.languages]

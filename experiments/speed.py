@@ -8,7 +8,6 @@ the same held-out sentences, from their text on, one at a time and 50 at once. "
 make: of the flow through the encoder, where it makes spectrograms, and a quantiser, of random
 weights too.
 """
-import argparse
 import statistics
 import sys
 from itertools import pairwise
@@ -26,7 +25,8 @@ from experiments.speech_lm import SpeechLM  # noqa: E402
 from experiments.tokens import N_CODES, PER_SECOND, Quantiser  # noqa: E402
 from flow import Solver, last  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
-from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.errors import guard  # noqa: E402
+from plumbing.flags import Parser, file_path, positive  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.sound import griffin_lim  # noqa: E402
 from text.durations import FRAMES_PER_SECOND, count_frames  # noqa: E402
@@ -70,14 +70,12 @@ def say_in_turn(model: SpeechLM, texts: torch.Tensor, n: int) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="of train.py")
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="+", type=file_path, help="of train.py")
     parser.add_argument("--data", nargs="+", help="of train.py; its held-out part is said")
-    parser.add_argument("--sentences", type=int, default=50)
+    parser.add_argument("--sentences", type=positive, default=50)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
-    if args.sentences < 1:
-        raise BadInput(f"--sentences {args.sentences} is too few; at least 1")
     device = choose_device(args.device)
     print(f"{device}, {torch.get_num_threads()} threads\n| what | at once | sentences a second | "
           "real-time factor | times as fast as one token after the other |\n" + "| --- " * 5 + "|")
@@ -88,19 +86,16 @@ def main(argv=None) -> None:
         rival = SpeechLM(2 * N_CODES, model.config.width, model.config.depth).to(device).eval()
         held_out = split_of(checkpoint["config"], critic, args.data)[1]
         sentences = data.per_language(held_out, args.sentences)
+        seconds = sum(count_frames(rule(s, speed)) for s in sentences) / FRAMES_PER_SECOND
         for size in (1, len(sentences)):
             groups = [sentences[i : i + size] for i in range(0, len(sentences), size)]
-            frames = sum(count_frames(rule(s, speed)) for s in sentences)
-            seconds = frames / FRAMES_PER_SECOND
 
             def in_turn() -> None:
                 for group in groups:
                     longest = max(count_frames(rule(s, speed)) for s in group)
                     codes, texts = zip(*group)
-                    tokens = critic.target_tokens(texts, codes).to(device)
-                    # It has no larger head.
-                    say_in_turn(rival, N_CODES + tokens % N_CODES,
-                                longest * PER_SECOND // FRAMES_PER_SECOND)
+                    tokens = critic.target_tokens(texts, codes).to(device) % N_CODES  # a small head
+                    say_in_turn(rival, N_CODES + tokens, longest * PER_SECOND // FRAMES_PER_SECOND)
 
             def at_once(steps: int, kind: str) -> None:
                 for group in groups:

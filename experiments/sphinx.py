@@ -8,7 +8,6 @@ It has Gaussian mixtures over cepstra and a trigram model of words (Huggins-Dain
 recogniser, so espeak-ng, which says the same sentences, and people stand beside the flows. All
 sound is made of a log-mel by Griffin-Lim. Chance: the same readings, of other sentences.
 """
-import argparse
 import sys
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -23,10 +22,11 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from data import Sentence  # noqa: E402
 from experiments.student import letters, others  # noqa: E402
-from experiments.tokens import SEED, check_espeak, open_source  # noqa: E402
+from experiments.tokens import check_espeak, open_source  # noqa: E402
 from experiments.utterances import espeak, human_clips, latents  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.flags import Parser, file_path  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.recordings import TAIL, speech_span  # noqa: E402
@@ -78,13 +78,13 @@ def said(flow: sample.Flow, sentences: list[Sentence]) -> Iterator[Tensor]:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("checkpoints", nargs="+", type=Path, help="of train.py --latent mel")
+    add("checkpoints", nargs="+", type=file_path, help="of train.py --latent mel")
     add("--data", nargs="+", help="text, as for train.py (default: that of the first checkpoint)")
     add("--sentences", type=int, default=200, help="held-out ones, at most")
-    add("--recordings", type=Path, help="people: a folder with manifest.tsv")
-    add("--work_dir", type=Path, default=Path("out/sphinx"), help="for espeak-ng's sound")
+    add("--recordings", type=file_path, help="people: a folder with manifest.tsv")
+    add("--work_dir", type=file_path, default=Path("out/sphinx"), help="for espeak-ng's sound")
     args = parser.parse_args(argv)
     if args.sentences < 2:
         raise BadInput(f"--sentences {args.sentences} are too few; at least 2")
@@ -101,7 +101,7 @@ def main(argv=None) -> None:
     for path, flow in zip(args.checkpoints, flows):
         if not isinstance(flow.critic, Ear):
             raise BadInput(f"{path} makes features, which have no sound; give one of --latent mel")
-    rows = {"espeak-ng": (sentences, spoken(espeak(sentences, make_pocket.VARIANTS, SEED, whisper,
+    rows = {"espeak-ng": (sentences, spoken(espeak(sentences, make_pocket.VARIANTS, 0, whisper,
                                                    args.work_dir)))}
     if args.recordings:
         clips = human_clips(args.recordings, whisper, {"en"}, args.sentences)

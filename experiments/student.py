@@ -28,6 +28,15 @@ CHECK, PATIENCE, BETTER = 100, 3, 0.95  # steps; checks; what counts as better
 RATE = 6e-3  # of learning
 
 
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """One step: backward, clip, step."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
+
+
 class Speech(NamedTuple):
     """Utterances of one kind, real or generated."""
 
@@ -124,11 +133,7 @@ def train_student(speech: Speech, alphabet: dict, seed: int, steps: int) -> Stud
         picks = pool[first : first + 12]
         loss = student_loss(student, [vary(speech.x1[i], rng) for i in picks],
                             [texts[i] for i in picks])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 50)
-        optimizer.step()
+        update(student, optimizer, loss, RATE * min(1, step / 50))
         with torch.no_grad():
             for averaged, new in zip(average.parameters(), student.parameters()):
                 averaged.lerp_(new, max(0.01, 1 / step))

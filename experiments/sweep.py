@@ -8,7 +8,6 @@
 
 Several checkpoints, such as those of several seeds, give mean and standard deviation.
 """
-import argparse
 import math
 import re
 import statistics
@@ -25,6 +24,7 @@ from experiments.utterances import latents  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.flags import Parser, file_path, positive  # noqa: E402
 from text.durations import FRAMES_PER_SECOND, count_frames  # noqa: E402
 from text.long import fits  # noqa: E402
 from text.sources import split_of  # noqa: E402
@@ -72,11 +72,11 @@ def sweep(checkpoint: dict, kind: str, values: list, n: int) -> list[tuple[float
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS, help="what is swept")
     parser.add_argument("values", nargs="+", help="its values")
-    parser.add_argument("--checkpoints", nargs="+", type=Path, default=[Path("out/ckpt.pt")])
-    parser.add_argument("--sentences", type=int, default=100, help="of held-out text")
+    parser.add_argument("--checkpoints", nargs="+", type=file_path, default=[Path("out/ckpt.pt")])
+    parser.add_argument("--sentences", type=positive, default=100, help="of held-out text")
     args = parser.parse_args(argv)
     try:
         values = [KINDS[args.kind](value) for value in args.values]
@@ -89,8 +89,6 @@ def main(argv=None) -> None:
             raise ValueError(f"choose of {', '.join(flow.ORDER)}")
     except ValueError as error:
         raise BadInput(f"{args.kind} cannot be swept over {args.values}: {error}") from error
-    if args.sentences < 1:
-        raise BadInput(f"--sentences {args.sentences} are too few; at least 1")
     checkpoints, cells = [train.load_checkpoint(path) for path in args.checkpoints], []
     swept = [sweep(c, args.kind, values, args.sentences) for c in checkpoints]
     for results in zip(*swept):

@@ -42,14 +42,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from experiments.student import Speech, letters  # noqa: E402
+from experiments.student import Speech, letters, update  # noqa: E402
 from experiments.utterances import encode, espeak, generate, people, real_test  # noqa: E402
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, as_bad_input, first_line, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint, locked  # noqa: E402
-from plumbing.flags import check_same, read_settings  # noqa: E402
+from plumbing.flags import Parser, file_path, keep_settings, positive, read_settings  # noqa: E402
 from plumbing.weights import state_fingerprint  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech.dataset import parse_part  # noqa: E402
@@ -68,7 +68,6 @@ COPY = 0.75  # share of the steps before the decoder has a say: codes that say n
 RATE = 1e-3  # of learning
 TRANSCRIBE = "<|reserved_special_token_69|>"  # how Ichigo and Speechless begin this task
 LONGEST = 49  # times: Speechless's vocabulary has <|duration_02|> to 49, earlier to 99
-SEED = 1000  # of espeak-ng's voices
 TABLE = ".parquet" if find_spec("pyarrow") else ".jsonl"
 
 
@@ -208,11 +207,7 @@ def train_quantiser(speech: Speech, whisper: FrozenWhisper, steps: int, seed: in
         targets = whisper.target_tokens(texts, languages) if step >= COPY * steps else None
         losses = quantiser_loss(quantiser, [speech.x1[i] for i in picks], whisper, targets)
         loss = sum(WEIGHTS[name] * x for name, x in losses.items())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(quantiser.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = RATE * min(1, step / 50, 1.05 - step / steps)
-        optimizer.step()
+        update(quantiser, optimizer, loss, RATE * min(1, step / 50, 1.05 - step / steps))
         bar.set_postfix({name: f"{x.item():.2f}" for name, x in losses.items()})
     return quantiser.eval()
 
@@ -267,9 +262,9 @@ def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[
             features, frames = features_of(speech.x1[i : i + 16], whisper)
             if name == "quantised":
                 features = quantiser(features, frames).features
-            whole = whisper.silence.expand(len(features), -1, -1).clone()
-            for row, x, n in zip(whole, features, frames):
-                row[:n] = x[:n]
+            whole = F.pad(features, (0, 0, 0, whisper.max_frames - features.shape[1]))
+            mask = torch.arange(whisper.max_frames) < frames[:, None]
+            whole = torch.where(mask[:, :, None], whole, whisper.silence)
             codes = [s.language for s in speech.sentences[i : i + 16]]
             read += [r.text for r in whisper.transcribe(whole, codes)]
         by_language = cer_by_language(speech.sentences, read)
@@ -370,7 +365,7 @@ def check_set(folder: Path, whisper: FrozenWhisper) -> None:
                        "the --whisper of the set, and a --quantiser of it")
     if kind == "features":  # any Whisper hears a mel
         made_by = read_settings(folder / "settings.json", "make the set anew").get("whisper")
-        if made_by not in (None, whisper.fingerprint):  # older sets do not say it
+        if made_by != whisper.fingerprint:
             raise BadInput(f"{folder} has features of another Whisper than {whisper.name}; give "
                            "the --whisper of the set, and a --quantiser of it")
 
@@ -380,12 +375,8 @@ def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
     made_of = read_settings(folder.with_name("settings.json"), "make the set anew")
     settings = dict(quantiser=state_fingerprint(quantiser.state_dict()), tail=TAIL,
                     set=fingerprint(made_of))
-    file = folder / "settings.json"
-    if file.exists():
-        before = dict(set=settings["set"]) | read_settings(file, "move the folder away")
-        return check_same(folder, before, settings, "--set, or move it away", tuple(settings))
-    with atomic_write(file) as part:
-        part.write_text(json.dumps(settings) + "\n", "utf-8")
+    keep_settings(folder / "settings.json", settings, "move the folder away",
+                  "--set, or move it away", settings)
 
 
 def speech_features(mel: Tensor, whisper: FrozenWhisper) -> Tensor:
@@ -471,7 +462,7 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
     """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
     if source == "espeak":
         check_espeak(sentences)
-        mels = espeak(sentences, make_pocket.VARIANTS, SEED + seed, whisper, work, amount)
+        mels = espeak(sentences, make_pocket.VARIANTS, seed, whisper, work, amount)
         return Speech(sentences, encode(mels, whisper))
     flow = open_source(source, sentences, whisper)
     rooms = amount * isinstance(flow.critic, Ear)  # features have no sound to change
@@ -479,26 +470,24 @@ def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("source", nargs="?", help="espeak, or a checkpoint of train.py: whose speech is quantised; "
         "--set with --quantiser goes without")
     add("--whisper", default="pocket")
     add("--data", nargs="+", default=["builtin"], help="of train.py")
-    add("--sentences", type=int, default=2000)
-    add("--steps", type=int, default=1500)
+    add("--sentences", type=positive, default=2000)
+    add("--steps", type=positive, default=1500)
     add("--seed", type=int, default=0)
-    add("--recordings", type=Path, help="a folder of recordings to test on, too")
-    add("--quantiser", type=Path, help="one that is there already")
-    add("--set", nargs="+", type=Path, default=[], help="folders of `sample.py --out FOLDER`, whose"
-        " tokens are written to FOLDER/tokens")
+    add("--recordings", type=file_path, help="a folder of recordings to test on, too")
+    add("--quantiser", type=file_path, help="one that is there already")
+    add("--set", nargs="+", type=file_path, default=[], help="folders of `sample.py --out FOLDER`, "
+        "whose tokens are written to FOLDER/tokens")
     add("--part", default="1/1", help="2/8: the second of eight processes that write the tokens")
     add("--device", default="auto", help="of --set: auto, cpu, cuda, mps; training is on the CPU")
     add("--form", choices=["ichigo", "speechless"], default="ichigo")
-    add("--out", type=Path, default=Path("out/tokens"), help="folder")
+    add("--out", type=file_path, default=Path("out/tokens"), help="folder")
     args = parser.parse_args(argv)
-    if min(args.sentences, args.steps) < 1:
-        raise BadInput(f"--sentences {args.sentences} --steps {args.steps} are too few; at least 1")
     if not args.source and (args.recordings or not (args.set and args.quantiser)):
         raise BadInput("there is no source; give espeak or a checkpoint, or --set and --quantiser "
                        "without --recordings")

@@ -1,5 +1,4 @@
 """Where a program runs: on which device, in how many processes of torchrun, one for each GPU."""
-import ctypes
 import math
 import os
 import signal
@@ -95,9 +94,8 @@ def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
     if os.environ.get("RANK") == "0":
         print(f"note: waiting for {n_ranks} processes", flush=True)
     try:
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                    timeout=timedelta(days=1))  # while the first downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))  # while the first downloads
     except (ValueError, RuntimeError) as error:
         raise BadInput(f"WORLD_SIZE is {n_ranks}, but {first_line(error)}; start it by torchrun"
                        ) from error
@@ -117,8 +115,6 @@ def begin_worker(_) -> None:
     and whose lock of the folder it holds too."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":  # PR_SET_PDEATHSIG, <linux/prctl.h>
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def stop_ranks() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Container
 
 from plumbing.errors import BadInput, as_bad_input
+from plumbing.files import atomic_write
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,8 +33,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def file_path(text: str) -> Path:
-    """A path, also where the shell has left its ~, as in --out=~/x; "" is none, see Parser."""
-    return Path(os.path.expanduser(text)) if text else ""
+    """A path, also where the shell has left its ~, as in --out=~/x."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give something, or leave it out")
+    return Path(os.path.expanduser(text))
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def flag(default, help: str, low=None, below=1e9, choices=None):
@@ -69,6 +79,16 @@ def check_same(path: Path, before: dict, now: dict, way_out: str, things: Contai
                           else f"{was}, not with {value}")
             raise BadInput(f"{path} was begun with {difference}; give the same, or another "
                            f"{way_out}")
+
+
+def keep_settings(file: Path, settings: dict, damaged: str, way_out: str,
+                  things: Container) -> None:
+    """Write what a folder is begun with, or BadInput if it was begun with something else."""
+    if file.exists():
+        now = json.loads(json.dumps(settings))
+        return check_same(file.parent, read_settings(file, damaged), now, way_out, things)
+    with atomic_write(file) as part:
+        part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
 
 
 def parse_flags(kind: type, description: str, argv=None):

@@ -5,7 +5,6 @@
 
 Everything unfinished is kept in --work_dir. Needs espeak-ng (Debian: `apt-get install espeak-ng`).
 """
-import argparse
 import io
 import math
 import random
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from whisper.audio import SAMPLE_RATE, log_mel_spectrogram
+from whisper.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
 
@@ -34,6 +33,7 @@ sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint  # noqa: E402
+from plumbing.flags import Parser, file_path, positive  # noqa: E402
 from plumbing.weights import POCKET  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
@@ -115,21 +115,26 @@ def voiceless(languages):
             or subprocess.run([*command, voice_of(code), "a"], capture_output=True).returncode]
 
 
+def read_aloud(text, voice, *options):
+    """espeak-ng reads a text -> samples, int16, and their rate."""
+    command = ["espeak-ng", "-b", "1", "-v", voice, *options, "--stdout"]
+    command += ["--", text]  # which may begin with a dash
+    wav = subprocess.run(command, capture_output=True, check=True).stdout
+    with wave.open(io.BytesIO(wav)) as clip:
+        return np.frombuffer(clip.readframes(10**9), np.int16), clip.getframerate()
+
+
 def speak(sentence, variant, speed, pitch):
     """espeak-ng reads the sentence -> 16 kHz samples, float32 in [-1, 1]."""
     voice = f"{voice_of(sentence.language)}+{variant}"
-    command = ["espeak-ng", "-b", "1", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout"]
-    command += ["--", sentence.text]  # which may begin with a dash
-    wav = subprocess.run(command, capture_output=True, check=True).stdout
-    with wave.open(io.BytesIO(wav)) as clip:
-        rate, samples = clip.getframerate(), clip.readframes(10**9)
-    return resample(np.frombuffer(samples, np.int16) / np.float32(32768), rate)
+    samples, rate = read_aloud(sentence.text, voice, "-s", str(speed), "-p", str(pitch))
+    return resample(samples / np.float32(32768), rate)
 
 
 def need_espeak():
     if not shutil.which("espeak-ng"):
-        sys.exit(f"{Path(sys.argv[0]).name}: espeak-ng is missing; install it, e.g. `apt-get "
-                 "install espeak-ng` (Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
+        raise BadInput("espeak-ng is missing; install it, e.g. `apt-get install espeak-ng` "
+                       "(Debian, Ubuntu) or `brew install espeak-ng` (macOS)")
 
 
 def random_samples(sentence, variants, seed, longest, lead=0.0):
@@ -149,7 +154,7 @@ def random_samples(sentence, variants, seed, longest, lead=0.0):
 
 def random_clip(sentence, variants, seed):
     """The same for pocket's window, as 8-bit log-mel (n_mels, n)."""
-    samples = random_samples(sentence, variants, seed, MEL_FRAMES * 160, lead=0.1)
+    samples = random_samples(sentence, variants, seed, MEL_FRAMES * HOP_LENGTH, lead=0.1)
     return quantize(log_mel_spectrogram(samples, DIMS.n_mels))
 
 
@@ -452,17 +457,14 @@ def check(whisper, sentences, clips):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work_dir", type=Path, default=HERE / "build", help="shards and state")
-    parser.add_argument("--batch", type=int, default=24)
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument("--work_dir", type=file_path, default=HERE / "build", help="for shards")
+    parser.add_argument("--batch", type=positive, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the network, not of the speech")
-    parser.add_argument("--out", type=Path, default=POCKET / "pocket.pt")
-    parser.add_argument("--test", type=int, default=500, help="test sentences per language")
-    parser.add_argument("--ship", type=int, default=50, help="of those, kept in speech.npz")
+    parser.add_argument("--out", type=file_path, default=POCKET / "pocket.pt")
+    parser.add_argument("--test", type=positive, default=500, help="test sentences per language")
+    parser.add_argument("--ship", type=positive, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
-    if min(args.batch, args.test, args.ship) < 1:
-        raise BadInput(f"--batch {args.batch} --test {args.test} --ship {args.ship} are too few; "
-                       "give at least 1")
     need_espeak()
     args.work_dir.mkdir(parents=True, exist_ok=True)
 

@@ -3,7 +3,6 @@
 T frames (20 ms), S characters of `data.characters`, N of them spoken, C channels, K symbols.
 """
 from collections import Counter
-from dataclasses import dataclass
 from typing import Callable, Sequence
 
 import numpy as np
@@ -115,26 +114,10 @@ def neighbours(text: str, chars: str) -> np.ndarray:
     return sliding_window_view(numbers, 2 * CONTEXT + 1)
 
 
-@dataclass(frozen=True)
-class Rhythm:
-    """How long characters last in recordings, given their neighbours."""
-
-    chars: dict[str, str]  # those of each language that are told apart (n)
-    frames: dict[str, Tensor]  # what they add by their place to a duration, (2 CONTEXT + 1, n + 1)
-
-    def durations(self, sentence: Sentence, speed: float = 1.0) -> np.ndarray:
-        """Frames that each character lasts (S,); by the length rule in other languages."""
-        code, text = sentence.language, symbols(sentence.text)
-        rule = char_durations(sentence, speed)  # BadInput where the speed is out of range
-        if code not in self.chars:
-            return rule
-        added = np.arange(2 * CONTEXT + 1), neighbours(text, self.chars[code])
-        shortest = [SHORTEST if is_letter(c) else 0.0 for c in text]
-        return self.frames[code].numpy()[added].sum(1).clip(shortest) / speed
-
-
 def fit_rhythm(sentences: Sequence[Sentence], durations: Sequence[np.ndarray]) -> dict:
-    """Sentences and their durations (S,) -> the fields of a Rhythm.
+    """How long characters last in recordings, given their neighbours: sentences and their durations
+    (S,) -> of each language chars, the n that are told apart, and frames, what each adds by its
+    place to a duration, (2 CONTEXT + 1, n + 1).
 
     Ridge regression in each language, y = mean + X w, where a row of X says by 0 and 1 which
     character stands where around one: (X^T X + RIDGE) w = X^T (y - mean).
@@ -160,5 +143,19 @@ def fit_rhythm(sentences: Sequence[Sentence], durations: Sequence[np.ndarray]) -
 
 
 def durations_by(rhythm: dict | None) -> Callable:
-    """(sentence, speed) -> frames of its characters: as recordings say, or by the length rule."""
-    return Rhythm(**rhythm).durations if rhythm else char_durations
+    """(sentence, speed) -> frames of its characters (S,), as `fit_rhythm` says; by the length rule
+    where that says nothing."""
+    if not rhythm:
+        return char_durations
+    chars, frames = rhythm["chars"], rhythm["frames"]
+
+    def durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
+        code, text = sentence.language, symbols(sentence.text)
+        rule = char_durations(sentence, speed)  # BadInput where the speed is out of range
+        if code not in chars:
+            return rule
+        added = np.arange(2 * CONTEXT + 1), neighbours(text, chars[code])
+        shortest = [SHORTEST if is_letter(c) else 0.0 for c in text]
+        return frames[code].numpy()[added].sum(1).clip(shortest) / speed
+
+    return durations

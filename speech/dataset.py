@@ -275,16 +275,11 @@ def cut_texts(lines: Sequence, start: int, cut: Cut, whisper: FrozenWhisper) -> 
 def check_settings(folder: Path, settings: dict) -> None:
     """BadInput if the folder has a set of other texts, another checkpoint or other flags."""
     file = folder / "settings.json"
-    if file.exists():
-        before = flags.read_settings(file, "give another --out")
-        now = json.loads(json.dumps(settings))
-        before.setdefault("whisper", now["whisper"])  # older sets do not say it
-        flags.check_same(folder, before, now, "--out", ("text", "checkpoint", "whisper"))
-    elif any(not path.name.startswith(("settings.json", ".")) for path in folder.iterdir()):
+    if not file.exists() and any(not path.name.startswith(("settings.json", "."))
+                                 for path in folder.iterdir()):
         raise BadInput(f"--out {folder} holds something else; give a new or empty folder")
-    else:
-        with atomic_write(file) as part:
-            part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+    flags.keep_settings(file, settings, "give another --out", "--out",
+                        ("text", "checkpoint", "whisper"))
 
 
 def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> tuple[int, str]:
@@ -357,12 +352,17 @@ def survey(args, unlearned: set[str]) -> tuple[list[str], int, list[str]]:
     return digests, languages.total(), notes
 
 
+def count_missing(folder: Path, shards: dict[str, range], kinds: Sequence[str]) -> int:
+    """How many shards of other parts are not whole; they are read only where none is missing."""
+    return (sum(not (folder / f"{name}.jsonl").exists() for name in shards)
+            or sum(not is_whole(name, folder, kinds, numbers) for name, numbers in shards.items()))
+
+
 def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make: Make) -> str:
     """All shards of this part that are not there yet -> what there is then, in words."""
     folder, (part, n_parts), n = args.out, parse_part(args.part), TEXTS_A_SHARD
     kinds, trained = sorted(set(args.write or ["features"])), checkpoint["origin"]["languages"]
-    if args.language:
-        args.language = whisper.check_language(args.language)
+    args.language = args.language and whisper.check_language(args.language)
     digests, n_texts, notes = survey(args, {*whisper.languages} - {*trained})
     print_notes(notes)
     settings = dict(language=args.language, text=fingerprint(digests), whisper=whisper.fingerprint,
@@ -389,12 +389,9 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             bar.update(len(block))
         if next(lines, None):
             raise BadInput(CHANGED)
-    # Its own are whole now; others may have become so. Only the part that ends last reads them.
-    others = [name for name in shards if name not in own]
-    missing = ([name for name in others if not (folder / f"{name}.jsonl").exists()]
-               or [name for name in others if not is_whole(name, folder, kinds, shards[name])])
-    if missing:
-        return (f"part {args.part} is done; {len(missing)} of {len(shards)} shards are missing in "
+    others = {name: numbers for name, numbers in shards.items() if name not in own}
+    if missing := count_missing(folder, others, kinds):
+        return (f"part {args.part} is done; {missing} of {len(shards)} shards are missing in "
                 f"{folder}, and the part that ends last writes manifest.jsonl")
     try:
         with locked(folder):

@@ -25,7 +25,9 @@ import flow
 from data import Sentence
 from plumbing.errors import BadInput, first_line
 from plumbing.files import atomic_write, fingerprint
-from speech.align import ROUNDS, STRAY, Rhythm, align_characters, fit_rhythm, spoken_symbols
+from speech.align import (
+    ROUNDS, STRAY, align_characters, durations_by, fit_rhythm, spoken_symbols,
+)
 from speech.sound import log_mel, resample
 from text.durations import FRAMES_PER_SECOND
 from text.sources import MAX_NOTES, make_sentence, way_to_utf8
@@ -265,7 +267,7 @@ def with_recordings(text: data.Batches, held_out: Sequence[Sentence], config) ->
         raise BadInput(f"--flow_weight {config.flow_weight} does nothing with --speech; leave one")
     recordings, notes = load_recordings(Path(config.speech), text.whisper, held_out)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
-    text.set_durations(Rhythm(**rhythm).durations)
+    text.set_durations(durations_by(rhythm))
     if not {r.sentence.language for r in recordings} & {s.language for s in text.sentences}:
         notes.append("text and recordings have no language in common")
     return RecordingBatches(recordings, text, config.steps), objective, rhythm, notes

@@ -229,7 +229,6 @@ def test_lens_tells_tokens_apart_near_their_frames(ear):
 
 
 def test_an_ear_begins_with_nothing_and_a_voice_covers_nothing(ear):
-    assert Ear.speed_range == 1.25
     assert {name for name in ROOM if not VOICE[name]} == {"cover", "mask"}
     direction, m = ear.directions()
     assert direction.shape == (80, 128) and m.shape == (256, 80)

@@ -208,8 +208,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample x --language it_IT.UTF-8", "does not know the language 'it_IT.UTF-8'"),
     ("sample x --language xx-YY", "does not know the language 'xx-YY'; it knows en,"),
     ("sample x --ckpt {0}/outt", "/outt/ckpt.pt; `python train.py --out_dir "),
-    ("sample x --wav=", "--wav is empty; give something"),
-    ("sample x --out=", "--out is empty; give something"),
+    ("sample x --wav=", "--wav: it is empty; give something"),
+    ("sample x --out=", "--out: it is empty; give something"),
     ("sample --text_file=", "'' is no file; give a path"),
     ("sample --text_file fr=x.txt", "there is no file 'fr=x.txt'; --language says the language"),
     ("sample --text_file x.txt y.txt", "such as 'y.txt'; give one of them, and each file its"),
@@ -252,7 +252,7 @@ def nan(checkpoint):
     (lambda c: c.update(optimizer={}), "'param_groups'"),
     (lambda c: c["optimizer"].update(param_groups=[]), "an impossible step or optimizer"),
     (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(), "impossible step or optimizer"),
-    (lambda c: c.update(origin={}), "'whisper'"), (lambda c: c.update(rhythm={"x": 1}), "Rhythm"),
+    (lambda c: c.update(origin={}), "'whisper'"), (lambda c: c.update(rhythm={"x": 1}), "'chars'"),
     (lambda c: c["origin"].update(whisper="0"), "pocket is not the Whisper that the checkpoint"),
 ])
 def test_checkpoints_that_are_none(runs, tmp_path, spoil, words):

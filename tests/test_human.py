@@ -125,9 +125,3 @@ def test_another_layout_of_the_packages_is_told(fake):
         (share / missing).rename(share / "other")
         with pytest.raises(BadInput, match=f"no core-sounds-{package[:2]}.txt.gz with recordings"):
             make(fake, package[:2])
-
-
-def test_unknown_language_is_refused(fake, capsys):
-    with pytest.raises(SystemExit):
-        make(fake, "en", "de")
-    assert "'de' (choose from 'en', 'es', 'fr', 'it', 'ru')" in capsys.readouterr().err

@@ -2,11 +2,9 @@
 import itertools
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -314,22 +312,6 @@ def test_a_signal_to_all_processes_does_not_reach_those_that_make_batches():
     settings = devices.workers(torch.device("cuda"), 1)
     (session, is_deaf), = torch.utils.data.DataLoader(Sessions(), None, sampler=[0], **settings)
     assert session != os.getsid(0) and is_deaf
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody is told of a parent's end")
-def test_those_that_make_batches_end_with_a_run_that_is_killed():
-    ours, theirs = os.pipe()
-    if not (run := os.fork()):
-        if not os.fork():
-            devices.begin_worker(0)
-            os.write(theirs, b"begun")
-        time.sleep(30)
-        os._exit(0)
-    os.close(theirs)
-    assert os.read(ours, 5) == b"begun"
-    os.kill(run, signal.SIGKILL)
-    os.waitpid(run, 0)
-    assert select.select([ours], [], [], 10)[0] and os.read(ours, 5) == b""  # closed at its end
 
 
 def test_processes_that_cannot_work_together(monkeypatch):

@@ -89,17 +89,17 @@ def test_rhythm_is_that_of_the_recordings():
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice([*"abcgn,"], 30)) for _ in range(150)]
     sentences, french = ([Sentence(code, text) for text in texts] for code in ("de", "fr"))
-    fields = align.fit_rhythm(sentences + french, [*map(truth, texts), *[np.full(30, 7)] * 150])
-    rhythm = align.Rhythm(**fields)
+    rhythm = durations_by(align.fit_rhythm(
+        sentences + french, [*map(truth, texts), *[np.full(30, 7)] * 150]))
     for text in ("ngnanbanagang", "cab,baganga"):
-        found = rhythm.durations(Sentence("de", text.upper()), 2.0)
+        found = rhythm(Sentence("de", text.upper()), 2.0)
         assert np.abs(2 * found - truth(text)).max() < 0.5
-    assert 2 < rhythm.durations(Sentence("de", "x" * 9))[4] < 7  # never heard: about the mean
-    assert np.allclose(rhythm.durations(Sentence("fr", "ang,c")), 7)
+    assert 2 < rhythm(Sentence("de", "x" * 9))[4] < 7  # never heard: about the mean
+    assert np.allclose(rhythm(Sentence("fr", "ang,c")), 7)
     other = Sentence("es", "nananga")
-    assert rhythm.durations(other).tolist() == char_durations(other).tolist()
-    short = align.Rhythm(**align.fit_rhythm(sentences, [np.zeros(30)] * 150))
-    assert np.allclose(short.durations(Sentence("de", "an,")), [align.SHORTEST, align.SHORTEST, 0])
+    assert rhythm(other).tolist() == char_durations(other).tolist()
+    short = durations_by(align.fit_rhythm(sentences, [np.zeros(30)] * 150))
+    assert np.allclose(short(Sentence("de", "an,")), [align.SHORTEST, align.SHORTEST, 0])
     assert not align.fit_rhythm([Sentence("de", "abc")], [np.ones(3)])["chars"]  # too little
 
 
