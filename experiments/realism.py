@@ -129,7 +129,7 @@ class Study:
         tests, languages = {}, {s.language for s in training}
         known = {letters(s) for s in training}
         if self.args.recordings:
-            tests["human"] = people(self.args.recordings, languages, known, self.hears)
+            tests["human"] = people(self.args.recordings, languages, known, self.hears, N_PEOPLE)
         if is_pocket:
             tests["student"] = real_test(self.hears, languages, known)
         elif self.has_voices:

@@ -436,7 +436,7 @@ def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path,
         soundfile.write(tmp_path / f"{text}wav", samples, 16000)
     manifest = "".join(f"{text}wav\ten\t{text}\n" for text in texts)
     (tmp_path / "manifest.tsv").write_text(manifest)
-    monkeypatch.setattr(realism, "N_TEST", 1)
+    monkeypatch.setattr(realism, "N_PEOPLE", 1)
     monkeypatch.setattr(realism.Study, "other_clips", (
         lambda study, plain=realism.Study.other_clips: realism.join([plain(study)] * 30)))
     rows = table(tmp_path, path := checkpoints["features"], "--steps", "300", "--recordings",
@@ -454,6 +454,9 @@ def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path,
     # Another decoder does not even understand the features of real speech.
     assert real["critic_language"] == 1 and real["judge_language"] < 0.9 and real["judge"] > 0.5
     assert real["student"] + 0.1 < made["student"]  # who learned from what
+    monkeypatch.setattr(realism.Study, "find_voices", lambda *_: False)
+    rows = table(tmp_path, path, "--recordings", str(tmp_path))
+    assert list(rows) == [others, path, f"{path}, with other texts"]
 
 
 def test_mistakes_are_told_in_one_sentence(checkpoints, tmp_path):
@@ -505,7 +508,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     assert lines[2].count(" ± 0.00%") == 2 and first != second.removesuffix(" |")
     for wrong in (["steps", "0"], ["method", "rk4"], ["guidance", "nan"],
                   ["seconds", "6-3"], ["seconds", "3"], ["speed", "1", "--sentences", "0"]):
-        with pytest.raises(BadInput, match=wrong[0] if len(wrong) == 2 else "--sentences: .0. is no whole number"):
+        with pytest.raises(BadInput, match=wrong[0] if len(wrong) == 2 else "--sentences: .0."):
             sweep.main(wrong + ["--checkpoints", checkpoints[latent]])
     with pytest.raises(BadInput, match="no held-out sentence can be heard at all of speed .0.1"):
         sweep.main(["speed", "0.1", "--sentences", "5", "--checkpoints", checkpoints[latent]])
