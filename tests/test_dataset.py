@@ -77,6 +77,9 @@ def test_parts_and_runs_that_were_killed_make_the_same_bytes(make, tmp_path, mon
     assert parts == whole
     out = capsys.readouterr().out
     assert re.search(r"part 2/2 is done; 2 of 3 shards are missing", out) and "wrote" in out
+    (tmp_path / "b" / "shard-00001.npz").write_bytes(b"half")
+    make("b", "--best_of", "2", "--part", "1/2")
+    assert "part 1/2 is done; 1 of 3 shards are missing" in capsys.readouterr().out
     write, written = dataset.atomic_write, []
 
     def dying(file):
