@@ -168,7 +168,7 @@ def way_to_utf8(path: Path) -> str:
     other = ("utf-32" if head[:4] == b"\xff\xfe\0\0" else
              "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else
              "utf-16be" if zeros[0] > zeros[1] else "utf-16le" if zeros[1] else
-             "cp1252" if re.search(rb"[\x80-\x9f]", head) else "latin1")
+             "cp1252")  # latin1, and its quotes and dashes
     first, file = ("unpack it, then ", path.with_suffix("")) if unpack else ("", path)
     return f"{first}convert the file, e.g. `iconv -f {other} -t utf-8 {file}`"
 
