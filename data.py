@@ -41,22 +41,22 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each: adding a line moves no other, unless a
-    set or language is so small that one must be held out.
+    """Training and held-out sentences, by a hash of each, so that adding a line moves no
+    other (but for the one of a small set or language that has to be held out).
 
     Training sentences whose `key` is that of a held-out one are dropped. Raises BadInput.
     """
     hashes = {s: hash_share(s) for s in sentences}
-    order = sorted(sentences, key=hashes.get)  # so that the first few are a fair sample
+    order = sorted(sentences, key=hashes.get)  # random, but fixed: evaluation takes the first
     first = {s.language: s for s in reversed(order)}  # of each language
-    # Always held out: the first of all, and that of each language which has another.
+    # Always held out: one sentence at least, and one of each language that has several.
     always = {*order[:1], *(first[s.language] for s in order if s != first[s.language])}
     held_out = [s for s in order if hashes[s] <= HELD_OUT or s in always]
     keys = {key(s) for s in held_out}  # of these sentences and their near copies
     training = [s for s in sentences if key(s) not in keys]
     if not training:
         raise BadInput(f"{len(sentences)} usable sentences are too few, as some are held out; give "
-                       "more, in languages that the decoder knows")
+                       "more, in languages that Whisper knows")
     return training, held_out
 
 
@@ -125,7 +125,7 @@ class Batch(NamedTuple):
         return position < self.cond["frames"][:, None]
 
     def to(self, whisper: FrozenWhisper) -> "Batch":
-        """To the decoder's device, once; ids of tokens and languages become embeddings."""
+        """To Whisper's device; ids become embeddings, so it must not be called twice."""
         cond = {name: x.to(whisper.device) for name, x in self.cond.items()}
         cond |= {name: whisper.embed(cond[name]) for name in ("tokens", "language")}
         x1 = None if self.x1 is None else self.x1.to(whisper.device).float()
@@ -137,7 +137,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
                durations: Sequence[np.ndarray], x1: Sequence[Tensor] | None = None) -> Batch:
     """Sentences, their durations (S,), latents of recordings (T, C) -> padded, on the CPU."""
     codes, texts = zip(*sentences)
-    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # faster, if too long
+    frames = [min(count_frames(d), whisper.max_frames) for d in durations]  # sped up to fit
     chars, tokens, alignment, token_frames = zip(
         *(align_text(*item, whisper) for item in zip(sentences, durations, frames)))
     token_frames = [F.pad(x, (whisper.n_prompt, 1), value=-1) for x in token_frames]
@@ -165,14 +165,14 @@ def draw_similar(sums: Tensor, frames: Tensor, n: int, rng: torch.Generator) -> 
 
 
 class Batches(torch.utils.data.Dataset):
-    """batches[step] depends on seed and step alone, so that workers may make it ahead."""
+    """batches[step] follows from seed and step alone; shares: how often a sentence is drawn."""
 
     def __init__(self, shares: dict[Sentence, float], whisper: FrozenWhisper, batch_size: int,
                  seed: int, speed: float, speed_range: float):
         self.sentences, self.whisper, self.seed = list(shares), whisper, seed
         self.batch_size, self.speed, self.speed_range = batch_size, speed, speed_range
         self.shares = torch.tensor(list(shares.values()), dtype=torch.double)
-        self.sums = self.shares.cumsum(0)
+        self.sums = self.shares.cumsum(0)  # for draw_similar
         self.set_durations(char_durations)
 
     def set_durations(self, durations: Callable) -> None:
@@ -195,7 +195,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def generator(seed: int, number: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Random numbers of a seed and a number, mixed because torch uses only 32 bits of a seed."""
+    """A generator for a pair of numbers, hashed, as torch uses only 32 bits of a seed."""
     return torch.Generator(device).manual_seed((2654435761 * seed + number) % 2**32)
 
 

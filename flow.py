@@ -5,13 +5,13 @@ The contract
     time      t in [0, 1]; t = 0 is noise x0 ~ N(0, I), t = 1 is data x1
     path      x_t = (1 - t) x0 + t x1                            Lipman et al. 2023, eq. 22
     velocity  u_t = dx_t/dt = x1 - x0                            eq. 23 (sigma_min = 0 in both)
-    network   model(x_t, t, cond) -> x1_hat; cfm_loss is least where that is E[x1 | x_t, cond],
-              which makes v the marginal velocity E[u_t | x_t, cond]
+    network   model(x_t, t, cond) -> x1_hat; cfm_loss is least at x1_hat = E[x1 | x_t, cond], which
+              makes v the marginal velocity E[u_t | x_t, cond]
     ODE       dx/dt = v(x_t, t) = (x1_hat - x_t) / (1 - t), from t = 0 to t = 1
     cond      dict of tensors (B, ...); cond["drop"] (B,): True where the condition is left out
     guidance  classifier-free: v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho
               and Salimans 2022, eq. 6
-    steps     of the solver; NFE = steps * ORDER[method] network evaluations, twice that if guided
+    steps     of the solver; NFE, the network evaluations: steps * ORDER[method], twice if guided
 
 One Euler step from t = 0 to t = 1 lands on the endpoint itself: x1 = model(x0, 0, cond).
 
@@ -57,7 +57,7 @@ def path(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_from_endpoint(x1_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """The velocity that leads from x_t to x1_hat in the time that is left, t < 1. Eq. 21."""
+    """The velocity that leads from x_t to x1_hat in the time left, t < 1. Lipman, eq. 21."""
     return (x1_hat - x_t) / (1 - t[:, None, None])
 
 
@@ -95,7 +95,7 @@ def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
 def sample(velocity: Velocity, x0: Tensor, steps: int, method: str = "euler") -> Iterator[Tensor]:
     """Solve dx/dt = velocity(x, t) from x0 -> its steps + 1 states, noise first, (B, T, C) each.
 
-    Gradients pass through. Raises ValueError for an unknown method or an impossible schedule.
+    Gradients pass through. ValueError, with the first state, for a wrong method or schedule.
     """
     if method not in ORDER:
         raise ValueError(f"unknown solver {method!r}; choose one of {', '.join(ORDER)}")

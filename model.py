@@ -16,17 +16,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 3.0  # largest absolute value of an endpoint that tanh bounds
+REACH = 3.0  # |x1_hat| is smaller, where tanh bounds it
 BYTES = 4  # most bytes of a character in UTF-8
-CAPITAL = 1 + 256 * BYTES  # id of what every capital adds, behind those of all bytes
-OF_WHISPER = "token_in", "language_in", "token_out", "position_out"  # for one Whisper only
+CAPITAL = 1 + 256 * BYTES  # id that every capital has too, behind those of all bytes
+OF_WHISPER = "token_in", "language_in", "token_out", "position_out"  # these fit one Whisper only
 
 
 @dataclass(frozen=True)
 class DiTConfig:
     channels: int  # C
     embedding: int  # E
-    depth: int  # layers and heads; the width follows
+    depth: int  # number of layers, and of heads, each 32 wide
     patch: int = 4  # frames per patch, 20 ms each
     bound: str = "sphere"  # endpoint: sphere: mean 0, variance 1 in every frame; tanh: +-REACH
     max_frames: int = 1500  # P
@@ -125,8 +125,8 @@ class DiT(nn.Module):
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         self.register_buffer("position_out", torch.zeros(config.max_frames, config.channels))
-        # Bytes that are not ASCII (ids 1 to 128) say nothing at first; the Latin letter beside
-        # them, which they sound like, speaks for them.
+        # At first only ASCII bytes (ids 1 to 128) have an embedding; for other characters the
+        # Latin letter that they sound like, the next id of their row, stands in.
         nn.init.zeros_(self.letter_in.weight[129:CAPITAL])
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)
@@ -140,7 +140,7 @@ class DiT(nn.Module):
     def embed_text(self, cond: dict, mask: Tensor) -> Tensor:
         """The embedding of each frame's unit, mask (B, N * patch) -> (B, N * patch, D)."""
         text = self.letter_in(cond["chars"]).sum(2) + self.token_in(cond["tokens"])  # (B, U, D)
-        text = text * cond["chars"].any(2, keepdim=True)  # token 0, the padding, is a real token
+        text = text * cond["chars"].any(2, keepdim=True)  # padding has token 0, which is "!"
         text = text + F.silu(self.unit_conv(text.transpose(1, 2))).transpose(1, 2)
         alignment = F.pad(cond["alignment"], (0, mask.shape[1] - cond["alignment"].shape[1]))
         which, phase = alignment.long(), math.pi * alignment.frac()  # (B, N * patch)
@@ -155,7 +155,7 @@ class DiT(nn.Module):
         return (self.time_in(sinusoids(t, self.config.width)) + language)[:, None]
 
     def token_shortcut(self, cond: dict) -> Tensor:
-        """W e of each frame's token, past the blocks, which may be narrower, (B, T, C)."""
+        """W e of each frame's token, around the blocks (D may be less than C), (B, T, C)."""
         unit = cond["alignment"].long()[:, :, None]
         return self.token_out(cond["tokens"]).take_along_dim(unit, 1) * ~cond["drop"][:, None, None]
 

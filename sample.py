@@ -59,7 +59,7 @@ def load_flow(checkpoint: dict, device: torch.device, whisper: str | None = None
 
 
 def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Sentence, np.ndarray]]:
-    """A text -> parts that fit the decoder, each with its durations (S,), as the flags say."""
+    """A text -> parts that fit the decoder, each with its durations (S,) at the flags' pace."""
     speed = pace(text, args.speed, args.seed, args.rooms)
     return [(part, durations(part, speed)) for part in split_long(text, whisper, speed, durations)]
 
@@ -113,7 +113,7 @@ def main(argv=None) -> None:
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
     files = wav_files(args.wav, len(texts))
-    for file in filter(None, [*files[:1], args.out]):  # it fails now, not after the work
+    for file in filter(None, [*files[:1], args.out]):  # a bad folder fails now, not later
         make_folder(file.parent)
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
@@ -121,7 +121,7 @@ def main(argv=None) -> None:
     parts = [*map(cut_text, texts)]
     trips = round_trips(model, whisper, *zip(*chain(*parts)), args.solver, change)
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None,
-                            x1=trip.x1 if args.wav else trip.x1[:, :0].clone())  # its length
+                            x1=trip.x1 if args.wav else trip.x1[:, :0].clone())  # len(x1) is needed
               for trip in trips]
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))

@@ -1,6 +1,6 @@
 """Train the flow, from text alone: text -> DiT -> frozen Whisper -> text.
 
-    python train.py                     # minutes on a laptop, offline, with the embedded decoder
+    python train.py                     # minutes on a laptop, offline, with the embedded Whisper
     python train.py --latent mel        # spectrograms: the whole of Whisper hears them, in rooms
     python train.py --data fr=livre.txt builtin --whisper tiny      # --help lists all flags
     python train.py --resume            # go on where Ctrl-C stopped it
@@ -36,8 +36,8 @@ from whisper_decoder import FrozenWhisper
 
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 MAY_CHANGE = "out_dir device resume eval_every eval_sentences batch_size whisper".split()
-LOG = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
-       "gradient_norm,learning_rate")  # losses of rank 0; nan: no item in that quarter of t
+COLUMNS = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
+           "gradient_norm,learning_rate")  # losses of rank 0; nan: no item in that quarter of t
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Config:
     warmup: int = flag(50, "steps to the peak; a cosine leads down from there", 1)
     weight_decay: float = flag(0.01, "AdamW", 0)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
-    ema: float = flag(0.99, "largest decay of the average of weights, which is evaluated", 0, 1)
+    ema: float = flag(0.99, "largest decay of the averaged weights, which are evaluated", 0, 1)
     flow_weight: float = flag(0.3, "weight of the flow loss (not with --speech)", 0)
     drop_text: float = flag(0.1, "share of items without text and language, for guidance", 0, 1)
     eval_every: int = flag(300, "steps between samples and checkpoints", 1)
     eval_sentences: int = flag(250, "held-out sentences of the final evaluation", 1)
-    init_from: str = flag("", "checkpoint to begin from; an ear's may be of another --whisper")
+    init_from: str = flag("", "checkpoint to begin from; of mel also for another --whisper")
     seed: int = flag(0, "of everything random", 0, 2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     resume: bool = flag(False, "go on from out_dir/ckpt.pt")
@@ -78,7 +78,7 @@ class Config:
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
               room: Room | None, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a step (); of each item the cross-entropy and the flow loss, (B,) both."""
+    """-> the loss of a step, a scalar; of each item its cross-entropy and flow loss, (B,) both."""
     # One solver step makes x1 from noise and text; the frozen Whisper reads it (an ear in a room).
     x1 = model(x0, torch.zeros_like(t), batch.cond)
     loss, nll = critic.text_loss(x1, batch, room)
@@ -145,8 +145,8 @@ def round_trips(model: DiT, whisper: FrozenWhisper, sentences: Sequence[data.Sen
         frames = batch.cond["frames"]
         x1 = change(flow.last(generate(model, whisper, batch, solver)), batch)
         features = whisper.features(x1, frames)
-        read = whisper.transcribe(features, *zip(*batch.sentences))  # drafts: text/greedy.py
-        x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]
+        read = whisper.transcribe(features, *zip(*batch.sentences))  # texts only save time
+        x1 = [x[:n].clone() for x, n in zip(x1.cpu(), frames.tolist())]  # the padding goes
         yield from map(RoundTrip, batch.sentences, x1, features, read)
 
 
@@ -160,8 +160,8 @@ def evaluate(run: "Run", held_out: list) -> dict:
             result[f"val_{name}_{steps}step"] = rate
         for code, cer in cer_by_language(sentences, hypotheses).items():
             result[f"val_cer_{steps}step_{code}"] = cer
-    shuffled = hypotheses[1:] + hypotheses[:1]  # of 4 steps, for another sentence
-    chance = error_rates(sentences, shuffled).cer if len(sentences) > 1 else math.nan
+    others = hypotheses[1:] + hypotheses[:1]  # of 4 steps, each of another sentence
+    chance = error_rates(sentences, others).cer if len(sentences) > 1 else math.nan
     return result | dict(cer_shuffled_text=chance, evaluation_seconds=time.time() - start)
 
 
@@ -191,7 +191,7 @@ class Run:
                                            weight_decay=config.weight_decay)
 
     def save(self, log: Log) -> None:
-        """Write ckpt.pt as a whole; log.csv is from then on the log of this run."""
+        """Write ckpt.pt, whole or not at all; then this run's log takes the place of an older."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         states |= dict(step=self.step, rhythm=self.rhythm, origin=self.origin,
                        config=asdict(self.config), model_config=asdict(self.model.config))
@@ -210,7 +210,7 @@ class Run:
     def begin_with(self, checkpoint: dict) -> None:
         """Take the averaged weights of another run of the same shape. Raises BadInput.
 
-        An ear may go on with another Whisper: only what knows its embeddings begins anew.
+        Spectrograms may be for another Whisper: only the layers OF_WHISPER begin anew.
         """
         theirs, own = checkpoint["model_config"], asdict(self.model.config)
         is_same = checkpoint["origin"]["whisper"] == self.origin["whisper"]
@@ -218,7 +218,7 @@ class Run:
             theirs |= {name: own[name] for name in ("embedding", "max_frames")}
         if theirs != own or not (is_same or own["bound"] == "tanh"):
             raise BadInput(f"{self.config.init_from} needs its --latent, --depth {theirs['depth']} "
-                           "and --whisper; an ear only a Whisper with as many mel bins")
+                           "and --whisper (mel: any with as many mel bins)")
         weights = {name: x for name, x in checkpoint["ema"].items()
                    if is_same or name.split(".")[0] not in OF_WHISPER}
         for network in (self.model, self.ema):
@@ -244,9 +244,9 @@ def load_checkpoint(path: Path) -> dict:
         model = DiT(DiTConfig(**checkpoint["model_config"]))
         for weights in checkpoint["model"], checkpoint["ema"]:
             model.load_state_dict(weights)
-        durations_by(checkpoint["rhythm"]), checkpoint["origin"]["whisper"]  # raise if bad
-        groups = checkpoint["optimizer"]["param_groups"]  # by hand: an AdamW takes seconds to build
-        if not (all(x.isfinite().all() for x in checkpoint["ema"].values())
+        groups = checkpoint["optimizer"]["param_groups"]  # an AdamW would check them in seconds
+        if not (durations_by(checkpoint["rhythm"]) and checkpoint["origin"]["whisper"]
+                and all(x.isfinite().all() for x in checkpoint["ema"].values())
                 and checkpoint["step"] in range(checkpoint["config"]["steps"] + 1)
                 and [len(x["params"]) for x in groups] == [len(list(model.parameters()))]):
             raise ValueError("weights that are not finite, an impossible step or optimizer")
@@ -260,7 +260,7 @@ def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = 
     loader = DataLoader(batches, batch_size=None, sampler=range(run.step, config.steps),
                         **devices.workers(device, n_ranks))
     bar = tqdm(loader, "training", config.steps, initial=run.step, disable=rank > 0)
-    log = Log(run.path.with_name("log.csv"), LOG, run.step) if rank == 0 else None
+    log = Log(run.path.with_name("log.csv"), COLUMNS, run.step) if rank == 0 else None
     with devices.catch_interrupts() as stops:
         for batch in bar:
             batch = devices.shard(batch, rank, n_ranks).to(whisper)  # all ranks make the same one
@@ -273,7 +273,7 @@ def train(run: Run, batches: Dataset, held_out: list, run_objective: Callable = 
                                                config.flow_weight)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            stopped = devices.average_gradients(run.model, bool(stops))  # by Ctrl-C on any rank
+            stopped = devices.average_gradients(run.model, bool(stops))  # Ctrl-C on any rank?
             norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
             if not math.isfinite(norm):
                 raise BadInput(f"the loss is {loss.item()} at step {run.step}, its gradient {norm};"

@@ -33,7 +33,7 @@ class FrozenWhisper:
 
     bound = "sphere"  # of the endpoint, see model.DiTConfig
     speed_range = 1.7  # speech in training is up to this many times slower or faster
-    room_of_step = staticmethod(lambda step, n_steps, rng: None)  # augmentation: the ear's alone
+    room_of_step = staticmethod(lambda step, n_steps, rng: None)  # no augmentation; an ear has one
 
     def __init__(self, name: str = "pocket", device: str | torch.device = "cpu"):
         self.name, self.device = name, torch.device(device)
@@ -43,10 +43,10 @@ class FrozenWhisper:
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.n_samples = 2 * self.max_frames * HOP_LENGTH  # of 16 kHz, in its window
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
-        # Tokens whose embeddings are equal count as one, a row; most have a row of their own.
+        # Equal embeddings, such as pocket's unused tokens, are one row: a cheaper softmax.
         self.rows, self.row_of, self.row_count, is_own = distinct_rows(
             self.model.decoder.token_embedding.weight)
-        # Pocket's unused tokens share one row; a language with such a token was never trained.
+        # A language was trained if the embedding of its token is its own.
         codes = list(LANGUAGES)[: self.model.num_languages if self.model.is_multilingual else 1]
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         if not (self.languages and self.rows.isfinite().all()):
@@ -55,8 +55,8 @@ class FrozenWhisper:
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
     @cached_property
-    def silence_x1(self) -> Tensor:
-        """What the encoder makes of silence (P, E)."""
+    def encoded_silence(self) -> Tensor:
+        """The encoder's output for silence before its last gain and bias (P, E), an ear's too."""
         samples = torch.zeros(self.n_samples)
         # In float32, also where it is first asked for inside devices.mixed_precision.
         with torch.autocast(self.device.type, enabled=False):
@@ -65,7 +65,7 @@ class FrozenWhisper:
     @cached_property
     def silence(self) -> Tensor:
         """What the decoder sees of silence (P, E)."""
-        return self.model.encoder.ln_post(self.silence_x1)
+        return self.model.encoder.ln_post(self.encoded_silence)
 
     @cached_property
     def silence_keys(self) -> list[tuple[Tensor, Tensor]]:
@@ -99,7 +99,7 @@ class FrozenWhisper:
 
     @cached_property
     def token_direction(self) -> Tensor:
-        """W₀ (E, E): the direction in x1 that raises a token's logit, from frozen weights alone.
+        """W₀ (E, E): the encoder's output along W₀ e raises the logit of a token with embedding e.
 
         Attention to a frame x adds W_out W_value x to a state, and so e · W_out W_value x to the
         logit of a token with the embedding e, if no later layer changes it. That grows along
@@ -117,7 +117,7 @@ class FrozenWhisper:
         The latter is the encoder's silence less its mean over time, scaled to a root mean square of
         1/2; it helps attention to move forward.
         """
-        m = self.silence_x1 - self.silence_x1.mean(0)
+        m = self.encoded_silence - self.encoded_silence.mean(0)
         return self.token_direction, m / (2 * m.square().mean().sqrt())
 
     def encode(self, text: str, language: str) -> list[int]:
@@ -147,7 +147,7 @@ class FrozenWhisper:
         """What the decoder sees of real speech, (B, M, 2T) -> (B, T, E)."""
         return self.model.encoder.ln_post(self.encode_mel(mel))
 
-    latents = encode_mel  # x1 of real speech, (B, M, 2T) -> (B, T, C)
+    latents = encode_mel  # x1 of recordings (speech/), (B, M, 2T) -> (B, T, C)
 
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """What the decoder sees of x1 and silence behind it, (B, T, C), (B,) -> (B, P, E)."""
@@ -158,7 +158,7 @@ class FrozenWhisper:
         return torch.where(mask[:, :, None], speech, self.silence)
 
     def text_loss(self, x1: Tensor, batch, room=None) -> tuple[Tensor, Tensor]:
-        """x1 (B, T, C), a data.Batch -> the loss and, here the same, nll, (B,) each."""
+        """x1 (B, T, C), a data.Batch -> loss and nll, (B,), here the same; room is an ear's."""
         # What `features` makes, but the keys and values of the silence are not computed again.
         speech = self.model.encoder.ln_post(x1.float())
         states = self.teacher_force(speech, batch.targets, batch.cond["frames"])
@@ -186,7 +186,7 @@ class FrozenWhisper:
     def nll(self, states: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of language and text, nats per token, (B, L - 1, E), (B, L) -> (B,).
 
-        The language's token is predicted too, or a flow's Mandarin could pass for German.
+        The language's token counts too, or Whisper could hear a flow's Mandarin as German.
         """
         mask = targets[:, 1:] >= 0  # position i predicts token i + 1
         mask[:, : self.n_prompt - 1] = False
@@ -202,6 +202,6 @@ class FrozenWhisper:
 
 
 def mean_per_item(values: Tensor, mask: Tensor) -> Tensor:
-    """Values of what a mask (B, L) marks, in its order -> their mean in each item (B,)."""
+    """values[i] belongs to the i-th True of mask (B, L) -> the mean of each item (B,)."""
     grid = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
     return grid.sum(1) / mask.sum(1)

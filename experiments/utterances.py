@@ -199,6 +199,6 @@ def generate(flow: Flow, sentences: list, solver: Solver, rooms: float = 0.0,
         else:
             x1 = F.pad(x1, (0, 0, 0, tail))[:, : critic.max_frames]
             mask = torch.arange(x1.shape[1], device=x1.device) < frames[:, None]
-            x1 = torch.where(mask[:, :, None], x1, critic.silence_x1[: x1.shape[1]])
+            x1 = torch.where(mask[:, :, None], x1, critic.encoded_silence[: x1.shape[1]])
         encoded += [x[: n + tail].clone() for x, n in zip(x1.cpu(), frames.tolist())]
     return Speech(sentences, encoded)

@@ -6,7 +6,7 @@ Features mean something to one decoder only. A spectrogram can be looked at and 
 that is optimised by itself pleases this network alone (experiments/rooms.py). In rooms the text has
 to survive a random change of the log-mel in each step, as it does in speech: expectation over
 transformations, Athalye et al. 2018 (arXiv 1707.07397). Without rooms the frozen Whisper
-reads a flow as well, but others make 1.6 to 2.4 times the errors (experiments/sphinx.py).
+reads a flow as well, but PocketSphinx makes 1.6 to 2.4 times the errors (README.md).
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins, which are the channels
 of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width of the encoder.
@@ -22,7 +22,7 @@ from torch import Tensor
 from whisper_decoder import FrozenWhisper, mean_per_item
 
 MEL_STD = 0.5  # standard deviation of Whisper's log-mel in speech, about
-SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise the official window
+SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise it fills the window
 # The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
 ROOM = dict(vocal_tract=0.12, tempo=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
@@ -71,8 +71,8 @@ class Ear(FrozenWhisper):
     def spectrogram(self, x1: Tensor, frames: Tensor, window: int) -> Tensor:
         """x1 (B, T, M), lengths (B,) -> log-mel with silence behind, (B, M, 2 * window).
 
-        It is clipped where its silence lies. The last frame is repeated, so that nothing behind the
-        end is smoothed into it.
+        What is below its silence (`silence_of`) is raised to it. The last frame is repeated, so
+        that `upsample` smooths nothing behind the end into it.
         """
         last = torch.arange(x1.shape[1] + 1, device=x1.device).minimum(frames[:, None] - 1)
         mel = x1.float().gather(1, last[:, :, None].expand(-1, -1, self.channels)).transpose(1, 2)
@@ -95,7 +95,7 @@ class Ear(FrozenWhisper):
         """Cross-entropy of the text, where the encoder hears x1 in a random room.
 
         x1 (B, T, M), a data.Batch -> the loss, nll + lens_weight * nll * lens, and nll alone, (B,)
-        each. This factor nll is detached: items that the decoder can read need no lens. The window
+        each. As a factor nll is detached: items that the decoder can read need no lens. The window
         is little longer than the speech, which in a room begins up to 240 ms late. Token positions
         follow that delay; the time warp of a room, which moves them too, is ignored.
         """

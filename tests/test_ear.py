@@ -218,12 +218,12 @@ def test_lens_tells_tokens_apart_near_their_frames(ear):
                   for (item, j), x in told.items() if item == i]
         expected.append(sum(losses) / len(losses))
     close(ear.lens(heard, two.targets, two.token_frames), torch.stack(expected))
-    states, silence = randn(2, two.targets.shape[1] - 1, 128), Ear("pocket").silence_x1
+    states, silence = randn(2, two.targets.shape[1] - 1, 128), Ear("pocket").encoded_silence
     with torch.autocast("cpu", torch.bfloat16):  # not rounded
         fresh = Ear("pocket")
         close(fresh.lens(heard, two.targets, two.token_frames), torch.stack(expected))
         assert torch.equal(fresh.token_direction, ear.token_direction)
-        assert torch.equal(fresh.silence_x1, silence)
+        assert torch.equal(fresh.encoded_silence, silence)
         rounded = fresh.nll(states, two.targets)
     assert torch.equal(rounded, ear.nll(states, two.targets))
 

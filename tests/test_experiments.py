@@ -49,7 +49,7 @@ def checkpoints(tmp_path_factory):
         config = train.Config(str(tmp_path_factory.mktemp(name)), latent=name, depth=1,
                               data=(str(POCKET / "sentences"),), max_lines=400)
         run = train.Run(config, kind("pocket"))
-        run.save(Log(run.path.with_name("log.csv"), train.LOG, 0))
+        run.save(Log(run.path.with_name("log.csv"), train.COLUMNS, 0))
         paths[name] = str(run.path)
     return paths
 
@@ -284,7 +284,7 @@ def test_made_speech_has_as_much_silence_behind_as_real_speech(checkpoints, late
     else:
         seen = torch.arange(critic.max_frames) < lengths[:, None]
         whole = F.pad(x1, (0, 0, 0, critic.max_frames - x1.shape[1]))
-        whole = torch.where(seen[..., None], whole, critic.silence_x1)
+        whole = torch.where(seen[..., None], whole, critic.encoded_silence)
     for x, n, y in zip(made, frames, whole):
         torch.testing.assert_close(x, y[: n + tail], rtol=1e-4, atol=1e-4)
     long = [Sentence("en", "a" * critic.max_frames)]  # its window ends
