@@ -5,8 +5,9 @@
 
 It has Gaussian mixtures over cepstra and a trigram model of words (Huggins-Daines et al. 2006,
 10.1109/ICASSP.2006.1659988), and shares nothing with a Whisper but the language. It is a weak
-recogniser, so espeak-ng, which says the same sentences, and people stand beside the flows. All
-sound is made of a log-mel by Griffin-Lim. Chance: the same readings, of other sentences.
+recogniser, so espeak-ng, which says the same sentences in its plain voice and in random ones, and
+people stand beside the flows. All sound is made of a log-mel by Griffin-Lim. Chance: the same
+readings, of other sentences.
 """
 import sys
 from pathlib import Path
@@ -23,14 +24,14 @@ import train  # noqa: E402
 from data import Sentence  # noqa: E402
 from experiments.student import letters, others  # noqa: E402
 from experiments.tokens import check_espeak, open_source  # noqa: E402
-from experiments.utterances import espeak, human_clips, latents  # noqa: E402
+from experiments.utterances import ACCENTS, espeak, human_clips, latents  # noqa: E402
 from flow import Solver  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.flags import Parser, file_path  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.recordings import TAIL, speech_span  # noqa: E402
-from speech.sound import griffin_lim  # noqa: E402
+from speech.sound import griffin_lim, log_mel  # noqa: E402
 from text.error_rates import edit_distance  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
@@ -71,7 +72,17 @@ def spoken(mels: Iterable[Tensor]) -> Iterator[Tensor]:
         yield mel[:, 2 * span.start : 2 * (span.stop - TAIL)]
 
 
-def said(flow: sample.Flow, sentences: list[Sentence]) -> Iterator[Tensor]:
+def plain_voice(sentences: list[Sentence], whisper: FrozenWhisper) -> Iterator[Tensor]:
+    """Log-mels (M, 2P) of espeak-ng as it speaks by default; faster, if the window is too short."""
+    for sentence in sentences:
+        speed = 175
+        while len(samples := make_pocket.speak(sentence._replace(language=ACCENTS["en"]), "", speed,
+                                               pitch=50)) > whisper.n_samples:
+            speed += 15
+        yield log_mel(samples, whisper)[0]
+
+
+def log_mels_of(flow: sample.Flow, sentences: list[Sentence]) -> Iterator[Tensor]:
     """Log-mels (M, n) of a flow."""
     for x1, frames in latents(flow, sentences, Solver()):
         yield from (flow.critic.log_mel_of(x[:n]) for x, n in zip(x1, frames))
@@ -101,12 +112,14 @@ def main(argv=None) -> None:
     for path, flow in zip(args.checkpoints, flows):
         if not isinstance(flow.critic, Ear):
             raise BadInput(f"{path} makes features, which have no sound; give one of --latent mel")
-    rows = {"espeak-ng": (sentences, spoken(espeak(sentences, make_pocket.VARIANTS, 0, whisper,
-                                                   args.work_dir)))}
+    variants = make_pocket.VARIANTS
+    rows = {"espeak-ng": (sentences, spoken(plain_voice(sentences, whisper))),
+            f"espeak-ng, {len(variants)} voices": (
+                sentences, spoken(espeak(sentences, variants, 0, whisper, args.work_dir)))}
     if args.recordings:
         clips = human_clips(args.recordings, whisper, {"en"}, args.sentences)
         rows["people"] = [s for s, _ in clips], spoken(mel for _, mel in clips)
-    rows |= {str(path): (sentences, said(flow, sentences))
+    rows |= {str(path): (sentences, log_mels_of(flow, sentences))
              for path, flow in zip(args.checkpoints, flows)}
     decoder = Decoder(samprate=16000, loglevel="FATAL")
     print("| speech | CER | of resampled sentences 95 % | chance | sentences |\n| --- "

@@ -28,6 +28,7 @@ from plumbing.files import atomic_write, fingerprint
 from speech.align import (
     ROUNDS, STRAY, align_characters, durations_by, fit_rhythm, spoken_symbols,
 )
+from speech.ear import MEL_STD
 from speech.sound import log_mel, resample
 from text.durations import FRAMES_PER_SECOND
 from text.sources import MAX_NOTES, make_sentence, way_to_utf8
@@ -40,8 +41,9 @@ except (ImportError, OSError) as error:
 
 SPEECH_ALONE = 0.75  # share of the run, at its beginning, that has recordings only
 TEXT_WEIGHT = 0.2  # of the cross-entropy, in the other steps of text
-SOLVER_STEPS = 4  # of the round trip, as many as `sample.py` takes
+SOLVER_STEPS = flow.Solver().steps  # of the round trip, as many as `sample.py` takes
 MIN_LOGPROB, MAX_NO_SPEECH = -0.3, 0.5  # of a hypothesis that is taken as the text
+DECIBELS = 40.0  # below the loudest, at which speech ends
 TAIL = 10  # frames behind the last sound: without them an official decoder may repeat itself
 MAX_SECONDS = 60  # of a recording; a Whisper hears 30, and a whole book would fill the memory
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")  # of recordings that no manifest names
@@ -74,6 +76,8 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
         raise BadInput(f"{manifest} is not UTF-8 ({first_line(error)}); {way_to_utf8(manifest)}"
                        ) from error
     entries, notes = {}, []
+    if not is_table:
+        notes.append(f"{manifest} is read as English; a manifest.tsv says another language")
     for i, line in enumerate(lines, 1):
         fields = line.split("\t", 2) if is_table else line.split("|")
         try:
@@ -88,8 +92,6 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
         except BadInput as error:
             form = "path<TAB>language<TAB>text" if is_table else "id|text|text as spoken"
             notes.append(f"{manifest}, line {i}: {error}; a line is {form}")
-    if not is_table:
-        notes.append(f"{manifest} is read as English; a manifest.tsv says another language")
     return [*entries.items()], notes
 
 
@@ -119,8 +121,8 @@ def read_audio(path: Path) -> np.ndarray:
 
 
 def speech_span(mel: Tensor) -> slice:
-    """Latent frames of what is within 40 dB, 1 in Whisper's units, and TAIL behind, (M, 2P)."""
-    loud = (mel.amax(0) > mel.max() - 1).nonzero()[:, 0].tolist()
+    """Log-mel (M, 2P) -> its latent frames within DECIBELS of the loudest, and TAIL behind."""
+    loud = (mel.amax(0) > mel.max() - DECIBELS / 40).nonzero()[:, 0].tolist()  # 1 is 40 dB
     return slice(loud[0] // 2, min(loud[-1] // 2 + 1 + TAIL, mel.shape[1] // 2))
 
 
@@ -155,7 +157,8 @@ def content_key(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) 
     texts = [(os.path.relpath(path, folder), text) for path, text in entries]
     stats = [(path.stat().st_size, path.stat().st_mtime_ns, os.access(path, os.R_OK))
              if os.path.isfile(path) else None for path, _ in entries]
-    constants = TAIL, MIN_LOGPROB, MAX_NO_SPEECH, soundfile.__libsndfile_version__
+    constants = (DECIBELS, TAIL, MEL_STD, MIN_LOGPROB, MAX_NO_SPEECH,
+                 soundfile.__libsndfile_version__)
     return fingerprint((texts, stats, whisper.fingerprint, constants))
 
 
@@ -183,11 +186,11 @@ def encode_folder(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper
         groups[fingerprint(os.path.relpath(path, folder))[:2]].append(i)
     with tqdm(total=len(entries), desc="encoding recordings") as bar:
         for name, numbers in groups.items():
-            some = [entries[i] for i in numbers]
-            keys[name], done = content_key(folder, some, whisper), bar.n
+            group = [entries[i] for i in numbers]
+            keys[name], done = content_key(folder, group, whisper), bar.n
             encoded |= zip(numbers, cached(cache / f"{name}.pt", keys[name], lambda: (
-                encode_recordings(some, whisper, bar)), notes))
-            bar.update(done + len(some) - bar.n)
+                encode_recordings(group, whisper, bar)), notes))
+            bar.update(done + len(group) - bar.n)
     encoded = [encoded[i] for i in range(len(entries))]
     left_out = [note for note in encoded if isinstance(note, str)]
     known = [x for x in encoded if not isinstance(x, str)]
@@ -195,7 +198,7 @@ def encode_folder(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper
     key = fingerprint((keys, sentences, [*map(len, x1)], ROUNDS, STRAY))
     durations = cached(cache / "aligned.pt", key, lambda: [
         torch.from_numpy(n) for n in align_characters(sentences, x1)], notes)
-    return [*map(Recording, sentences, x1, (n.numpy() for n in durations))], [*left_out, *notes]
+    return [*map(Recording, sentences, x1, (n.numpy() for n in durations))], [*notes, *left_out]
 
 
 def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sentence] = ()
@@ -203,21 +206,25 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
     """A folder -> recordings of sentences that are neither held out nor like one, notes."""
     entries, notes = read_manifest(folder, whisper)
     if not entries:
-        raise BadInput(f"{folder} has no recording; {(notes or [', '.join(SUFFIXES)])[0]}")
+        raise BadInput(f"{folder} has no recording; {(notes or [', '.join(SUFFIXES)])[-1]}")
     known, unusable = encode_folder(folder, entries, whisper)
-    notes += unusable
     keys = set(map(data.key, held_out))
     training = [r for r in known if data.hash_share(r.sentence) > data.HELD_OUT
                 and data.key(r.sentence) not in keys]
     if not training:
-        held_out = [f"all {len(known)} are of held-out sentences, so add others"] if known else []
-        reasons = [*held_out, *unusable, *notes]
-        raise BadInput(f"{folder} has no usable recording; {reasons[0]}")
-    if len(notes) > MAX_NOTES:
-        notes[MAX_NOTES:] = [f"{len(notes) - MAX_NOTES} more recordings are left out"]
+        why = f"all {len(known)} are of held-out sentences, so add others"
+        reasons = [*notes, *unusable, *[why] * bool(known)]
+        raise BadInput(f"{folder} has no usable recording; {reasons[-1]}")
     minutes = sum(len(r.x1) for r in training) / FRAMES_PER_SECOND / 60
-    return training, [*notes, f"{len(training)} recordings, {minutes:.1f} minutes of speech; "
-                              f"{len(known) - len(training)} of held-out sentences are left out"]
+    return training, [*first_few(notes), *first_few(unusable),
+                      f"{len(training)} recordings, {minutes:.1f} minutes of speech; "
+                      f"{len(known) - len(training)} of held-out sentences are left out"]
+
+
+def first_few(notes: list[str]) -> list[str]:
+    """The first MAX_NOTES, and how many more there are."""
+    more = len(notes) - MAX_NOTES
+    return notes[:MAX_NOTES] + [f"{more} more recordings are left out"] * (more > 0)
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -243,7 +250,7 @@ class RecordingBatches(torch.utils.data.Dataset):
 
 def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Tensor, drop: Tensor,
               room, flow_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a step (), and of its items cross-entropy and flow loss (B,).
+    """-> the loss of a step, a scalar; of each item its cross-entropy and flow loss, (B,) both.
 
     Recordings have their x1, so this is flow matching proper, without cross-entropy. They say where
     every t points, so text has no flow loss (and no use for t, drop and the weight). Its
@@ -264,7 +271,8 @@ def with_recordings(text: data.Batches, held_out: Sequence[Sentence], config) ->
     Text lasts as long as the recordings say, in their languages.
     """
     if config.flow_weight != type(config).flow_weight:
-        raise BadInput(f"--flow_weight {config.flow_weight} does nothing with --speech; leave one")
+        raise BadInput(f"--flow_weight {config.flow_weight} does nothing with --speech; leave "
+                       "one of them out")
     recordings, notes = load_recordings(Path(config.speech), text.whisper, held_out)
     rhythm = fit_rhythm([r.sentence for r in recordings], [r.durations for r in recordings])
     text.set_durations(durations_by(rhythm))

@@ -629,16 +629,24 @@ def test_a_recogniser_that_is_no_whisper(runs, checkpoints, tmp_path, ear, monke
     monkeypatch.setattr(sphinx, "check_espeak", lambda _: None)
     monkeypatch.setattr(sphinx, "espeak", lambda sentences, *_: (clips[0][1] for _ in sentences))
     monkeypatch.setattr(sphinx, "human_clips", lambda *_: clips)
+    asked = []  # of espeak-ng: language, variant, speed
+
+    def speak(sentence, variant, speed, pitch):
+        asked.append((sentence.language, variant, speed))
+        return np.full(ear.n_samples + 180 - speed, 0.1, np.float32)  # at 175 too long
+
+    monkeypatch.setattr(sphinx.make_pocket, "speak", speak)
     flags = ["--sentences", "4", "--recordings", "people", "--work_dir", str(tmp_path)]
     sphinx.main([mel, *flags, "--data", "en=builtin"])
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| espeak-ng", "| people",
-                                                    f"| {mel}"]
-    assert [row.split(" | ")[-1] for row in rows] == ["4 |", "2 |", "4 |"]
+    assert [row.split(" | ")[0] for row in rows] == ["| espeak-ng", "| espeak-ng, 22 voices",
+                                                    "| people", f"| {mel}"]
+    assert [row.split(" | ")[-1] for row in rows] == ["4 |", "4 |", "2 |", "4 |"]
+    assert asked == 4 * [("en-us", "", 175), ("en-us", "", 190)]
     spans = [speech_span(mel) for _, mel in clips]
-    assert [len(x) for x in heard[4:6]] == [
+    assert [len(x) for x in heard[8:10]] == [
         320 * (span.stop - sphinx.TAIL - span.start) + 6400 for span in spans]
-    assert 15000 < abs(heard[4]).max() < 17000 and 0 < abs(heard[4][:3000]).max() < 300
+    assert 15000 < abs(heard[8]).max() < 17000 and 0 < abs(heard[8][:3000]).max() < 300
     sentences = [Sentence("en", text) for text in ("The dog!", "A cat.", "Dogs")]
     cer, low, high = sphinx.rates(sentences, ["the dog", "a bat", ""])
     assert cer == 5 / 16 and low < cer < high == 1

@@ -642,10 +642,11 @@ def test_every_process_tells_what_is_wrong_with_it(pocket, monkeypatch):
 def test_headers_of_tables_and_empty_columns_are_no_sentences(pocket, tmp_path):
     (tmp_path / "t.tsv").write_text("client_id\tpath\tSentence\tlocale\n1\ta.mp3\tThe dog.\ten\n"
                                     "language\ttext\nen\t\npath\tThe text.\nword\ttext\n"
-                                    "One column.\n"
+                                    "couch\tsentence\n"
+                                    '"One ""column""."\n'
                                     "en\tText\n")
     counts, notes = read_file(tmp_path / "t.tsv", "en", pocket)
-    assert [s.text for s in counts] == ["en", "The text.", "One column.", "Text"]
+    assert [s.text for s in counts] == ["en", "The text.", "sentence", 'One "column".', "Text"]
     assert "line 1 is left out, and 2 more: it is the header of a table" in notes[0]
     assert "the last of 2 columns, the text, has no word in it" in notes[1]
     (tmp_path / "t.txt").write_text("Yes.\n" * 9)
@@ -698,7 +699,7 @@ def test_ljspeechs_layout_is_english(pocket, tmp_path):
     (tmp_path / "metadata.csv").write_text("a|The dog.|The dog.\n")
     (_, sentence), = recordings.read_manifest(tmp_path, pocket)[0]
     assert sentence.language == "en"
-    assert "is read as English" in recordings.read_manifest(tmp_path, pocket)[1][-1]
+    assert "is read as English" in recordings.read_manifest(tmp_path, pocket)[1][0]
     (tmp_path / "manifest.tsv").write_text("a.wav\ten\tThe dog.\n", "utf-16")
     with pytest.raises(BadInput, match="iconv -f utf-16 "):
         recordings.read_manifest(tmp_path, pocket)

@@ -346,7 +346,7 @@ def test_targets_are_what_decode_can_write(pocket, text, code, written):
     ("STOP IT NOW!", "Stop it now!"), ("S U N", "S U N"), ("N. A. S. A.!", "N. A. S. A.!"),
     ('"О Н"', '"О Н"'), ("A BC", "A bc"), ("NASA", "NASA"), ("I am NASA.", "I am NASA."),
     ("NASA 2024", "NASA 2024"), ("그는 KBS 뉴스를 본다.", "그는 KBS 뉴스를 본다."),
-    ("¿QUÉ PASA?", "¿Qué pasa?")])
+    ("¿QUÉ PASA?", "¿Qué pasa?"), ("ΑΣ ΠΑΜΕ.", "Ας παμε.")])
 def test_whole_words_in_capitals_are_shouted_and_letters_are_spelled(pocket, text, kept):
     assert make_sentence(text, "en", pocket).text == kept
 
@@ -381,6 +381,13 @@ def test_what_was_read_of_pieces_begins_with_the_first(pocket):
     pieces = [p.text for p in split_long(Sentence("en", text), pocket)]
     assert pieces[0][0] == "H" and len(pieces) > 1
     assert sample.join(text, pieces, pieces) == text[4:].strip()
+
+
+@pytest.mark.parametrize("language, sentence", [
+    ("en", "“The dog sleeps in the house, and the cat.” "), ("zh", "他说：“老师在教室里吃饺子。”")])
+def test_closing_quotes_stay_with_their_sentence(pocket, language, sentence):
+    pieces = split_long(Sentence(language, (3 * sentence).strip()), pocket)
+    assert [piece.text for piece in pieces] == 3 * [sentence.strip()]
 
 
 def test_a_lonely_joiner_is_no_piece(pocket):

@@ -36,7 +36,6 @@ SMALL_I = {ord("I"): "ı", ord("İ"): "i"}  # in TWO_I
 URL = "(?i)https?://"
 TATOEBA = "https://downloads.tatoeba.org/exports/per_language/{0}/{0}_sentences.tsv.bz2"
 ISO_639_3 = {code: iso for code, iso, *_ in LANGUAGE_ROWS}
-CODES = {*ISO_639_3, *ISO_639_3.values()} - {"id", "no"}  # which name columns, too
 NO_TEXT = set(".csv .json .jsonl .parquet .arrow .srt .vtt .xml .html .pdf .zip .xz .zst .7z .tar "
               ".tgz .pt .npy .npz .png .jpg .wav .flac .mp3 .ogg .docx .xlsx .odt .ods .doc .xls "
               ".epub .rtf".split())
@@ -44,7 +43,8 @@ NO_TEXT = set(".csv .json .jsonl .parquet .arrow .srt .vtt .xml .html .pdf .zip 
 INVISIBLE = "[\u034f\u115f\u1160\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 BLANK = "[\u3164\uffa0]"  # Hangul's, which count as letters
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
-HEADER = set("language lang locale text sentence transcript transcription path".split())
+HEADER = set("client_id file filename id lang language locale name path phrase sentence source "
+             "text transcript transcription word".split())
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\3\4": "zip", b"\xfd7zXZ": "xz"}
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
@@ -77,8 +77,8 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
             and not re.fullmatch(r"\W*(\w(\W+|$))+", text)):
         # Whisper writes what is said; letters that are spelled stay capitals.
         end = re.search(r"[^\W\d_]", text).end()
-        small = text[end:].translate(SMALL_I) if code in TWO_I else text[end:]
-        text = text[:end] + small.lower()
+        small = text.translate(SMALL_I) if code in TWO_I else text
+        text = text[:end] + small.lower()[len(small[:end].lower()):]  # whole: Σ depends on it
     if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")
     return Sentence(code, text)
@@ -139,12 +139,11 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     code, *columns = (cell[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', cell) else cell
                       for cell in line.strip("\n\ufeff").split("\t"))
     if language and not columns:
-        return make_sentence(line, language, whisper)
+        return make_sentence(code, language, whisper)
     if not columns:
         raise BadInput("there is no tab between language and text")
     cells = [cell.strip().lower() for cell in (code, *columns)]
-    is_name = cells[0].isalpha() and language_code(cells[0]) not in CODES
-    if len(HEADER & {*cells}) > 1 or is_name and cells[-1] in HEADER - {"path", "lang"}:
+    if len(HEADER & {*cells}) > 1:
         raise BadInput("it is the header of a table")
     if language:
         if not any(map(str.isalnum, columns[-1])):
