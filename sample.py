@@ -64,10 +64,10 @@ def cut(text: Sentence, durations: Callable, whisper, args) -> list[tuple[Senten
     return [(part, durations(part, speed)) for part in split_long(text, whisper, speed, durations)]
 
 
-def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, args) -> None:
+def show_forming(model, whisper, sentence: Sentence, durations: np.ndarray, solver) -> None:
     """Print what is read at every step of the ODE, from x0 to x1, before --rooms changes it."""
     batch = make_batch([sentence], whisper, [durations]).to(whisper)
-    for t, x in zip(flow.schedule(args.steps), generate(model, whisper, batch, args.solver)):
+    for t, x in zip(flow.schedule(solver.steps), generate(model, whisper, batch, solver)):
         features = whisper.features(x, batch.cond["frames"])
         read = whisper.transcribe(features, [sentence.language])[0]
         print(f"  t = {t:.2f}     {read.text[:70]}")
@@ -131,10 +131,10 @@ def main(argv=None) -> None:
             group = list(islice(remaining, len(parts[i])))
             hypotheses.append(join(text.text, [piece.sentence.text for piece in group],
                                    [piece.read.text for piece in group]))
-            show_round_trip(text, hypotheses[-1], group, args)
+            show_round_trip(text, hypotheses[-1], group, args.solver)
             if i == 0 and not args.text_file:
                 print(f"forming      {group[0].sentence.text[:70]}")
-                show_forming(model, whisper, *parts[0][0], args)
+                show_forming(model, whisper, *parts[0][0], args.solver)
             if args.wav:
                 write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])
     cer, wer, exact = error_rates(texts, hypotheses)

@@ -68,7 +68,7 @@ def mixed_precision(device: torch.device, width: int):
 def peak_memory(device: torch.device) -> float:
     """The most memory that was ever taken, in GB: of a CUDA GPU, or of this process; nan: unknown.
 
-    Linux counts no less than what the program had that started this one.
+    On Linux a process begins with the peak of the one that started it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -92,7 +92,7 @@ def start_ranks(device: torch.device, batch_size: int) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if os.environ.get("RANK") == "0":
-        print(f"note: waiting for {n_ranks} processes", flush=True)
+        print(f"note: waiting for {n_ranks} processes", file=sys.stderr)
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(days=1))  # while the first downloads

@@ -33,7 +33,7 @@ class BadInput(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, short enough for one sentence; a heading with what it announces."""
+    """What an exception says first, short enough for a sentence; after a ":" the next line too."""
     lines = re.sub(r":\s*\n\s*", ": ", str(error)).splitlines() or [type(error).__name__]
     return shorten(lines[0], 150, placeholder=" ...")
 

@@ -19,7 +19,7 @@ except ImportError:  # Windows
     flock = None
 
 OURS = ("ckpt.pt", "log.csv", "log.new", "result.txt", "settings.json", "manifest.jsonl",
-        "left_out.jsonl")  # files that a run replaces
+        "left_out.jsonl", "manifest.tsv", "*.wav")  # files that a run replaces
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
              errno.ENAMETOOLONG}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -70,9 +70,14 @@ def make_folder(folder: Path) -> None:
         raise BadInput(f"{folder} cannot be written; give a place that you may write to")
 
 
+class Busy(BadInput):
+    """Another run has the folder."""
+
+
 @contextmanager
 def locked(folder: Path, rank: int = 0, part: str = ""):
-    """One run at a time, by its first process, or one of each part; what a killed run left goes."""
+    """One run at a time may write to a folder, by its first process, or one of each part; what a
+    killed run left half-written goes. Raises Busy."""
     if rank > 0:
         yield
         return
@@ -88,7 +93,7 @@ def locked(folder: Path, rank: int = 0, part: str = ""):
                 if not os.path.exists(lock.name):  # whoever had it has just deleted it
                     raise BlockingIOError
         except BlockingIOError as error:
-            raise BadInput(f"another run writes to {folder}; give another folder") from error
+            raise Busy(f"another run writes to {folder}; give another folder") from error
         except OSError as error:  # of a cluster, perhaps
             print(f"note: {folder} cannot be locked ({error.strerror}), so see to it that no other "
                   "run writes there", file=sys.stderr)

@@ -26,19 +26,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from whisper.audio import HOP_LENGTH
+from whisper.audio import HOP_LENGTH, SAMPLE_RATE
 
 from data import Sentence
 from flow import MAX_STEPS, Solver
 from plumbing import flags
 from plumbing.errors import BadInput, as_bad_input
-from plumbing.files import atomic_write, fingerprint, locked
+from plumbing.files import Busy, atomic_write, fingerprint, locked
 from plumbing.weights import state_fingerprint
 from speech.sound import griffin_lim, log_mel, write_samples
 from text.durations import FRAMES_PER_SECOND, count_frames
 from text.error_rates import error_rates
 from text.sources import (
-    kind, lines_of, local_file, note_english, note_other, other_language, print_notes, read_line,
+    is_not_latin, kind, lines_of, local_file, note_english, note_other, other_language, print_notes,
+    read_line,
 )
 from text.spelling import language_code
 from whisper_decoder import FrozenWhisper
@@ -122,7 +123,7 @@ class Piece(NamedTuple):
 
 
 def describe(trip, seed: int, whisper: FrozenWhisper, kinds: Sequence[str]) -> Piece:
-    """A round trip without what nobody asked for: features of a window are megabytes."""
+    """A round trip with the arrays of these kinds alone: features of a window are megabytes."""
     n, read, arrays = len(trip.x1), trip.read, {}
     row = dict(language=trip.sentence.language, text=trip.sentence.text,
                seconds=n / FRAMES_PER_SECOND, frames=n, seed=seed, hypothesis=read.text,
@@ -171,7 +172,7 @@ def write_sound(path: Path, samples: Tensor) -> None:
         return write_samples(path, samples)
     import soundfile
     file = io.BytesIO()
-    soundfile.write(file, samples.numpy(), 16000, format="FLAC")
+    soundfile.write(file, samples.numpy(), SAMPLE_RATE, format="FLAC")
     with atomic_write(path) as part:  # it would not tell that a disk is full
         part.write_bytes(file.getvalue())
 
@@ -199,7 +200,7 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
     """Its arrays and sounds, and last its rows: then it is whole."""
     for sound in [x for x in SOUNDS if x in kinds]:
         for piece in pieces:
-            piece.row[sound] = f"{sound}/{name[6:]}/{piece.row['id']}.{sound}"
+            piece.row[sound] = f"{sound}/{name.removeprefix('shard-')}/{piece.row['id']}.{sound}"
             write_sound(folder / piece.row[sound], piece.arrays["samples"])
     if kept := sorted({*kinds} - {*SOUNDS}):
         arrays = {kind: np.concatenate([x.arrays[kind] for x in pieces]) for kind in kept if pieces}
@@ -333,22 +334,19 @@ def survey(args, unlearned: set[str]) -> tuple[list[str], int, list[str]]:
         if (path := local_file(name)).exists() and not path.is_file():
             raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
                            "and give each file of a folder its --text_file")
-    digests, languages, found = [], Counter(), set()  # no texts: there may be millions
-
-    def as_english() -> Iterator[str]:
-        lines = read_lines(args.text_file, args.language)
-        while block := list(islice(lines, TEXTS_A_SHARD)):
-            digests.append(digest(block))
-            for line, suffix, code in block:
-                languages[other_language(line, code) if suffix == ".tsv" else ""] += 1
-                found.update(unlearned & {code or language_code(line.partition("\t")[0])})
-                if code == "en" != args.language:
-                    yield line
-
-    notes = note_english(as_english()) + note_other(languages, args.language)
+    digests, languages, unlearned_here = [], Counter(), set()  # no texts: there may be millions
+    n_foreign, foreign, lines = 0, "", read_lines(args.text_file, args.language)
+    while block := list(islice(lines, TEXTS_A_SHARD)):
+        digests.append(digest(block))
+        for line, suffix, code in block:
+            languages[other_language(line, code) if suffix == ".tsv" else ""] += 1
+            unlearned_here |= unlearned & {code or language_code(line.partition("\t")[0])}
+            if code == "en" != args.language and is_not_latin(line):
+                n_foreign, foreign = n_foreign + 1, foreign or line
+    notes = note_english(n_foreign, foreign) + note_other(languages, args.language)
     if not languages:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
-    notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(found)]
+    notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unlearned_here)]
     return digests, languages.total(), notes
 
 
@@ -395,11 +393,9 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
                 f"{folder}, and the part that ends last writes manifest.jsonl")
     try:
         with locked(folder):
-            n_pieces, said = merge(folder, [*shards], trained)
-    except BadInput as error:
-        if "another run" not in str(error):
-            raise
+            n_pieces, summary = merge(folder, [*shards], trained)
+    except Busy:
         return f"part {args.part} is done; another part is just writing manifest.jsonl"
     if not n_pieces:
-        raise BadInput(f"nothing of the set could be kept\n{said}")
-    return said
+        raise BadInput(f"nothing of the set could be kept\n{summary}")
+    return summary

@@ -11,7 +11,6 @@ reads a flow as well, but PocketSphinx makes 1.6 to 2.4 times the errors (README
 B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins, which are the channels
 of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width of the encoder.
 """
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +60,8 @@ class Ear(FrozenWhisper):
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Zeros, (M, E), (P, M): which spectrogram a token has, the weights do not tell."""
-        zeros = partial(torch.zeros, device=self.device)
-        return zeros(self.channels, self.dims.n_text_state), zeros(self.max_frames, self.channels)
+        shapes = (self.channels, self.dims.n_text_state), (self.max_frames, self.channels)
+        return tuple(torch.zeros(shape, device=self.device) for shape in shapes)
 
     def latents(self, mel: Tensor) -> Tensor:
         """x1 of real speech, (B, M, 2T) -> (B, T, M)."""

@@ -4,6 +4,7 @@ B batch, T latent frames (20 ms), M mel bins, n frames of 10 ms.
 """
 import math
 import re
+import sys
 import wave
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,7 +133,7 @@ def write_manifest(files: Sequence[Path], texts: Sequence[Sentence]) -> None:
     with atomic_write(files[0].with_name("manifest.tsv")) as part:
         part.write_text("".join(lines), "utf-8")
     if others := len([*files[0].parent.glob("*.wav")]) - len(texts):
-        print(f"note: {others} older .wav files are there too")
+        print(f"note: {others} older .wav files are there too", file=sys.stderr)
 
 
 def write_samples(path: Path, samples: Tensor) -> None:

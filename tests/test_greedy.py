@@ -103,3 +103,18 @@ def test_whatever_the_draft_is_the_result_is_that_of_decoding(pocket, tmp_path):
     x, codes = english.silence[None].expand(3, -1, -1), ["de", "en", None]
     assert both_ways(english, x[:2], codes[:2], ["dog", "dog"]) == 2
     compare(english.transcribe(x, codes, ["dog"] * 3), english.transcribe(x, codes))
+
+
+def test_a_large_whisper_decodes_few_texts_at_once(pocket, monkeypatch):
+    features, codes, _ = speech_and_silence(pocket)
+    decoded, sizes, run = pocket.transcribe(features, codes), [], greedy.DecodingTask.run
+    dims = pocket.dims
+    three = 3 * 2 * 4 * dims.n_audio_ctx * dims.n_text_state * dims.n_text_layer  # float32
+    monkeypatch.setattr(greedy, "CACHE", three)
+    monkeypatch.setattr(greedy.DecodingTask, "run",
+                        lambda task, x: sizes.append(len(x)) or run(task, x))
+    compare(pocket.transcribe(features, codes), decoded)
+    assert sizes == [3, 3, 2]
+    monkeypatch.setattr(greedy, "CACHE", 1)
+    compare(pocket.transcribe(features[:2], codes[:2]), decoded[:2])
+    assert sizes[3:] == [1, 1]

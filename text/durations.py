@@ -9,7 +9,7 @@ from plumbing.errors import BadInput
 from plumbing.weights import POCKET
 from text.spelling import JOINERS, UNSPACED, strip_unspoken, words
 
-FRAMES_PER_SECOND = 50  # Whisper's encoder: one frame for two 10 ms hops
+FRAMES_PER_SECOND = 50  # of latents: two 10 ms hops each (whisper.audio: TOKENS_PER_SECOND)
 MIN_SECONDS = 0.6
 DIGIT, BLANK = 4.0, 0.5  # how long digits, and blanks and signs, are said; a letter: 1
 # All languages of Whisper: its code, that of ISO 639-3 (as Tatoeba writes it), words per second

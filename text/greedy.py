@@ -14,6 +14,7 @@ from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.utils import compression_ratio
 
 CHUNK = 256  # tokens whose logits, R each, are in memory at once
+CACHE = 2**31  # bytes of keys and values that Whisper keeps at once while it decodes, about
 MARGIN = 0.1  # by which a logit is surely the largest, in spite of rounding, in TF32 too
 
 
@@ -42,10 +43,14 @@ def make_task(whisper) -> DecodingTask:
 def decode(whisper, features: Tensor,
            languages: Sequence[str | None]) -> list[DecodingResult]:
     """Token after token, (B, P, E) -> hypotheses. None: the language is detected."""
-    task = make_task(whisper)
-    if whisper.model.is_multilingual:
-        task._detect_language = partial(detect_language, whisper, languages)
-    return [replace(x, audio_features=None) for x in task.run(features)]  # (P, E) each
+    task, dims, results = make_task(whisper), whisper.dims, []
+    # In float32, of every position and layer: so few items of a large Whisper at once.
+    n = max(1, CACHE // (8 * features.shape[1] * dims.n_text_state * dims.n_text_layer))
+    for i in range(0, len(features), n):
+        if whisper.model.is_multilingual:
+            task._detect_language = partial(detect_language, whisper, languages[i : i + n])
+        results += task.run(features[i : i + n])
+    return [replace(x, audio_features=None) for x in results]  # (P, E) each
 
 
 def detect_language(whisper, languages: Sequence[str | None], features: Tensor,

@@ -19,9 +19,9 @@ SPELLED = 3  # one short text in so many has a spelled word
 LETTERS = 6  # of a word that is spelled, at most
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
-CUTS = (r"(?<=[.!?…]\s)|(?<=[.!?…][\"'”’»)\]]\s)|(?<=[。！？।؟])(?![」』”’）])|(?<=[。！？][」』”’）])",
-        r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
-        r"(?<=.)(?=[\w\U00010000-\U0010ffff])")
+CUTS = (r"(?<=[.!?…]\s)|(?<=[.!?…][\"'”’»)\]]\s)|"
+        r"(?<=[。！？।؟])(?![」』”’）])|(?<=[。！？][」』”’）])",
+        r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)", r"(?<=.)(?=[\w\U00010000-\U0010ffff])")
 
 
 def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,

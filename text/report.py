@@ -1,4 +1,5 @@
 """What is printed: the figures of a run, which are kept too, samples, and a round trip."""
+import re
 from pathlib import Path
 from typing import Sequence
 
@@ -7,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from flow import Solver
 from plumbing.files import atomic_write
 from text.durations import FRAMES_PER_SECOND
 from text.error_rates import error_rates
@@ -21,13 +23,14 @@ def block(result: dict) -> str:
 def report(path: Path, **result) -> dict:
     """Print a block of lines and write it; of over eight languages print the worst five only."""
     shown = dict(result)
-    for steps in (1, 4):
-        cers = {key: v for key, v in result.items() if key.startswith(f"val_cer_{steps}step_")}
+    of_languages = filter(None, map(re.compile(r"val_cer_\d+step_").match, result))
+    for prefix in dict.fromkeys(match[0] for match in of_languages):
+        cers = {key: v for key, v in result.items() if key.startswith(prefix)}
         if len(cers) > 8:
             for key in sorted(cers, key=cers.get)[:-5]:
                 del shown[key]
-            shown[f"val_cer_{steps}step_mean"] = np.mean([*cers.values()])
-            shown[f"val_cer_{steps}step_median"] = np.median([*cers.values()])
+            shown[f"{prefix}mean"] = np.mean([*cers.values()])
+            shown[f"{prefix}median"] = np.median([*cers.values()])
     print(block(shown), end="")
     with atomic_write(path) as part:
         part.write_text(block(result))
@@ -44,8 +47,8 @@ def show_samples(run: "train.Run", held_out: list) -> None:  # noqa: F821
 
 
 def show_round_trip(text: data.Sentence, hypothesis: str,
-                    pieces: Sequence["train.RoundTrip"], args) -> None:  # noqa: F821
-    """Print what was read of a text, and lengths and scores of its pieces; args: sample.py's."""
+                    pieces: Sequence["train.RoundTrip"], solver: Solver) -> None:  # noqa: F821
+    """Print what was read of a text, and lengths and scores of its pieces."""
     cer, wer, _ = error_rates([text], [hypothesis])
     read, frames = [piece.read for piece in pieces], sum(len(piece.x1) for piece in pieces)
     in_pieces = f" in {len(pieces)} pieces" if len(pieces) > 1 else ""
@@ -58,4 +61,4 @@ def show_round_trip(text: data.Sentence, hypothesis: str,
     if repeats > 2.4:  # as whisper.transcribe has it
         print("note         what was read repeats itself; try another --seed")
     print(f"flow         {frames / FRAMES_PER_SECOND:.2f} s, {frames} frames{in_pieces}, "
-          f"{args.steps} {args.method} steps, NFE {args.solver.nfe}, seed {args.seed}")
+          f"{solver.steps} {solver.method} steps, NFE {solver.nfe}, seed {solver.seed}")

@@ -235,13 +235,15 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     return counts, notes
 
 
-def note_english(texts: Iterable[str]) -> list[str]:
-    """A note on texts without a Latin letter whose language nobody said."""
-    n, first = 0, ""  # no list: there may be millions
-    for text in texts:
-        if any(map(str.isalpha, text)) and not re.search("[a-zA-Z]", text):
-            n, first = n + 1, first or text.strip()[:40]
-    return [f"{n} texts such as {first!r} are read as English; --language says another"] * (n > 0)
+def is_not_latin(text: str) -> bool:
+    """Whether it has letters, but none from a to z."""
+    return any(map(str.isalpha, text)) and not re.search("[a-zA-Z]", text)
+
+
+def note_english(n: int, first: str) -> list[str]:
+    """A note on n texts that are not Latin, the first of them, whose language nobody said."""
+    return [f"{n} texts such as {first.strip()[:40]!r} are read as English; --language says another"
+            ] * (n > 0)
 
 
 def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
@@ -254,7 +256,8 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
         more, problems = read_file(file, code, whisper, sys.maxsize)
         counts.update(more)
         notes += problems
-        notes += note_english([s.text for s in more if code == "en" != language])
+        foreign = [s.text for s in more if code == "en" != language and is_not_latin(s.text)]
+        notes += note_english(len(foreign), "".join(foreign[:1]))
     if files:
         return list(counts), notes
     if not texts and sys.stdin and sys.stdin.isatty():
@@ -271,7 +274,8 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
             sentences.append(make_sentence(line, language or "en", whisper))
         except BadInput as error:
             raise BadInput(f"text {i}, {line[:40]!r}: {error}") from error
-    notes += note_english([s.text for s in sentences if not language])
+    foreign = [s.text for s in sentences if not language and is_not_latin(s.text)]
+    notes += note_english(len(foreign), "".join(foreign[:1]))
     if len(texts) > 2 and all(len(words(s.text, s.language)) == 1 for s in sentences):
         notes.append(f"{len(texts)} texts of a word each; quotes make them one text")
     return sentences, notes
