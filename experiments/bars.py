@@ -1,6 +1,6 @@
 """A picture: the character error rate of every language of a run, from its result.txt.
 
-    python experiments/bars.py out/base/result.txt --out docs/languages.png
+    python experiments/bars.py out/all/result.txt --out docs/languages.png
 """
 import re
 import sys

@@ -61,13 +61,14 @@ def held(frozen: int, trained: int) -> float:
     return 4 * (frozen + 5 * trained) / GB
 
 
-def compute_memory() -> None:
-    """What lies in memory before the first sentence, in single precision."""
+def compute_memory(names: list[str], depth: int, latent: str) -> None:
+    """Of weights, gradient and optimizer, without activations, in single precision."""
     print("| shape | depth = heads | width | DiT | Whisper | GB held |\n"
           "| --- | --- | --- | --- | --- | --- |")
-    for name in SHAPES:
+    for name in names:
         dims = dims_of(name)
-        config = DiTConfig(dims.n_audio_state, dims.n_text_state, dims.n_audio_state // 32)
+        config = DiTConfig(dims.n_mels if latent == "mel" else dims.n_audio_state,
+                           dims.n_text_state, depth or dims.n_audio_state // 32)
         with torch.device("meta"):
             trained = n_parameters(DiT(config))
             encoder = AudioEncoder(dims.n_mels, 1500, dims.n_audio_state, 1, dims.n_audio_layer)
@@ -173,7 +174,8 @@ def measure_training(name: str, bf16: bool, args) -> None:
 def main(argv=None) -> None:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("what", choices=["memory", "train"])
-    parser.add_argument("names", nargs="*", default=["tiny", "base"], help=f"of {list(SHAPES)}")
+    parser.add_argument("names", nargs="*", help=f"of {list(SHAPES)} (default: tiny base; memory: "
+                        "all)")
     parser.add_argument("--latent", choices=list(train.LATENTS), default="features")
     parser.add_argument("--depth", type=int, default=0, help="of the DiT; 0: as wide as Whisper")
     parser.add_argument("--data", nargs="+", default=["builtin"])
@@ -191,7 +193,7 @@ def main(argv=None) -> None:
     if args.warmup < 0:
         raise BadInput(f"--warmup {args.warmup} cannot be used; at least 0")
     if args.what == "memory":
-        return compute_memory()
+        return compute_memory(args.names or list(SHAPES), args.depth, args.latent)
     if args.one:
         return measure_training(args.names[0], args.one == "bf16", args)
     print("| shape | depth | DiT | arithmetic | batch size | words | seconds of a sentence | "
@@ -199,8 +201,8 @@ def main(argv=None) -> None:
           f"{' | '.join(PARTS)} |\n{'| --- ' * (11 + len(PARTS))}|", flush=True)
     forms = ["single"] + ["bf16"] * has_bf16(choose_device(args.device))
     same = ("latent", "depth", "steps", "warmup", "device")
-    for name, one, *row in itertools.product(args.names, forms, args.batch_size, args.words,
-                                             args.languages):
+    for name, one, *row in itertools.product(args.names or ["tiny", "base"], forms,
+                                             args.batch_size, args.words, args.languages):
         command = [sys.executable, __file__, "train", name, "--one", one, "--data", *args.data]
         varied = zip(("batch_size", "words", "languages"), row)
         for flag, value in (*((flag, getattr(args, flag)) for flag in same), *varied):

@@ -27,7 +27,7 @@ from whisper_decoder import FrozenWhisper  # noqa: E402
 N_DRAWS = 10  # of other tokens, and of rotations
 
 
-def found(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float, float]:
+def token_aucs(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float, float]:
     """How often a token peaks higher in a clip that says it than in one that does not; others in
     its place; a random rotation in place of W.
 
@@ -67,7 +67,7 @@ def main(argv=None) -> dict[str, tuple[float, float, float]]:
     known = [whisper.check_language(code) for code in args.languages]
     tests = {code: people(args.recordings, {code}, set(), whisper) if args.recordings else
              real_test(whisper, {code}) for code in known}
-    rates = {code: found(speech, whisper) for code, speech in tests.items()}
+    rates = {code: token_aucs(speech, whisper) for code, speech in tests.items()}
     for code, (rate, others, turned) in rates.items():
         print(f"{code}  {len(tests[code].sentences)} clips: {rate:.1%}, other tokens {others:.1%}, "
               f"random rotations {turned:.1%}")

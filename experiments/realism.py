@@ -1,6 +1,6 @@
 """How speech-like is what the flow makes? Judges that had no part in its training.
 
-    python experiments/realism.py out/ckpt.pt                          # a table and a picture
+    python experiments/realism.py out/ckpt.pt                          # a table
     python experiments/realism.py a.pt b.pt --no-real --out out/more   # more rows of the table
     python experiments/realism.py out/mel/ckpt.pt --judge base --recordings FOLDER --hears base
 
@@ -25,7 +25,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +34,6 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from data import per_language  # noqa: E402
 from flow import Solver  # noqa: E402
-from experiments import figures  # noqa: E402
 from experiments.student import (  # noqa: E402
     Speech, greedy_cer, language_accuracy, letters, load_judge, others, student_cer, train_student,
 )
@@ -285,20 +283,6 @@ def markdown(rows: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(rows: dict, path: Path) -> None:
-    """Bars: the character error rates of critic, judge and students."""
-    figure, axes = figures.pyplot.subplots(figsize=(8, 1 + 0.8 * len(rows)), layout="constrained")
-    for i, name in enumerate(("critic", "judge", "human", "student")):
-        values = [[100 * r.get(name, np.nan) for r in results] for results in rows.values()]
-        axes.barh(np.arange(len(rows)) + 0.2 * i - 0.3, np.mean(values, 1), 0.19,
-                  xerr=np.std(values, 1, ddof=min(1, len(values[0]) - 1)), label=COLUMNS[name][0])
-    axes.set_yticks(range(len(rows)), rows)
-    axes.invert_yaxis()
-    axes.set_xlabel("character error rate, %")
-    axes.legend()
-    figures.save(figure, path)
-
-
 # ---- the command -----------------------------------------------------------------------------
 
 
@@ -339,12 +323,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--sentences", type=int, default=2000, help="a student learns from")
     add("--read", type=positive, default=100, help="held-out sentences that critic and judge read")
     add("--steps", type=positive, default=3000, help="of a student, at most")
-    add("--rooms", type=float, default=0.0, help="say all once more, in voices so different")
+    add("--rooms", type=float, default=0.0, help="up to 1: a second take of all, in other voices "
+        "and rooms")
     add("--real", action=argparse.BooleanOptionalAction, default=True,
         help="rows of espeak-ng, of people and of other texts")
     add("--device", default="auto", help="of Whisper and the flow: auto, cpu, cuda, mps")
     add("--work_dir", type=file_path, default=Path("out/realism"), help="speech, .wav files")
-    add("--out", type=file_path, default=Path("out/realism"), help="writes OUT.md and OUT.png")
+    add("--out", type=file_path, default=Path("out/realism"), help="writes OUT.md")
     return parser.parse_args(argv)
 
 
@@ -363,7 +348,6 @@ def main(argv=None) -> dict:
         with atomic_write(Path(f"{args.out}.md")) as part:
             part.write_text(markdown(rows), "utf-8")
     print(markdown(rows))
-    picture(rows, Path(f"{args.out}.png"))
     return rows
 
 

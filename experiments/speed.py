@@ -27,7 +27,7 @@ from flow import Solver, last  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import guard  # noqa: E402
 from plumbing.flags import Parser, file_path, positive  # noqa: E402
-from speech.ear import Ear  # noqa: E402
+from speech.ear import SILENT_FRAMES, Ear  # noqa: E402
 from speech.sound import griffin_lim  # noqa: E402
 from text.durations import FRAMES_PER_SECOND, count_frames  # noqa: E402
 from text.sources import split_of  # noqa: E402
@@ -52,7 +52,8 @@ def say(batch: data.Batch, model, critic, quantiser: Quantiser, steps: int, kind
     if not isinstance(critic, Ear):
         features = critic.model.encoder.ln_post(x1)
     else:
-        mel = critic.spectrogram(x1, frames, x1.shape[1])
+        window = x1.shape[1] + (SILENT_FRAMES if kind == "tokens" else 0)  # as tokens.py has it
+        mel = critic.spectrogram(x1, frames, min(window, critic.max_frames))
         features = critic.features_of_mel(mel) if kind == "tokens" else None
     if kind == "tokens":
         quantiser.tokens(features, frames)

@@ -5,7 +5,8 @@
     python experiments/tokens.py --quantiser out/tokens/quantiser.pt --set out/set --part 2/8
 
 The last writes tokens of a data set of `sample.py --out out/set`, a file for each shard, in
-out/set/tokens, where it is missing or older than its shard; --part is of so many processes.
+out/set/tokens, where it is missing or older than its shard; --part 2/8: by the second of eight
+processes.
 
 The recipe: the encoder's output, mean of pairs of frames (25 a second), x + MLP(LN(x)), 64
 dimensions, the nearest of 512 codes by angle; back through a linear map, each twice, positions, one

@@ -1,4 +1,4 @@
-"""Utterances for the study of realism: as espeak-ng, people, or a checkpoint say the sentences.
+"""Utterances, for several studies: as espeak-ng, people, or a checkpoint say the sentences.
 
 x1 of an utterance is here what a frozen encoder makes of it (T, C), before ln_post.
 B batch, T frames, C channels, M mel bins, P positions of Whisper's window.
