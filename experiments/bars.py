@@ -16,8 +16,8 @@ from plumbing.flags import Parser, file_path  # noqa: E402
 
 def rates_of(result: str, steps: int) -> dict[str, float]:
     """The text of a result.txt -> {language: CER in percent}, best first."""
-    found = re.findall(rf"^val_cer_{steps}step_(\w+): (\S+)$", result, re.MULTILINE)
-    return dict(sorted(((code, 100 * float(cer)) for code, cer in found), key=lambda item: item[1]))
+    rates = re.findall(rf"^val_cer_{steps}step_(\w+): (\S+)$", result, re.MULTILINE)
+    return dict(sorted(((code, 100 * float(cer)) for code, cer in rates), key=lambda item: item[1]))
 
 
 def picture(rates: dict[str, float], title: str, path: Path) -> None:

@@ -40,10 +40,10 @@ def main() -> None:
     Parser(__doc__.splitlines()[0]).parse_args()
     make_pocket.need_espeak()
     for code, iso, _, text in LANGUAGE_ROWS:
-        said = text
+        spelled = text
         for sign, letters in RESPELLED.get(code, {}).items():
-            said = said.replace(sign, letters)
-        spoken = seconds(said, make_pocket.voice_of(code))
+            spelled = spelled.replace(sign, letters)
+        spoken = seconds(spelled, make_pocket.voice_of(code))
         pace = f"{len(words(text, code)) / spoken:.1f}" if spoken else "-"
         print(code, iso, pace)
 

@@ -175,8 +175,8 @@ def versions_of(source: str, sentences: list, n: int, quantiser: Quantiser,
     """Tokens of a source, plain and in other voices, each also at other paces."""
     sounds, rng = [], data.generator(0, 0)
     for seed in range(n):
-        said = speak(source, sentences, whisper, work, 20 * seed, amount * (seed > 0))
-        for x1 in (said.x1, [uneven(x, rng) for x in said.x1]):
+        speech = speak(source, sentences, whisper, work, 20 * seed, amount * (seed > 0))
+        for x1 in (speech.x1, [uneven(x, rng) for x in speech.x1]):
             sounds.append(tokenise(quantiser, Speech(sentences, x1), whisper))
     return sounds
 
@@ -215,7 +215,7 @@ def main(argv=None) -> None:
             if args.recordings else real_test(whisper, codes, known))
     check_sources(args.sources, sentences, whisper)
     note_unheard(quantiser, sentences)
-    heard, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
+    real_tokens, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on this test | on what it learned from | perplexity "
           "of its tokens | of its own |\n| --- | --- | --- | --- | --- |", flush=True)
     rows = [(source, source, texts) for source in args.sources]
@@ -227,7 +227,7 @@ def main(argv=None) -> None:
             sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work,
                                  args.rooms)
         model = train_model(sounds, texts, alphabet, quantiser.codes, args.steps, args.seed)
-        cer, perplexity = test(model, heard, [letters(s) for s in real.sentences], alphabet)
+        cer, perplexity = test(model, real_tokens, [letters(s) for s in real.sentences], alphabet)
         every = max(1, len(texts) // 100)  # of all languages
         own, own_perplexity = test(model, sounds[0][::every], texts[::every], alphabet)
         print(f"| {name} | {cer:.1%} | {own:.1%} | {perplexity:.1f} | {own_perplexity:.1f} |",

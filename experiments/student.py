@@ -197,5 +197,5 @@ def others(sentences: list) -> list:
 @torch.no_grad()
 def language_accuracy(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
     """How often a Whisper hears the right language in features of some sentences, (B, P, E)."""
-    heard = [p for part in features for p in whisper.model.detect_language(part)[1]]
-    return sum(max(p, key=p.get) == s.language for p, s in zip(heard, sentences)) / len(sentences)
+    guesses = [p for part in features for p in whisper.model.detect_language(part)[1]]
+    return sum(max(p, key=p.get) == s.language for p, s in zip(guesses, sentences)) / len(sentences)

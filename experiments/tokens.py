@@ -175,8 +175,8 @@ def quantiser_loss(quantiser: Quantiser, x1: list[Tensor], whisper: FrozenWhispe
     features, frames = features_of(x1, whisper)
     made = quantiser(features, frames)
     error = ((made.features - features) / whisper.model.encoder.ln_post.weight).square().mean(2)
-    heard = torch.arange(error.shape[1]) < frames[:, None]
-    losses = dict(error=error[heard].mean(), commitment=made.commitment)
+    mask = torch.arange(error.shape[1]) < frames[:, None]
+    losses = dict(error=error[mask].mean(), commitment=made.commitment)
     if targets is None:
         return losses
     x = whisper.teacher_force(made.features, targets, frames)
@@ -286,8 +286,8 @@ def run_lengths(tokens: Iterable[int]) -> str:
     """As Speechless does: how often, if more than once, then what; at most LONGEST at once."""
     runs = ((token, len(list(run))) for token, run in groupby(tokens))
     parts = [(token, min(LONGEST, n - i)) for token, n in runs for i in range(0, n, LONGEST)]
-    said = (f"<|duration_{n:02d}|>" * (n > 1) + f"<|sound_{token:04d}|>" for token, n in parts)
-    return f"<|sound_start|>{''.join(said)}<|sound_end|>"
+    written = (f"<|duration_{n:02d}|>" * (n > 1) + f"<|sound_{token:04d}|>" for token, n in parts)
+    return f"<|sound_start|>{''.join(written)}<|sound_end|>"
 
 
 def row(form: str, index: int, text: str, tokens: list[int]) -> dict:

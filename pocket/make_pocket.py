@@ -438,21 +438,21 @@ def save_speech(sentences, clips, path):
 
 def check(whisper, sentences, clips):
     """Word error rate (characters in Mandarin) and language identification per language."""
-    read, heard = [], []
+    read, languages = [], []
     for start in tqdm(range(0, len(clips), 50), desc="checking"):
-        part, some = sentences[start : start + 50], clips[start : start + 50]
-        mels = [mel_from_bytes(clip, 2 * whisper.max_frames) for clip in some]
+        part, group = sentences[start : start + 50], clips[start : start + 50]
+        mels = [mel_from_bytes(clip, 2 * whisper.max_frames) for clip in group]
         features = whisper.features_of_mel(torch.stack(mels))
         read += [t.text for t in whisper.transcribe(features, [s.language for s in part])]
         probabilities = whisper.model.detect_language(features)[1]
-        heard += [max(p, key=p.get) for p in probabilities]
+        languages += [max(p, key=p.get) for p in probabilities]
     print("| language | sentences | WER | CER | letter by letter | language identified |")
     print("| --- | --- | --- | --- | --- | --- |")
     for language in LANGUAGES:
-        where = [i for i, s in enumerate(sentences) if s.language == language]
-        rates = error_rates([sentences[i] for i in where], [read[i] for i in where])
-        identified = sum(heard[i] == language for i in where) / len(where)
-        print(f"| {language} | {len(where)} | {rates.wer:.2%} | {rates.cer:.2%} "
+        items = [i for i, s in enumerate(sentences) if s.language == language]
+        rates = error_rates([sentences[i] for i in items], [read[i] for i in items])
+        identified = sum(languages[i] == language for i in items) / len(items)
+        print(f"| {language} | {len(items)} | {rates.wer:.2%} | {rates.cer:.2%} "
               f"| {rates.exact:.1%} | {identified:.1%} |")
 
 
@@ -488,9 +488,9 @@ def main():
         clips = speak_all(tests, variants, 0, args.work_dir, f"test_{name}")
         print(f"sentences that are not in the training text, in voices {name} in training:")
         check(whisper, tests, clips)
-    where = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}
+    of_language = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}
     if args.out.resolve() == (POCKET / "pocket.pt").resolve():
-        shipped = [i for c in LANGUAGES for i in where[c][: args.ship]]
+        shipped = [i for c in LANGUAGES for i in of_language[c][: args.ship]]
         save_speech([tests[i] for i in shipped], [clips[i] for i in shipped], SPEECH)
         print(f"{SPEECH}: {SPEECH.stat().st_size / 1e6:.2f} MB")
 

@@ -33,17 +33,17 @@ def symbols(text: str) -> str:
 
 
 def spoken_symbols(text: str) -> tuple[str, list[int]]:
-    """What is heard of a text: letters, a pause after each word; their places among S (N,).
+    """What is spoken of a text: letters, a pause after each word; their positions among S (N,).
 
     Of several signs in a row the first is the pause; the others, joiners and signs in front take
     no time. Without a sign at the end the last letter counts as the pause, too.
     """
-    heard = letters(symbols(text))  # and pauses
-    places = [i for i, c in enumerate(heard) if c not in JOINERS
-              and (c != PAUSE or i and heard[i - 1] != PAUSE)]
-    spoken = "".join(heard[i] for i in places)
+    spelling = letters(symbols(text))  # and pauses
+    positions = [i for i, c in enumerate(spelling) if c not in JOINERS
+                 and (c != PAUSE or i and spelling[i - 1] != PAUSE)]
+    spoken = "".join(spelling[i] for i in positions)
     is_ended = spoken.endswith(PAUSE)  # as recordings are
-    return (spoken, places) if is_ended else (spoken + PAUSE, [*places, places[-1]])
+    return (spoken, positions) if is_ended else (spoken + PAUSE, [*positions, positions[-1]])
 
 
 def best_path(score: np.ndarray) -> np.ndarray:
@@ -88,9 +88,9 @@ def viterbi_training(texts: Sequence[str], clips: Sequence[Tensor]) -> list[np.n
         offset = -0.5 * (mean.T * weight).sum(0)
         for i, (s, clip) in enumerate(zip(states, clips)):
             score = (clip.float().numpy() @ weight + offset)[:, s]  # log-density + constant (T, N)
-            place = (np.arange(len(clip)) + 0.5)[:, None] / len(clip)  # of frames (T, 1)
+            position = (np.arange(len(clip)) + 0.5)[:, None] / len(clip)  # of frames (T, 1)
             even = (np.arange(len(s)) + 0.5) / len(s)  # of symbols, were they equally long (N,)
-            paths[i] = best_path(score - 0.5 * np.square((place - even) / STRAY))
+            paths[i] = best_path(score - 0.5 * np.square((position - even) / STRAY))
     return [np.bincount(path, minlength=len(s)) for s, path in zip(states, paths)]
 
 
@@ -99,9 +99,10 @@ def align_characters(sentences: Sequence[Sentence], x1: Sequence[Tensor]) -> lis
     durations = [np.zeros(len(symbols(s.text)), int) for s in sentences]
     for language in {s.language for s in sentences}:
         items = [i for i, s in enumerate(sentences) if s.language == language]
-        texts, places = zip(*(spoken_symbols(sentences[i].text) for i in items))
-        for i, at, frames in zip(items, places, viterbi_training(texts, [x1[i] for i in items])):
-            np.add.at(durations[i], at, frames)
+        texts, positions = zip(*(spoken_symbols(sentences[i].text) for i in items))
+        n_frames = viterbi_training(texts, [x1[i] for i in items])
+        for i, of_symbols, n in zip(items, positions, n_frames):
+            np.add.at(durations[i], of_symbols, n)
     return durations
 
 

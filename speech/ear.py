@@ -105,15 +105,15 @@ class Ear(FrozenWhisper):
             shift = int(torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device))
             mel = random_room(mel.roll(shift, 2), room)  # only silence comes round
             middles = torch.where(middles < 0, middles, middles + shift / 2)
-        heard = self.encode_mel(mel)
-        states = self.teacher_force(self.model.encoder.ln_post(heard), batch.targets)
+        encoded = self.encode_mel(mel)
+        states = self.teacher_force(self.model.encoder.ln_post(encoded), batch.targets)
         nll = self.nll(states, batch.targets)
         if not (room and room.lens_weight):
             return nll, nll
-        lens = self.lens(heard, batch.targets, middles)
+        lens = self.lens(encoded, batch.targets, middles)
         return nll + room.lens_weight * nll.detach() * lens, nll
 
-    def lens(self, heard: Tensor, targets: Tensor, token_frames: Tensor) -> Tensor:
+    def lens(self, encoded: Tensor, targets: Tensor, token_frames: Tensor) -> Tensor:
         """How badly a logit lens (W₀) tells tokens apart, (B, T, E), (B, L), (B, L) -> (B,).
 
         Cross-entropy in nats per token, among the different tokens of the batch (of this process).
@@ -122,11 +122,11 @@ class Ear(FrozenWhisper):
         it ignores an untrained flow; here there are none. Real speech: experiments/lens.py.
         """
         mask = token_frames >= 0  # of text tokens
-        distance = torch.arange(heard.shape[1], device=heard.device) - token_frames[..., None]
+        distance = torch.arange(encoded.shape[1], device=encoded.device) - token_frames[..., None]
         near = torch.exp(-((distance / NEAR) ** 2) / 2)  # (B, L, T)
         tokens, which = targets[mask].unique(return_inverse=True)
-        with torch.autocast(heard.device.type, enabled=False):  # texts differ little at first
-            mean = (near @ heard.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, E)
+        with torch.autocast(encoded.device.type, enabled=False):  # texts differ little at first
+            mean = (near @ encoded.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, E)
             shown = F.linear(self.embed(tokens), self.token_direction)  # W₀ e
             logits = (mean - mean.mean(0)) @ shown.T / shown.shape[1] ** 0.5
         return mean_per_item(F.cross_entropy(logits, which, reduction="none"), mask)
