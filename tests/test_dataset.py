@@ -19,7 +19,7 @@ from speech.sound import log_mel
 from test_roundtrip import ROOT
 from text.error_rates import error_rates
 
-LINES = ["en\tThe dog sleeps. The cat sleeps. The children play football.", "xx\tNo.", "en\t...",
+LINES = ["en\tThe dog sleeps, the cat sleeps, the children play football.", "xx\tNo.", "en\t...",
          "", "fr\tLe chien dort.", "en\tThe red car.", "zh\t老师在教室里吃饺子。",
          "en\tThe dog sleeps.", "de\tDie Sonne scheint.", "en\t" + "a" * 300]  # it is cut
 

@@ -390,6 +390,15 @@ def test_closing_quotes_stay_with_their_sentence(pocket, language, sentence):
     assert [piece.text for piece in pieces] == 3 * [sentence.strip()]
 
 
+def test_a_short_window_gets_each_sentence_alone(pocket, official):
+    for text, n in (("The dog sleeps. The cat eats.", 2), ("Dr. Smith sleeps.", 1),
+                    ("Yes. No! Well?", 1), ("The dog sleeps.", 1), ("他每天看小鸟。我喝牛奶。", 2)):
+        sentence = Sentence("en" if text.isascii() else "zh", text)
+        pieces = split_long(sentence, pocket)
+        assert len(pieces) == n and split_long(sentence, official) == [sentence]
+        assert sample.join(text, [p.text for p in pieces], [p.text for p in pieces]) == text
+
+
 def test_a_lonely_joiner_is_no_piece(pocket):
     text = "The dog is in the garden? " * 20 + "\u200c"
     pieces = split_long(Sentence("en", text), pocket)

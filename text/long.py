@@ -35,14 +35,20 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
 
 def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
                durations: Callable = char_durations) -> list[Sentence]:
-    """A text too long for the decoder -> pieces that fit: sentences, else as long as possible."""
+    """A text too long for the decoder -> pieces that fit: sentences, else as long as possible.
+
+    A Whisper that hears less than WINDOW, which learned no two sentences at once, gets each alone.
+    """
     language, text = sentence
-    if fits(sentence, whisper, speed, durations):
+    is_short = fits(sentence, whisper, speed, durations)
+    if is_short and whisper.max_frames >= WINDOW:
         return [sentence]
-    for cut in CUTS:
+    for cut in CUTS[:1] if is_short else CUTS:
         if len(parts := re.split(f"(?:{cut})(?!$)", text)) > 1:
             break
     else:
+        if is_short:
+            return [sentence]
         raise BadInput(f"{text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} can "
                        "hear, and cannot be cut; shorten it, or raise --speed")
     pieces = parts[:1]
@@ -53,6 +59,8 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
             pieces.append(part)
         else:
             pieces[-1] = longer.text
+    if is_short and len(pieces) == 1:
+        return [sentence]
     return [short for piece in pieces if any(map(str.isalnum, piece))  # not a lonely bracket
             for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]
 
