@@ -29,7 +29,7 @@ from speech.sound import another_voice, pace, wav_files, wav_folder, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
 from text.report import show_round_trip
-from text.sources import print_notes, read_texts
+from text.sources import note_unheard, print_notes, read_texts
 from train import LATENTS, generate, load_checkpoint, round_trips
 from whisper_decoder import FrozenWhisper
 
@@ -117,7 +117,7 @@ def main(argv=None) -> None:
         make_folder(file.parent)
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
-    print_notes(notes)
+    print_notes(notes + note_unheard(texts, whisper))
     parts = [*map(cut_text, texts)]
     trips = round_trips(model, whisper, *zip(*chain(*parts)), args.solver, change)
     pieces = [trip._replace(features=trip.features.cpu() if args.out else None,

@@ -31,7 +31,7 @@ from test_roundtrip import FLAGS, ROOT, random_whisper
 from text.durations import LANGUAGE_ROWS, char_durations, n_frames
 from text.error_rates import error_rates
 from text.sources import (
-    builtin, load_data, make_sentence, read_file, read_texts, split_of,
+    builtin, load_data, make_sentence, note_unheard, read_file, read_texts, split_of,
 )
 from text.spelling import strip_unspoken
 from whisper_decoder import FrozenWhisper
@@ -114,6 +114,14 @@ def test_texts_that_may_be_meant_otherwise_are_noted(pocket, monkeypatch, tmp_pa
     note, = read_texts(["老师在教室里。", "Yes."], [], None, pocket)[1]
     assert note.startswith("1 texts such as '老师在教室里。' are read as English; --lang")
     assert not read_texts(["42", "Yes."], [], None, pocket)[1]
+    few = [data.Sentence("en", "The dog and Zoe."), data.Sentence("de", "Die Dog schläft.")]
+    note, = note_unheard(few, pocket)
+    assert note.startswith("pocket never heard zoe, dog, and misreads such words")
+    note, = note_unheard([data.Sentence("en", "a1 b1 c1 d1 e1 f1")], pocket)
+    assert "never heard a1, b1, c1, d1, e1 ..., and" in note
+    assert not note_unheard([data.Sentence("zh", "老师在教室里。")], pocket)
+    monkeypatch.setattr(pocket, "name", "base")
+    assert not note_unheard(few, pocket)
     assert not read_texts(["老师在教室里。"] * 3, [], "zh", pocket)[1]
     monkeypatch.setattr(read_file, "__defaults__", (2,))  # --max_lines is a flag of train.py alone
     (tmp_path / "a.txt").write_text("One.\nTwo.\nThree.\n")
