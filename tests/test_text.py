@@ -384,7 +384,8 @@ def test_what_was_read_of_pieces_begins_with_the_first(pocket):
 
 
 @pytest.mark.parametrize("language, sentence", [
-    ("en", "“The dog sleeps in the house, and the cat.” "), ("zh", "他说：“老师在教室里吃饺子。”")])
+    ("en", "“The dog sleeps in the house, and the cat.” "), ("de", "„Der Hund schläft im Haus.“ "),
+    ("zh", "他说：“老师在教室里吃饺子。”")])
 def test_closing_quotes_stay_with_their_sentence(pocket, language, sentence):
     pieces = split_long(Sentence(language, (3 * sentence).strip()), pocket)
     assert [piece.text for piece in pieces] == 3 * [sentence.strip()]

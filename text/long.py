@@ -19,7 +19,7 @@ SPELLED = 3  # one short text in so many has a spelled word
 LETTERS = 6  # of a word that is spelled, at most
 
 # Where a text that is too long may be cut, the best place first. Never before a combining mark.
-CUTS = (r"(?<=[.!?…]\s)|(?<=[.!?…][\"'”’»)\]]\s)|"
+CUTS = (r"(?<=[.!?…]\s)|(?<=[.!?…][\"'”“’»«)\]]\s)|"
         r"(?<=[。！？।؟])(?![」』”’）])|(?<=[。！？][」』”’）])",
         r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)", r"(?<=.)(?=[\w\U00010000-\U0010ffff])")
 
