@@ -2,7 +2,7 @@
 
     pip install ctranslate2
     python experiments/engine.py out/ckpt.pt --sentences 200
-    python experiments/engine.py out/ckpt.pt --recordings FOLDER    # and people, as an upper bound
+    python experiments/engine.py out/ckpt.pt --recordings FOLDER    # and people
 
 Both have the same weights; its decoder and its search were written by others. It reads features,
 and of --latent mel the spectrogram, which its own encoder hears.

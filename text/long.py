@@ -13,7 +13,7 @@ from text.spelling import TWO_I, UNSPACED, between_words, words
 from whisper_decoder import FrozenWhisper
 
 EVERY = 4  # batches: one of them is of long texts, and one of a few words each
-WINDOW = 1000  # frames: a Whisper that hears less at once, as pocket does, meets no long texts
+WINDOW = 1000  # frames: a Whisper that hears less at once, as pocket, gets single sentences
 FEW = 4  # words of a short text, at most
 SPELLED = 3  # one short text in so many has a spelled word
 LETTERS = 6  # of a word that is spelled, at most
