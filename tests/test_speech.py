@@ -200,10 +200,14 @@ def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
     for whisper in (other, pocket):  # each Whisper has files of its own, too
         recordings.load_recordings(folder, whisper)
         assert len(calls) == 16  # four, and their alignment
+    with monkeypatch.context() as patch:
+        patch.setattr(recordings, "MEL_STD", 2.0)  # the scale of an ear's latents
+        recordings.load_recordings(folder, pocket)
+    assert len(calls) == 21
     other.fingerprint = "as never before"
     monkeypatch.setattr(recordings, "atomic_write", lambda file: open(folder / "no" / file.name))
     assert "cannot be kept" in recordings.load_recordings(folder, other)[1][0]
-    assert len(calls) == 21
+    assert len(calls) == 26
 
 
 def test_what_is_encoded_stays_when_a_run_is_stopped(folder, pocket, monkeypatch):
