@@ -116,9 +116,9 @@ def test_texts_that_may_be_meant_otherwise_are_noted(pocket, monkeypatch, tmp_pa
     assert not read_texts(["42", "Yes."], [], None, pocket)[1]
     few = [data.Sentence("en", "The dog and Zoe."), data.Sentence("de", "Die Dog schläft.")]
     note, = note_unheard(few, pocket)
-    assert note.startswith("pocket never heard zoe, dog, and misreads such words")
+    assert note.startswith("pocket never heard 'zoe' (en), 'dog' (de), and misreads such words")
     note, = note_unheard([data.Sentence("en", "a1 b1 c1 d1 e1 f1")], pocket)
-    assert "never heard a1, b1, c1, d1, e1 ..., and" in note
+    assert "'d1' (en), 'e1' (en) ..., and" in note
     assert not note_unheard([data.Sentence("zh", "老师在教室里。")], pocket)
     monkeypatch.setattr(pocket, "name", "base")
     assert not note_unheard(few, pocket)

@@ -400,6 +400,21 @@ def test_a_short_window_gets_each_sentence_alone(pocket, official):
         assert sample.join(text, [p.text for p in pieces], [p.text for p in pieces]) == text
 
 
+@pytest.mark.parametrize("language, text", [
+    ("en", "I saw Mr. Smith."), ("en", "The dog sleeps at Dr. Smith's house."),
+    ("de", "Der Hund kommt am 3. Mai."), ("de", "Die Frau hat z. B. einen Hund."),
+    ("en", "The red dog sleeps ... in the house."), ("en", '"The dog sleeps here!" he said.'),
+    ("zh", "老师在教室里？！"), ("en", "The dog sleeps here... !"),
+    ("fr", "« Le chien dort bien. »|Il mange."), ("zh", "老师在教室里？！|我喝牛奶。"),
+    ("en", "(He said: “The dog sleeps.”)|The cat eats."), ("zh", "老师喝茶。|“我喝牛奶。”"),
+    ("en", 'He sleeps here.|"The cat eats," she said.'), ("es", "El perro duerme.|¿Dónde está?"),
+    ("hi", "उसने कहा “मैं घर जाता हूँ।”|वह घर गया है।"), ("ar", "هل هذا «بيت؟»|نعم هو بيت.")])
+def test_where_a_sentence_ends(pocket, language, text):
+    blank = "" if language == "zh" else " "
+    pieces = split_long(Sentence(language, text.replace("|", blank)), pocket)
+    assert [piece.text for piece in pieces] == text.split("|")
+
+
 def test_a_lonely_joiner_is_no_piece(pocket):
     text = "The dog is in the garden? " * 20 + "\u200c"
     pieces = split_long(Sentence("en", text), pocket)

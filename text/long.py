@@ -18,10 +18,16 @@ FEW = 4  # words of a short text, at most
 SPELLED = 3  # one short text in so many has a spelled word
 LETTERS = 6  # of a word that is spelled, at most
 
-# Where a text that is too long may be cut, the best place first. Never before a combining mark.
-CUTS = (r"(?<=[.!?…]\s)|(?<=[.!?…][\"'”“’»«)\]]\s)|"
-        r"(?<=[。！？।؟])(?![」』”’）])|(?<=[。！？][」』”’）])",
-        r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)", r"(?<=.)(?=[\w\U00010000-\U0010ffff])")
+# Where a text may be cut, the best place first. Never before a combining mark. A sentence ends with
+# its quotes and brackets, and not at "3. " or "Dr. ".
+END, CLOSE = ".!?…。！？।؟", "\"'”“’»«)\\]」』）"
+SENTENCES = (rf"(?:(?<=[{END}]\s)|(?<=[{END}][{CLOSE}]\s)|(?<=[{END}][{CLOSE}]{{2}}\s)|"
+             rf"(?<=[{END}]\s»\s))"
+             r"(?<!\b\w[.]\s)(?<!\d[.]\s)(?<!\b(?:Mr|Ms|Dr|St)[.]\s)(?<!\bMrs[.]\s)"
+             rf"(?![»”’)\]」』）{END}])|(?<=[。！？।؟])(?![\s\"'”’»«)\]」』）{END}])|"
+             rf"(?<=[。！？][」』”’）])(?![」』”’）{END}])")
+CUTS = (SENTENCES, r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
+        r"(?<=.)(?=[\w\U00010000-\U0010ffff])")
 
 
 def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
@@ -37,13 +43,14 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
                durations: Callable = char_durations) -> list[Sentence]:
     """A text too long for the decoder -> pieces that fit: sentences, else as long as possible.
 
-    A Whisper that hears less than WINDOW, which learned no two sentences at once, gets each alone.
+    A Whisper that hears less than WINDOW, which learned no two sentences at once, gets each alone;
+    one of up to two words goes with the next.
     """
     language, text = sentence
     is_short = fits(sentence, whisper, speed, durations)
     if is_short and whisper.max_frames >= WINDOW:
         return [sentence]
-    for cut in CUTS[:1] if is_short else CUTS:
+    for cut in [SENTENCES] if is_short else CUTS:
         if len(parts := re.split(f"(?:{cut})(?!$)", text)) > 1:
             break
     else:
@@ -53,7 +60,9 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
                        "hear, and cannot be cut; shorten it, or raise --speed")
     pieces = parts[:1]
     for part in parts[1:]:
-        is_whole = cut == CUTS[0] and len(words(pieces[-1], language)) > 2  # not just "Dr."
+        first = next(filter(str.isalpha, part), "")  # "Go!" he said.
+        is_whole = (cut == SENTENCES and not first.islower()
+                    and len(words(pieces[-1], language)) > 2)  # "Yes. I do."
         longer = Sentence(language, pieces[-1] + part)
         if is_whole or not fits(longer, whisper, speed, durations):
             pieces.append(part)

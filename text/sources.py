@@ -43,8 +43,8 @@ NO_TEXT = set(".csv .json .jsonl .parquet .arrow .srt .vtt .xml .html .pdf .zip 
 INVISIBLE = "[\u034f\u115f\u1160\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 BLANK = "[\u3164\uffa0]"  # Hangul's, which count as letters
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
-HEADER = set("client_id file filename id lang language locale name path phrase sentence source "
-             "text transcript transcription word".split())
+HEADER = set("audio client_id file filename id key lang language locale name path phrase sentence "
+             "source speaker text transcript transcription wav word".split())
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\3\4": "zip", b"\xfd7zXZ": "xz"}
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
@@ -291,11 +291,12 @@ def note_unheard(texts: Sequence[Sentence], whisper: FrozenWhisper) -> list[str]
     """A note on words that are in no built-in sentence, if the Whisper is pocket."""
     known = {(s.language, word) for s in builtin() for word in words(s.text.lower(), s.language)
              } if whisper.name == "pocket" else ()
-    unheard = dict.fromkeys(word for s in texts for word in words(s.text.lower(), s.language)
+    unheard = dict.fromkeys(f"{word!r} ({s.language})" for s in texts
+                            for word in words(s.text.lower(), s.language)
                             if known and (s.language, word) not in known)
     return [f"pocket never heard {', '.join([*unheard][:5])}{' ...' * (len(unheard) > 5)}, and "
-            "misreads such words; it knows those of pocket/sentences, an official Whisper all"
-            ] * bool(unheard)
+            "misreads such words; it knows those of pocket/sentences, and an official Whisper far "
+            "more"] * bool(unheard)
 
 
 # ---- all sources -----------------------------------------------------------------------------
@@ -394,7 +395,7 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
         for piece, x in often.items():  # a language's share, and the sentence's share of that
             language_share = powers[piece.language] / total
             shares[piece] += weight * language_share * x / of_language[piece.language]
-    notes += [f"{n_long} long texts were cut into pieces"] if n_long else []
+    notes += [f"{n_long} texts were cut into pieces"] if n_long else []
     notes += [f"{len(too_long)} texts are left out: {too_long[0]}"] if too_long else []
     if len(shares) < 2:
         only = "".join(f" ({s.text[:40]!r})" for s in shares)
