@@ -402,7 +402,7 @@ def test_a_short_window_gets_each_sentence_alone(pocket, official):
 
 @pytest.mark.parametrize("language, text", [
     ("en", "I saw Mr. Smith."), ("en", "The dog sleeps at Dr. Smith's house."),
-    ("de", "Der Hund kommt am 3. Mai."), ("de", "Die Frau hat z. B. einen Hund."),
+    ("de", "Der Hund kommt am 23. Mai."), ("de", "Die Frau hat z. B. einen Hund."),
     ("en", "The red dog sleeps ... in the house."), ("en", '"The dog sleeps here!" he said.'),
     ("zh", "老师在教室里？！"), ("en", "The dog sleeps here... !"),
     ("fr", "« Le chien dort bien. »|Il mange."), ("zh", "老师在教室里？！|我喝牛奶。"),
