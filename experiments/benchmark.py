@@ -188,12 +188,13 @@ def main(argv=None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what this process measures
     args = parser.parse_args(argv)
+    args.names = args.names or (list(SHAPES) if args.what == "memory" else ["tiny", "base"])
     if unknown := set(args.names) - set(SHAPES):
         raise BadInput(f"{' '.join(unknown)}: choose some of {', '.join(SHAPES)}")
     if args.warmup < 0:
         raise BadInput(f"--warmup {args.warmup} cannot be used; at least 0")
     if args.what == "memory":
-        return compute_memory(args.names or list(SHAPES), args.depth, args.latent)
+        return compute_memory(args.names, args.depth, args.latent)
     if args.one:
         return measure_training(args.names[0], args.one == "bf16", args)
     print("| shape | depth | DiT | arithmetic | batch size | words | seconds of a sentence | "
@@ -201,8 +202,8 @@ def main(argv=None) -> None:
           f"{' | '.join(PARTS)} |\n{'| --- ' * (11 + len(PARTS))}|", flush=True)
     forms = ["single"] + ["bf16"] * has_bf16(choose_device(args.device))
     same = ("latent", "depth", "steps", "warmup", "device")
-    for name, one, *row in itertools.product(args.names or ["tiny", "base"], forms,
-                                             args.batch_size, args.words, args.languages):
+    for name, one, *row in itertools.product(args.names, forms, args.batch_size, args.words,
+                                             args.languages):
         command = [sys.executable, __file__, "train", name, "--one", one, "--data", *args.data]
         varied = zip(("batch_size", "words", "languages"), row)
         for flag, value in (*((flag, getattr(args, flag)) for flag in same), *varied):

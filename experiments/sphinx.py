@@ -75,10 +75,8 @@ def spoken(mels: Iterable[Tensor]) -> Iterator[Tensor]:
 def plain_voice(sentences: list[Sentence], whisper: FrozenWhisper) -> Iterator[Tensor]:
     """Log-mels (M, 2P) of espeak-ng as it speaks by default; faster, if the window is too short."""
     for sentence in sentences:
-        speed = 175
-        while len(samples := make_pocket.speak(sentence._replace(language=ACCENTS["en"]), "", speed,
-                                               pitch=50)) > whisper.n_samples:
-            speed += 15
+        samples = make_pocket.speak_within(
+            whisper.n_samples, sentence._replace(language=ACCENTS["en"]), "", speed=175, pitch=50)
         yield log_mel(samples, whisper)[0]
 
 

@@ -131,6 +131,13 @@ def speak(sentence, variant, speed, pitch):
     return resample(samples / np.float32(32768), rate)
 
 
+def speak_within(longest, sentence, variant, speed, pitch):
+    """As `speak`, but faster if there would be more samples than `longest`."""
+    while len(samples := speak(sentence, variant, speed, pitch)) > longest:
+        speed += 15
+    return samples
+
+
 def need_espeak():
     if not shutil.which("espeak-ng"):
         raise BadInput("espeak-ng is missing; install it, e.g. `apt-get install espeak-ng` "
@@ -145,11 +152,8 @@ def random_samples(sentence, variants, seed, longest, lead=0.0):
     rng = random.Random(f"{seed} {sentence.language} {sentence.text}")
     variant, speed, pitch = rng.choice(variants), rng.randint(150, 210), rng.randint(30, 70)
     silence = np.zeros(int(rng.uniform(0, lead) * SAMPLE_RATE), np.float32)
-    while True:
-        samples = np.concatenate([silence, speak(sentence, variant, speed, pitch)])
-        if len(samples) <= longest:
-            return samples
-        speed += 15
+    speech = speak_within(longest - len(silence), sentence, variant, speed, pitch)
+    return np.concatenate([silence, speech])
 
 
 def random_clip(sentence, variants, seed):

@@ -54,10 +54,9 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
         if len(parts := re.split(f"(?:{cut})(?!$)", text)) > 1:
             break
     else:
-        if is_short:
-            return [sentence]
-        raise BadInput(f"{text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} can "
-                       "hear, and cannot be cut; shorten it, or raise --speed")
+        if not is_short:
+            raise BadInput(f"{text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} can "
+                           "hear, and cannot be cut; shorten it, or raise --speed")
     pieces = parts[:1]
     for part in parts[1:]:
         first = next(filter(str.isalpha, part), "")  # "Go!" he said.
@@ -68,7 +67,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
             pieces.append(part)
         else:
             pieces[-1] = longer.text
-    if is_short and len(pieces) == 1:
+    if len(pieces) == 1:  # it fits
         return [sentence]
     return [short for piece in pieces if any(map(str.isalnum, piece))  # not a lonely bracket
             for short in split_long(Sentence(language, piece.strip()), whisper, speed, durations)]

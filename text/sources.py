@@ -289,11 +289,12 @@ def builtin(max_lines: int = 10**6) -> list[Sentence]:
 
 def note_unheard(texts: Sequence[Sentence], whisper: FrozenWhisper) -> list[str]:
     """A note on words that are in no built-in sentence, if the Whisper is pocket."""
-    known = {(s.language, word) for s in builtin() for word in words(s.text.lower(), s.language)
-             } if whisper.name == "pocket" else ()
+    if whisper.name != "pocket":
+        return []
+    known = {(s.language, word) for s in builtin() for word in words(s.text.lower(), s.language)}
     unheard = dict.fromkeys(f"{word!r} ({s.language})" for s in texts
                             for word in words(s.text.lower(), s.language)
-                            if known and (s.language, word) not in known)
+                            if (s.language, word) not in known)
     return [f"pocket never heard {', '.join([*unheard][:5])}{' ...' * (len(unheard) > 5)}, and "
             "misreads such words; it knows those of pocket/sentences, and an official Whisper far "
             "more"] * bool(unheard)
