@@ -69,8 +69,6 @@ class Config:
 
     def __post_init__(self):
         check_flags(self)
-        if Path(self.whisper).is_file():  # to be found from another folder too
-            object.__setattr__(self, "whisper", str(Path(self.whisper).absolute()))
 
 
 # ---- the method ------------------------------------------------------------------------------

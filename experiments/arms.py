@@ -19,6 +19,7 @@ import data  # noqa: E402
 import train  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import fingerprint  # noqa: E402
+from plumbing.flags import parse_flags  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech import recordings, sound  # noqa: E402
 from text.sources import builtin  # noqa: E402
@@ -62,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not names or set(names) - set(ARMS):
         raise BadInput(f"{' '.join(names) or 'nothing'} cannot be used; give some of "
                        f"{', '.join(ARMS)}")
+    if {"--speech", "--out_dir"} & {flag.partition("=")[0] for flag in flags}:
+        raise BadInput("each run has its own folder, out/arms/NAME; leave out --speech, --out_dir")
+    parse_flags(train.Config, __doc__, flags)  # a wrong one fails now, not after the speech
     make_pocket.need_espeak()
     for name in names:
         minutes, share, steps = ARMS[name]

@@ -14,9 +14,9 @@ from plumbing.errors import BadInput, first_line, guard  # noqa: E402
 from plumbing.flags import Parser, file_path  # noqa: E402
 
 
-def rates_of(result: str, steps: int) -> dict[str, float]:
-    """The text of a result.txt -> {language: CER in percent}, best first."""
-    rates = re.findall(rf"^val_cer_{steps}step_(\w+): (\S+)$", result, re.MULTILINE)
+def rates_of(result: str) -> dict[str, float]:
+    """The text of a result.txt -> {language: CER in percent, 4 steps}, best first."""
+    rates = re.findall(r"^val_cer_4step_(\w+): (\S+)$", result, re.MULTILINE)
     return dict(sorted(((code, 100 * float(cer)) for code, cer in rates), key=lambda item: item[1]))
 
 
@@ -35,19 +35,17 @@ def picture(rates: dict[str, float], title: str, path: Path) -> None:
 def main(argv=None) -> None:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("result", type=file_path, help="result.txt of train.py")
-    parser.add_argument("--steps", type=int, choices=[1, 4], default=4, help="of the solver")
     parser.add_argument("--out", type=file_path, default=Path("out/languages.png"))
     args = parser.parse_args(argv)
     try:
-        rates = rates_of(args.result.read_text(), args.steps)
+        rates = rates_of(args.result.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {args.result} ({first_line(error)}); give the result.txt of "
                        "train.py") from error
     if not rates:
         raise BadInput(f"{args.result} has no error rates; give the result.txt of train.py")
     mean = sum(rates.values()) / len(rates)
-    picture(rates, f"read back, {len(rates)} languages, {args.steps} steps, mean {mean:.1f} %",
-            args.out)
+    picture(rates, f"read back, {len(rates)} languages, 4 steps, mean {mean:.1f} %", args.out)
     print(f"wrote {args.out}: mean of {len(rates)} languages {mean:.1f} %")
 
 

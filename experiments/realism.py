@@ -85,10 +85,14 @@ class Study:
     """What all rows share: critic, sentences, alphabet, tests of the students."""
 
     def __init__(self, args):
-        config = train.load_checkpoint(args.checkpoints[0])["config"]
+        checkpoints = {path: train.load_checkpoint(path) for path in args.checkpoints}
+        check(args, {path: checkpoint["config"] for path, checkpoint in checkpoints.items()})
+        config = checkpoints[args.checkpoints[0]]["config"]
         self.args, self.device = args, choose_device(args.device)
         is_pocket = config["whisper"] == "pocket"
-        self.whisper = FrozenWhisper(config["whisper"], self.device)
+        self.flows = {path: sample.load_flow(checkpoint, self.device)
+                      for path, checkpoint in checkpoints.items()}
+        self.whisper = self.flows[args.checkpoints[0]].critic
         self.hears = FrozenWhisper(args.hears, self.device) if args.hears else self.whisper
         shape, needed = ((w.dims.n_mels, w.max_frames) for w in (self.hears, self.whisper))
         if shape[0] != needed[0] or shape[1] < needed[1]:
@@ -107,11 +111,8 @@ class Study:
         seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
         self.has_voices = self.find_voices({s.language for s in training}, is_pocket)
-        self.flows, self.readers = {}, {}
-        for path in args.checkpoints:
-            checkpoint = train.load_checkpoint(path)
-            self.flows[path] = sample.load_flow(checkpoint, self.device)
-            self.readers[path] = self.find_readers(path, checkpoint)
+        self.readers = {path: self.find_readers(path, checkpoint)
+                        for path, checkpoint in checkpoints.items()}
         self.tests = self.make_tests(training, held_out, is_pocket)
 
     def find_voices(self, languages: set[str], is_pocket: bool) -> bool:
@@ -286,9 +287,8 @@ def markdown(rows: dict) -> str:
 # ---- the command -----------------------------------------------------------------------------
 
 
-def check(args) -> None:
+def check(args, configs: dict[Path, dict]) -> None:
     """BadInput for checkpoints that do not belong in one table, and for too little to learn."""
-    configs = {path: train.load_checkpoint(path)["config"] for path in args.checkpoints}
     first, kinds = configs[args.checkpoints[0]], {c["latent"] for c in configs.values()}
     for path, config in configs.items():
         for name in ["whisper", "speed", "max_lines", *["data"] * (not args.data)]:
@@ -335,7 +335,6 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> dict:
     args, rows = parse_args(argv), {}
-    check(args)
     study = Study(args)
     sources = [study.real_rows()] if args.real and study.has_voices else []
     if args.real and args.recordings:

@@ -33,12 +33,13 @@ from experiments.student import (  # noqa: E402
     Speech, edit_distance, letters, others, resample, update,
 )
 from experiments.tokens import (  # noqa: E402
-    N_CODES, Quantiser, check_sources, load_quantiser, note_unheard, speak, tokenise,
+    N_CODES, Quantiser, load_quantiser, note_unheard, open_source, speak, tokenise,
 )
 from experiments.utterances import people, real_test  # noqa: E402
 from model import mlp, rotate, rotations  # noqa: E402
 from plumbing.errors import guard  # noqa: E402
 from plumbing.flags import Parser, file_path, positive  # noqa: E402
+from sample import Flow  # noqa: E402
 from text.sources import load_sentences  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -170,12 +171,12 @@ def test(model: SpeechLM, sounds: list[list[int]], texts: list[str],
     return edits / sum(map(len, texts)), math.exp(nll)
 
 
-def versions_of(source: str, sentences: list, n: int, quantiser: Quantiser,
-                whisper: FrozenWhisper, work: Path, amount: float) -> list[list[list[int]]]:
+def versions_of(flow: Flow | None, sentences: list, quantiser: Quantiser,
+                whisper: FrozenWhisper, work: Path) -> list[list[list[int]]]:
     """Tokens of a source, plain and in other voices, each also at other paces."""
     sounds, rng = [], data.generator(0, 0)
-    for seed in range(n):
-        speech = speak(source, sentences, whisper, work, 20 * seed, amount * (seed > 0))
+    for seed, amount in (0, 0.0), (20, 1.0):
+        speech = speak(flow, sentences, whisper, work, seed, amount)
         for x1 in (speech.x1, [uneven(x, rng) for x in speech.x1]):
             sounds.append(tokenise(quantiser, Speech(sentences, x1), whisper))
     return sounds
@@ -192,8 +193,6 @@ def parse_args(argv=None) -> Namespace:
     add("--recordings", type=file_path, help="a folder, to test on (default: pocket's test)")
     add("--languages", nargs="+", help="of sentences and test (default: all); one learns faster")
     add("--sentences", type=positive, default=2000, help="that a model learns from")
-    add("--versions", type=positive, default=2, help="of each, in other voices")
-    add("--rooms", type=float, default=1.0, help="how different they are (not of features)")
     add("--steps", type=positive, default=1500)
     add("--seed", type=int, default=0)
     add("--chance", action="store_true", help="a row more: the first source with other texts")
@@ -213,7 +212,7 @@ def main(argv=None) -> None:
     known, codes = {*map(letters, training)}, sorted({s.language for s in sentences})
     real = (people(args.recordings, {*codes}, known, whisper)
             if args.recordings else real_test(whisper, codes, known))
-    check_sources(args.sources, sentences, whisper)
+    flows = {source: open_source(source, sentences, whisper) for source in args.sources}
     note_unheard(quantiser, sentences)
     real_tokens, work = tokenise(quantiser, real, whisper), args.quantiser.parent / "speech"
     print("| a language model of | CER on this test | on what it learned from | perplexity "
@@ -224,8 +223,7 @@ def main(argv=None) -> None:
                         [letters(s) for s in others(sentences)]))
     for source, name, texts in rows:
         if name == source:  # the row of other texts has the sounds of the row before
-            sounds = versions_of(source, sentences, args.versions, quantiser, whisper, work,
-                                 args.rooms)
+            sounds = versions_of(flows[source], sentences, quantiser, whisper, work)
         model = train_model(sounds, texts, alphabet, quantiser.codes, args.steps, args.seed)
         cer, perplexity = test(model, real_tokens, [letters(s) for s in real.sentences], alphabet)
         every = max(1, len(texts) // 100)  # of all languages

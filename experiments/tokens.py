@@ -217,7 +217,7 @@ def load_quantiser(path: Path, whisper: FrozenWhisper) -> Quantiser:
     """What `main` saved; BadInput if it is missing, something else, or of another Whisper."""
     quantiser = Quantiser(whisper).eval()
     with as_bad_input(f"{path} is no quantiser of {whisper.name}",
-                      "experiments/tokens.py makes one where --quantiser is left out"):
+                      "give its --whisper, or one that experiments/tokens.py makes"):
         saved = torch.load(path, weights_only=True)
         if saved["whisper"] != whisper.fingerprint:
             raise ValueError("it is of another")
@@ -263,9 +263,8 @@ def judge(quantiser: Quantiser, speech: Speech, whisper: FrozenWhisper) -> dict[
             features, frames = features_of(speech.x1[i : i + 16], whisper)
             if name == "quantised":
                 features = quantiser(features, frames).features
-            whole = F.pad(features, (0, 0, 0, whisper.max_frames - features.shape[1]))
-            mask = torch.arange(whisper.max_frames) < frames[:, None]
-            whole = torch.where(mask[:, :, None], whole, whisper.silence)
+            whole = torch.stack([torch.cat([x[:n], whisper.silence[n:]])
+                                 for x, n in zip(features, frames.tolist())])
             codes = [s.language for s in speech.sentences[i : i + 16]]
             read += [r.text for r in whisper.transcribe(whole, codes)]
         by_language = cer_by_language(speech.sentences, read)
@@ -390,13 +389,13 @@ def speech_features(mel: Tensor, whisper: FrozenWhisper) -> Tensor:
 
 @torch.no_grad()
 def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhisper,
-              part: str = "1/1") -> int:
+              part: tuple[int, int] = (1, 1)) -> int:
     """FOLDER/tokens: a file for each shard of a part, if it is missing or older -> its rows."""
     note_unheard(quantiser, (data.Sentence(row["language"], row["text"])
                              for row in rows_of(folder)))
     check_quantiser(folder / "tokens", quantiser)
     n_rows, n_own, n_shards = 0, 0, len({row["shard"] for row in rows_of(folder)})
-    number, n_parts = parse_part(part)
+    number, n_parts = part
     tables = [x for x in (".jsonl", ".parquet") if any((folder / "tokens").glob(f"{form}-*{x}"))]
     table = (tables or [TABLE])[0]  # as it was begun, also if pyarrow was installed since
     for i, (shard, pieces) in enumerate(tqdm(shards_of(folder), folder.name, n_shards,
@@ -425,8 +424,11 @@ def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhis
 # ---- the command -----------------------------------------------------------------------------
 
 
-def open_source(source: str, sentences: list, whisper: FrozenWhisper) -> sample.Flow:
-    """A checkpoint that can say the sentences, and is understood by the Whisper; else BadInput."""
+def open_source(source: str, sentences: list, whisper: FrozenWhisper) -> sample.Flow | None:
+    """A checkpoint that can say the sentences, and is understood by the Whisper; None: espeak-ng,
+    if it can say them. Else BadInput, before the work."""
+    if source == "espeak":
+        return check_espeak(sentences)
     checkpoint = train.load_checkpoint(Path(source))
     learned = checkpoint["origin"]["languages"]
     if unlearned := {s.language for s in sentences} - {*learned}:
@@ -452,20 +454,12 @@ def check_espeak(sentences: list) -> None:
         raise BadInput(f"espeak-ng cannot read {', '.join(voiceless)}; give --data in others")
 
 
-def check_sources(sources: Sequence[str], sentences: list, whisper: FrozenWhisper) -> None:
-    """Raises BadInput now and not after the work."""
-    for source in {*sources}:
-        check_espeak(sentences) if source == "espeak" else open_source(source, sentences, whisper)
-
-
-def speak(source: str, sentences: list, whisper: FrozenWhisper, work: Path, seed: int = 0,
-          amount: float = 0.0) -> Speech:
-    """espeak-ng, or a checkpoint, says the sentences: features of this Whisper, or any spectra."""
-    if source == "espeak":
-        check_espeak(sentences)
+def speak(flow: sample.Flow | None, sentences: list, whisper: FrozenWhisper, work: Path,
+          seed: int = 0, amount: float = 0.0) -> Speech:
+    """A flow, or espeak-ng (None), says the sentences: features of this Whisper, or any spectra."""
+    if flow is None:
         mels = espeak(sentences, make_pocket.VARIANTS, seed, whisper, work, amount)
         return Speech(sentences, encode(mels, whisper))
-    flow = open_source(source, sentences, whisper)
     rooms = amount * isinstance(flow.critic, Ear)  # features have no sound to change
     return generate(flow, sentences, Solver(seed=seed), rooms, whisper)
 
@@ -492,7 +486,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if not args.source and (args.recordings or not (args.set and args.quantiser)):
         raise BadInput("there is no source; give espeak or a checkpoint, or --set and --quantiser "
                        "without --recordings")
-    parse_part(args.part)
+    args.numbers = parse_part(args.part)
     if args.part != "1/1" and (args.source or not args.set):
         raise BadInput(f"--part {args.part} belongs to --set and --quantiser, without a source")
     file = args.out / "quantiser.pt"
@@ -512,7 +506,7 @@ def quantiser_of_source(args: argparse.Namespace, whisper: FrozenWhisper) -> Qua
     training, held_out = data.split(load_sentences(args.data, whisper))
     held_out = data.per_language(held_out, 100)
     training = data.per_language(sorted(training, key=data.hash_share), args.sentences)
-    check_sources([args.source], [*training, *held_out], whisper)
+    flow = open_source(args.source, [*training, *held_out], whisper)
     known = {*map(letters, training)}
     languages = {s.language for s in training}
     if args.recordings:
@@ -523,10 +517,10 @@ def quantiser_of_source(args: argparse.Namespace, whisper: FrozenWhisper) -> Qua
         quantiser = load_quantiser(args.quantiser, whisper)
         note_unheard(quantiser, training)
     else:
-        speech = speak(args.source, training, whisper, work, 7)  # what a model learns: other takes
+        speech = speak(flow, training, whisper, work, 7)  # what a model learns: other takes
         quantiser = train_quantiser(speech, whisper, args.steps, args.seed)
         save_quantiser(quantiser, args.out / "quantiser.pt", whisper)
-    tests[f"{args.source}, held out"] = speak(args.source, held_out, whisper, work, 2)
+    tests[f"{args.source}, held out"] = speak(flow, held_out, whisper, work, 2)
     print_figures(quantiser, tests, whisper)
     return quantiser
 
@@ -557,7 +551,7 @@ def main(argv=None) -> None:
     name = f"-tokens-{args.form}" + f"-{args.part.replace('/', '-')}" * (args.part != "1/1")
     for folder in args.set:
         with locked(folder, part=name):  # sample.py then leaves its files alone
-            n_rows = write_set(folder, args.form, quantiser, whisper, args.part)
+            n_rows = write_set(folder, args.form, quantiser, whisper, args.numbers)
         print(f"wrote {folder / 'tokens'}: {n_rows} rows")
 
 

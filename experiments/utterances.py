@@ -102,6 +102,8 @@ def human_clips(folder: Path, whisper: FrozenWhisper, languages: set[str], n: in
     Of 1 to 12 seconds, chosen by a hash, without digits: who knows how they are read?
     """
     entries, notes = recordings.read_manifest(folder, whisper)
+    if any(s is None for _, s in entries):
+        raise BadInput(f"{folder} has no texts of its recordings; give it a manifest.tsv")
     usable = [(s, path) for path, s in entries if s and s.language in languages and is_wanted(s)
               and not any(map(str.isdigit, s.text))]
     clips, counts, most = [], Counter(), n / max(1, len({s.language for s, _ in usable}))
@@ -197,8 +199,7 @@ def generate(flow: Flow, sentences: list, solver: Solver, rooms: float = 0.0,
                                f"{int(frames.max())}; give shorter --data")
             x1 = hears.encode_mel(critic.spectrogram(x1, frames, window))
         else:
-            x1 = F.pad(x1, (0, 0, 0, tail))[:, : critic.max_frames]
-            mask = torch.arange(x1.shape[1], device=x1.device) < frames[:, None]
-            x1 = torch.where(mask[:, :, None], x1, critic.encoded_silence[: x1.shape[1]])
-        encoded += [x[: n + tail].clone() for x, n in zip(x1.cpu(), frames.tolist())]
+            x1 = [torch.cat([x[:n], critic.encoded_silence[n:]])
+                  for x, n in zip(x1, frames.tolist())]
+        encoded += [x[: n + tail].cpu().clone() for x, n in zip(x1, frames.tolist())]
     return Speech(sentences, encoded)

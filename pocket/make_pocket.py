@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint  # noqa: E402
-from plumbing.flags import Parser, file_path, positive  # noqa: E402
+from plumbing.flags import Parser, file_path  # noqa: E402
 from plumbing.weights import POCKET  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
@@ -62,6 +62,8 @@ PHASES = ((3500, 0.2, 0.0, 0.3, 0.0), (1500, 0.1, 0.3, 1.0, 0.0), (3200, 0.1, 0.
 LAST_STEP = sum(phase[0] for phase in PHASES)
 MAX_TAKES = 8  # of one sentence
 N_SENTENCES = 6000  # per language
+BATCH = 24
+N_TEST, N_SHIPPED = 500, 50  # test sentences per language, and how many of them speech.npz has
 SHARD = 1000  # clips per file, so that an interrupted run goes on where it stopped
 SILENT_SHARE = 0.03  # share of clips that are noise or silence, and learn <|nospeech|>
 
@@ -378,13 +380,11 @@ def train(sentences, clips, vocabulary, args):
     """Plain training; the state is saved every 500 steps and picked up again."""
     torch.manual_seed(args.seed)
     model, first = new_model(vocabulary), 0
-    key = fingerprint((sentences, args.seed, args.batch, PHASES))[:8]
+    key = fingerprint((sentences, args.seed, BATCH, PHASES))[:8]
     state_path = args.work_dir / f"state_{key}.pt"
     ctc_head = torch.nn.Linear(DIMS.n_audio_state, len(vocabulary.used) + 1)
     muon, adamw = optimizers(model, ctc_head)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(x, rate_at) for x in (muon, adamw)]
-    parts = dict(model=model, ctc_head=ctc_head, muon=muon, adamw=adamw, schedule=schedules[0],
-                 schedule2=schedules[1])
+    parts = dict(model=model, ctc_head=ctc_head, muon=muon, adamw=adamw)
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         for name, part in parts.items():
@@ -394,7 +394,7 @@ def train(sentences, clips, vocabulary, args):
     for step in bar:
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         corrupt, ctc, most, size = phase_at(step)
-        mel, targets = training_batch(sentences, clips, vocabulary, most, args.batch, rng)
+        mel, targets = training_batch(sentences, clips, vocabulary, most, BATCH, rng)
         hear = partial(loss_of, model, ctc_head, vocabulary, targets=targets, corrupt=corrupt,
                        rng=rng)
         if size:  # mostly small: real speech must still be read
@@ -405,8 +405,9 @@ def train(sentences, clips, vocabulary, args):
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *ctc_head.parameters()], 1.0)
-        for part in (muon, adamw, *schedules):
-            part.step()
+        for optimizer in (muon, adamw):
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate_at(step)
+            optimizer.step()
         is_last = step + 1 == LAST_STEP
         if step % 100 == 0 or is_last:
             bar.write(f"step {step:5d}  loss {loss.item():.4f}")
@@ -463,11 +464,8 @@ def check(whisper, sentences, clips):
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=file_path, default=HERE / "build", help="for shards")
-    parser.add_argument("--batch", type=positive, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the network, not of the speech")
     parser.add_argument("--out", type=file_path, default=POCKET / "pocket.pt")
-    parser.add_argument("--test", type=positive, default=500, help="test sentences per language")
-    parser.add_argument("--ship", type=positive, default=50, help="of those, kept in speech.npz")
     args = parser.parse_args()
     need_espeak()
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -486,15 +484,14 @@ def main():
     save_deflated({"dims": asdict(DIMS), "model_state_dict": state}, args.out)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
-    tests = [s for c in LANGUAGES for s in [s for s in held_out if s.language == c][: args.test]]
+    tests = [s for c in LANGUAGES for s in [s for s in held_out if s.language == c][:N_TEST]]
     whisper = FrozenWhisper(str(args.out))
     for name, variants in (("heard", VARIANTS), ("unheard", HELD_OUT_VARIANTS)):
         clips = speak_all(tests, variants, 0, args.work_dir, f"test_{name}")
         print(f"sentences that are not in the training text, in voices {name} in training:")
         check(whisper, tests, clips)
-    of_language = {c: [i for i, s in enumerate(tests) if s.language == c] for c in LANGUAGES}
     if args.out.resolve() == (POCKET / "pocket.pt").resolve():
-        shipped = [i for c in LANGUAGES for i in of_language[c][: args.ship]]
+        shipped = [i for i in range(len(tests)) if i % N_TEST < N_SHIPPED]  # of each language
         save_speech([tests[i] for i in shipped], [clips[i] for i in shipped], SPEECH)
         print(f"{SPEECH}: {SPEECH.stat().st_size / 1e6:.2f} MB")
 

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Callable, Sequence
 
 import numpy as np
-import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
@@ -139,7 +138,7 @@ def fit_rhythm(sentences: Sequence[Sentence], durations: Sequence[np.ndarray]) -
             np.add.at(moment, ones, (n - frames.mean())[:, None])
         table = np.linalg.solve(gram, moment).reshape(shape)
         table[CONTEXT] += frames.mean()
-        tables[code] = torch.from_numpy(table)
+        tables[code] = (table.round(4) + 0).tolist()  # + 0: no -0.0
     return dict(chars=chars, frames=tables)
 
 
@@ -148,7 +147,8 @@ def durations_by(rhythm: dict | None) -> Callable:
     where that says nothing."""
     if not rhythm:
         return char_durations
-    chars, frames = rhythm["chars"], rhythm["frames"]
+    chars = rhythm["chars"]
+    frames = {code: np.array(table) for code, table in rhythm["frames"].items()}
 
     def durations(sentence: Sentence, speed: float = 1.0) -> np.ndarray:
         code, text = sentence.language, symbols(sentence.text)
@@ -157,6 +157,6 @@ def durations_by(rhythm: dict | None) -> Callable:
             return rule
         added = np.arange(2 * CONTEXT + 1), neighbours(text, chars[code])
         shortest = [SHORTEST if is_letter(c) else 0.0 for c in text]
-        return frames[code].numpy()[added].sum(1).clip(shortest) / speed
+        return frames[code][added].sum(1).clip(shortest) / speed
 
     return durations

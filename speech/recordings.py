@@ -31,7 +31,7 @@ from speech.align import (
 from speech.ear import MEL_STD
 from speech.sound import log_mel, resample
 from text.durations import FRAMES_PER_SECOND
-from text.sources import MAX_NOTES, make_sentence, way_to_utf8
+from text.sources import MAX_NOTES, make_sentence, not_utf8
 from whisper_decoder import FrozenWhisper
 
 try:
@@ -73,8 +73,7 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     try:
         lines = manifest.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{manifest} is not UTF-8 ({first_line(error)}); {way_to_utf8(manifest)}"
-                       ) from error
+        raise not_utf8(manifest, error) from error
     entries, notes = {}, []
     if not is_table:
         notes.append(f"{manifest} is read as English; a manifest.tsv says another language")

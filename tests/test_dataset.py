@@ -125,9 +125,8 @@ def test_spectrograms_and_sounds(make, tmp_path, pocket, monkeypatch):
         read = pocket.transcribe(heard, [row["language"]])[0].text
         assert abs(error_rates([(row["language"], row["text"])], [read]).cer - row["cer_sound"]
                    ) < 0.1
-    for kind, n_bytes in ("wav", None), ("wav", 900), ("flac", 900):  # a copy that broke off
-        sound = tmp_path / "a" / row[kind]
-        sound.unlink() if n_bytes is None else sound.write_bytes(sound.read_bytes()[:n_bytes])
+    for kind in ("wav", "flac"):
+        (tmp_path / "a" / row[kind]).unlink()
         assert make("a", "--write", "mel", "wav", "flac", "features", latent="mel") == files
     with monkeypatch.context() as patch:  # what is whole is not made again
         patch.delattr(dataset, "make_shard")
@@ -162,6 +161,9 @@ def test_texts_of_another_script_are_noted(make, tmp_path, capsys):
     assert notes == [f"ckpt.pt was not trained in {code!r}" for code in ("fr", "zh")]
     args.language = "es"
     assert "ckpt.pt was not trained in 'es'" in dataset.survey(args, {"fr", "es"})[2]
+    (tmp_path / "quoted.tsv").write_text('"fr"\t"Le chien dort."\n')
+    args.text_file, args.language = [str(tmp_path / "quoted.tsv")], None
+    assert dataset.survey(args, {"fr", "zh"})[2] == ["ckpt.pt was not trained in 'fr'"]
     make("table", "--language", "en")
     assert "3 lines begin with the name of another lang" in capsys.readouterr().err  # fr, zh, de
 

@@ -20,8 +20,8 @@ import sample
 import train
 from data import Sentence
 from experiments import (
-    bars, benchmark, engine, lens, look, pace, prompts, realism, rooms, seeds, sphinx, student,
-    sweep, utterances,
+    arms, bars, benchmark, engine, lens, look, pace, prompts, realism, rooms, seeds, sphinx,
+    student, sweep, utterances,
 )
 from plumbing.errors import BadInput
 from plumbing.files import Log
@@ -66,7 +66,7 @@ def test_sentences_are_those_of_the_grammars_and_phases_follow_each_other(tmp_pa
     for path in (POCKET / "sentences").iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
     # Short sentences are spoken more often.
-    takes = [make_pocket.takes(s) for s in sorted(builtin(), key=n_frames)]
+    takes = [make_pocket.takes(s) for s in sorted(builtin(400), key=n_frames)]
     assert takes == sorted(takes, reverse=True)
     assert takes[0] == make_pocket.MAX_TAKES and takes[-1] == 1
     (n, *first), (_, *second) = make_pocket.PHASES[:2]
@@ -140,12 +140,8 @@ def test_frozen_weights_find_words_in_real_speech(capsys, monkeypatch):
     monkeypatch.setattr(FrozenWhisper, "token_direction", torch.randn(128, 128, generator=rng()))
     rate, *chances = lens.main(["pocket", "--languages", "de"])["de"]
     assert abs(rate - 0.5) < 0.1 and max(abs(chance - 0.5) for chance in chances) < 0.1
-    with pytest.raises(BadInput, match="can hear no clip of pocket's test"):
-        monkeypatch.setattr(whisper, "languages", ["it"])
-        monkeypatch.setattr(lens, "FrozenWhisper", lambda name: whisper)
-        monkeypatch.setattr(utterances, "spoken_clips", lambda _: [(same[0], silent)])
-        monkeypatch.setattr(utterances, "encode", lambda *_: [silent])
-        lens.main(["pocket", "--languages", "it"])
+    with pytest.raises(BadInput, match="rooms has no texts of its recordings; give it a manifest"):
+        lens.main(["pocket", "--recordings", str(POCKET.parent / "docs/samples/rooms")])
 
 
 def test_an_adversary_raises_the_loss_by_a_small_smooth_change(ear):
@@ -168,7 +164,8 @@ def test_training_picks_up_its_state(tmp_path, monkeypatch, ear):
     monkeypatch.setattr(make_pocket, "PHASES", ((2, 0.1, 0.3, 1.0, 0.08),))
     monkeypatch.setattr(make_pocket, "SILENT_SHARE", 0.5)
     vocabulary = make_pocket.Vocabulary(sentences)
-    args = argparse.Namespace(work_dir=tmp_path, seed=0, batch=2)
+    monkeypatch.setattr(make_pocket, "BATCH", 2)
+    args = argparse.Namespace(work_dir=tmp_path, seed=0)
     for last in (1, 1, 2):  # one step; none; one more
         monkeypatch.setattr(make_pocket, "LAST_STEP", last)
         models.append(make_pocket.train(sentences, clips, vocabulary, args).parameters())
@@ -468,14 +465,18 @@ def test_mistakes_are_told_in_one_sentence(checkpoints, tmp_path):
             table(tmp_path, checkpoints[latent], *flags.split())
     for study, argv, words in ((look, [checkpoints["mel"], "--language", "it"], "does not know"),
                                (seeds, ["0", "x"], "give at least two seeds"),
-                               (rooms, ["echo alone"], "no row echo alone")):
+                               (rooms, ["echo alone"], "no row echo alone"),
+                               (arms, ["flow-8"], "flow-8 cannot be used; give some of flow-1,"),
+                               (arms, ["flow-7", "--out_dir=x"], "leave out --speech, --out_dir"),
+                               (arms, ["flow-7", "--step", "5"], "unrecognized arguments: --step")):
         with pytest.raises(BadInput, match=words):
             study.main(argv)
 
 
-def test_gradient_alone_makes_spectrograms_that_are_read(tmp_path):
+def test_gradient_alone_makes_spectrograms_that_are_read(tmp_path, monkeypatch):
     (tmp_path / "en.txt").write_text("\n".join(s.text for s in builtin(400) if s.language == "en"))
-    flags = "--judge pocket --sentences 2 --steps 60 --longest 2".split()
+    monkeypatch.setattr(rooms, "LONGEST", 2.0)
+    flags = "--judge pocket --sentences 2 --steps 60".split()
     flags += ["--data", str(tmp_path)]
     (critic, judge), = rooms.main(["no room", *flags]).values()
     assert critic == judge < 0.1  # the same Whisper
@@ -523,6 +524,8 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     for wrong in ("--steps", "--batch_size"):
         with pytest.raises(BadInput, match=f"{wrong}: '0' is no whole number of at least 1"):
             benchmark.main(["train", "tiny", wrong, "0"])
+    with pytest.raises(BadInput, match="--languages .-1. cannot be used; at least 0"):
+        benchmark.main(["train", "tiny", "--languages", "-1"])
     with pytest.raises(BadInput, match="flow.jpg is no .png"):
         look.main([checkpoints[latent], "--out", str(tmp_path / "flow.jpg")])
     benchmark.main(["memory"])
@@ -566,7 +569,7 @@ def test_bars_show_every_language(tmp_path):
     result = tmp_path / "result.txt"
     result.write_text("steps: 3\nval_cer_1step_en: 0.2\nval_cer_4step_fr: 0.5\n"
                       "val_cer_4step: 0.3\nval_cer_4step_en: 0.1\n")
-    assert bars.rates_of(result.read_text(), 4) == {"en": 10, "fr": 50}
+    assert bars.rates_of(result.read_text()) == {"en": 10, "fr": 50}
     bars.main([str(result), "--out", str(tmp_path / "bars.png")])
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "none").write_text("steps: 3\n")
@@ -592,8 +595,7 @@ def test_another_engine_reads_the_same(ear, tmp_path):
 
 def test_people_are_an_upper_bound(ear, tmp_path, capsys):
     rng, lines = np.random.default_rng(0), []
-    for name, seconds, text in (("a", 1.5, "The dog sleeps."), ("b", 0.5, "Too short."),
-                                ("c", 1.5, "In 1984."), ("d", 2.0, "The cat sleeps."),
+    for name, seconds, text in (("a", 1.5, "The dog sleeps."), ("d", 2.0, "The cat sleeps."),
                                 ("e", 1.5, "It is gone.")):
         soundfile.write(tmp_path / f"{name}.wav", rng.normal(0, 0.1, int(16000 * seconds)), 16000)
         lines.append(f"{name}.wav\ten\t{text}\n")

@@ -1,5 +1,4 @@
 """What users and systems do wrong: one sentence, nothing lost, nothing silent."""
-import bz2
 import errno
 import gzip
 import io
@@ -101,11 +100,10 @@ def test_files_of_any_case_and_line_end_are_read(pocket, tmp_path):
 
 
 def test_near_duplicates_of_held_out_sentences_are_not_trained_on():
-    held_out = data.split(builtin())[1][0]
+    training, (held_out, *_) = data.split(builtin(400))
     near = data.Sentence(held_out.language, held_out.text.upper() + "!")
     assert data.hash_share(near) > data.HELD_OUT  # or this shows nothing
-    training = data.split([*builtin(), near])[0]
-    assert near not in training and len(training) == len(data.split(builtin())[0])
+    assert data.split([*builtin(400), near])[0] == training
 
 
 def test_texts_that_may_be_meant_otherwise_are_noted(pocket, monkeypatch, tmp_path):
@@ -209,7 +207,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample --text_file -", "standard input is read where there is no --text_file"),
     ("sample caf\udce9", "no UTF-8; give UTF-8"),
     ("train --data 30%*builtin", "--data '30%*builtin' cannot be used"),
-    ("train --data en={0}/packed.txt", "not UTF-8; it is packed by gzip: unpack it, or name it"),
+    ("train --data en={0}/packed.txt", "if it is packed, name it so (.gz, .bz2)"),
     ("sample x --part 2/2", "--max_cer and --part belong to --out FOLDER"),
     ("sample x --part 7/2 --out {0}/new/a.npz", "belong to --out FOLDER"),
     ("sample x --language en_on.wav", "does not know the language 'en_on.wav'"),
@@ -607,21 +605,13 @@ def test_cells_of_a_spreadsheet_lose_their_quotes(pocket, tmp_path):
         'He says: "The dog sleeps."', '"a" and "b"', "Yes."]
 
 
-@pytest.mark.parametrize("content, way", [
-    (bz2.compress(b"The dog.\n"), "packed by bzip2"), (b"PK\3\4\xff", "packed by zip"),
-    ("é.\n".encode("utf-16"), "iconv -f utf-16 "), ("é.\n".encode("utf-32"), "iconv -f utf-32 "),
-    ("Der Bär.\n".encode("utf-16be"), "iconv -f utf-16be "),
-    ("Der Bär.\n".encode("utf-16le"), "iconv -f utf-16le "),
-    (b"caf\xe9\n", "iconv -f cp1252 "), (b"It\x92s.\n", "iconv -f cp1252 "),
-    ("é".encode()[:1], "ends inside a letter, as if cut short.*iconv -f cp1252 ")])
-def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, content, way):
-    (tmp_path / "t.tsv").write_bytes(content)
-    with pytest.raises(BadInput, match=way):
-        read_file(tmp_path / "t.tsv", "de", pocket)
-    (tmp_path / "u.txt.gz").write_bytes(gzip.compress(b"caf\xe9\n"))
-    with pytest.raises(BadInput, match="unpack it, then convert the file, e.g. `iconv -f cp1252 .*"
-                                       "-t utf-8 .*u.txt`$"):
-        read_file(tmp_path / "u.txt.gz", "de", pocket)
+@pytest.mark.parametrize("content", ["é.\n".encode("utf-16"), b"caf\xe9\n", "é".encode()[:1]])
+def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, content):
+    # The last is packed, and has been cut off.
+    for name, packed in ("t.tsv", content), ("t.gz", gzip.compress(1000 * content)[:-4]):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(BadInput, match=f"{name} is not UTF-8 .*; `iconv -f cp1252 "):
+            read_file(tmp_path / name, "de", pocket)
 
 
 def test_what_is_not_read_in_a_folder_is_noted(pocket, tmp_path):
@@ -701,25 +691,3 @@ def test_gradients_that_are_none_are_no_mean(monkeypatch):
     monkeypatch.setattr(devices.dist, "all_reduce", lambda x: seen.append(x.mul_(2)))
     assert not devices.average_gradients(model, False) and devices.average_gradients(model, True)
     assert len(seen) == 4 and model.weight.grad.eq(1).all()
-
-
-def test_ljspeechs_layout_is_english(pocket, tmp_path):
-    (tmp_path / "metadata.csv").write_text("a|The dog.|The dog.\n")
-    (_, sentence), = recordings.read_manifest(tmp_path, pocket)[0]
-    assert sentence.language == "en"
-    assert "is read as English" in recordings.read_manifest(tmp_path, pocket)[1][0]
-    (tmp_path / "manifest.tsv").write_text("a.wav\ten\tThe dog.\n", "utf-16")
-    with pytest.raises(BadInput, match="iconv -f utf-16 "):
-        recordings.read_manifest(tmp_path, pocket)
-
-
-def test_a_recording_has_one_text(pocket, tmp_path):
-    (tmp_path / "manifest.tsv").write_text("path\tlanguage\ttext\na.wav\ten\tA dog.\n"
-                                           "a.wav\ten\tA cat.\n")
-    entries, notes = recordings.read_manifest(tmp_path, pocket)
-    assert [s.text for _, s in entries] == ["A dog."]
-    assert "line 1: pocket does not know the language 'language'" in notes[0]
-    assert notes[0].endswith("a line is path<TAB>language<TAB>text")
-    assert "line 3: a.wav has a text already" in notes[1]
-    (tmp_path / "manifest.tsv").write_text("a.wav\ten\tA dog.\tJohn\n")
-    assert "3 fields are expected" in recordings.read_manifest(tmp_path, pocket)[1][0]

@@ -45,7 +45,6 @@ BLANK = "[\u3164\uffa0]"  # Hangul's, which count as letters
 OPEN = {".gz": gzip.open, ".bz2": bz2.open}  # others: as they are
 HEADER = set("audio client_id file filename id key lang language locale name path phrase sentence "
              "source speaker text transcript transcription wav word".split())
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\3\4": "zip", b"\xfd7zXZ": "xz"}
 
 Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, notes on the rest
 
@@ -155,21 +154,10 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
     return make_sentence(columns[0], code, whisper)
 
 
-def way_to_utf8(path: Path) -> str:
-    """What makes a file that is not UTF-8 one that is, by its first bytes."""
-    unpack = OPEN.get(path.suffix.lower())
-    with (unpack or open)(path, "rb") as lines:
-        head = lines.read(1000)
-    for magic, name in PACKED.items():
-        if head.startswith(magic):
-            return f"it is packed by {name}: unpack it, or name it as such (.gz, .bz2)"
-    zeros = [head[i::2].count(0) for i in (0, 1)]  # of letters in UTF-16: the upper byte
-    other = ("utf-32" if head[:4] == b"\xff\xfe\0\0" else
-             "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else
-             "utf-16be" if zeros[0] > zeros[1] else "utf-16le" if zeros[1] else
-             "cp1252")  # latin1, and its quotes and dashes
-    first, file = ("unpack it, then ", path.with_suffix("")) if unpack else ("", path)
-    return f"{first}convert the file, e.g. `iconv -f {other} -t utf-8 {file}`"
+def not_utf8(path: Path, error: UnicodeDecodeError) -> BadInput:
+    """What is wrong with a file that is no text, and the usual ways out."""
+    return BadInput(f"{path} is not UTF-8 ({first_line(error)}); `iconv -f cp1252 -t utf-8` (or "
+                    "utf-16) converts it; if it is packed, name it so (.gz, .bz2)")
 
 
 def other_language(line: str, language: str | None) -> str:
@@ -197,11 +185,7 @@ def lines_of(path: Path, language: str | None) -> Iterator[str]:
         with OPEN.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig") as lines:
             yield from lines
     except UnicodeDecodeError as error:
-        if error.reason == "unexpected end of data":
-            raise BadInput(f"{path} ends inside a letter, as if cut short; fetch it again, or, if "
-                           f"it is no UTF-8, {way_to_utf8(path)}") from error
-        raise BadInput(f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
-                       + way_to_utf8(path)) from error
+        raise not_utf8(path, error) from error
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"cannot read {path} ({first_line(error)}); put it back, or give another"
                        ) from error
