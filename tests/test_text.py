@@ -393,7 +393,8 @@ def test_closing_quotes_stay_with_their_sentence(pocket, language, sentence):
 
 def test_a_short_window_gets_each_sentence_alone(pocket, official):
     for text, n in (("The dog sleeps. The cat eats.", 2), ("Dr. Smith sleeps.", 1),
-                    ("Yes. No! Well?", 1), ("The dog sleeps.", 1), ("他每天看小鸟。我喝牛奶。", 2)):
+                    ("Yes. No! Well?", 2), ("Hello, Peter. The dog eats.", 2),
+                    ("The dog sleeps.", 1), ("他每天看小鸟。我喝牛奶。", 2)):
         sentence = Sentence("en" if text.isascii() else "zh", text)
         pieces = split_long(sentence, pocket)
         assert len(pieces) == n and split_long(sentence, official) == [sentence]

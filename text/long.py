@@ -44,7 +44,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
     """A text too long for the decoder -> pieces that fit: sentences, else as long as possible.
 
     A Whisper that hears less than WINDOW, which learned no two sentences at once, gets each alone;
-    one of up to two words goes with the next.
+    one of a single word goes with the next.
     """
     language, text = sentence
     is_short = fits(sentence, whisper, speed, durations)
@@ -61,7 +61,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
     for part in parts[1:]:
         first = next(filter(str.isalpha, part), "")  # "Go!" he said.
         is_whole = (cut == SENTENCES and not first.islower()
-                    and len(words(pieces[-1], language)) > 2)  # "Yes. I do."
+                    and len(words(pieces[-1], language)) > 1)  # "Yes. I do."
         longer = Sentence(language, pieces[-1] + part)
         if is_whole or not fits(longer, whisper, speed, durations):
             pieces.append(part)
