@@ -69,6 +69,8 @@ class Config:
 
     def __post_init__(self):
         check_flags(self)
+        if self.whisper.endswith(".pt"):  # to be found from another folder too
+            object.__setattr__(self, "whisper", str(Path(self.whisper).absolute()))
 
 
 # ---- the method ------------------------------------------------------------------------------

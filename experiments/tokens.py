@@ -217,7 +217,7 @@ def load_quantiser(path: Path, whisper: FrozenWhisper) -> Quantiser:
     """What `main` saved; BadInput if it is missing, something else, or of another Whisper."""
     quantiser = Quantiser(whisper).eval()
     with as_bad_input(f"{path} is no quantiser of {whisper.name}",
-                      "give its --whisper, or one that experiments/tokens.py makes"):
+                      "give its --whisper, or leave out --quantiser to make one"):
         saved = torch.load(path, weights_only=True)
         if saved["whisper"] != whisper.fingerprint:
             raise ValueError("it is of another")

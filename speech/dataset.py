@@ -214,7 +214,8 @@ def write_shard(name: str, folder: Path, pieces: list[Piece], left_out: list[dic
 
 
 def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> bool:
-    """Whether a shard is there, with rows of all its texts, and what these name."""
+    """Whether a shard is there, with rows of all its texts, and what these name (no sound is read:
+    `atomic_write` leaves none that is half-written)."""
     try:
         with open(folder / f"{name}.jsonl", "rb") as file:
             rows = [json.loads(line) for line in file]
@@ -228,7 +229,7 @@ def is_whole(name: str, folder: Path, kinds: Sequence[str], numbers: range) -> b
                    if sound in row):
             return False
         return {int(row["id"].split("-")[0]) for row in rows} == {*numbers}
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
             zipfile.BadZipFile):
         return False
 

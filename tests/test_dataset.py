@@ -164,6 +164,9 @@ def test_texts_of_another_script_are_noted(make, tmp_path, capsys):
     (tmp_path / "quoted.tsv").write_text('"fr"\t"Le chien dort."\n')
     args.text_file, args.language = [str(tmp_path / "quoted.tsv")], None
     assert dataset.survey(args, {"fr", "zh"})[2] == ["ckpt.pt was not trained in 'fr'"]
+    args.language = "en"
+    assert dataset.survey(args, set())[2] == [
+        "1 lines begin with the name of another language, such as 'fr', and are read as 'en'"]
     make("table", "--language", "en")
     assert "3 lines begin with the name of another lang" in capsys.readouterr().err  # fr, zh, de
 
@@ -265,6 +268,11 @@ def test_a_folder_belongs_to_one_set_and_one_run(make, tmp_path, runs):
                          ("shard-00000.jsonl", 0), ("shard-00001.jsonl", first)):
         (tmp_path / "a" / name).write_bytes(before[name][:length])  # a copy that broke off
         assert make("a") == before
+    shard = tmp_path / "a" / "shard-00000.npz"
+    damaged = bytearray(before[shard.name])
+    damaged[damaged.index(b"PK\1\2") + 10] = 99  # how it is packed
+    shard.write_bytes(damaged)
+    assert make("a") == before
     shard = tmp_path / "a" / "shard-00001.npz"
     frames = np.load(shard)["frames"]
     for n, name in ([9], "features"), (frames + 1, "features"), (frames, "mel"):

@@ -99,6 +99,13 @@ def test_files_of_any_case_and_line_end_are_read(pocket, tmp_path):
     assert not notes
 
 
+def test_the_file_of_a_whisper_is_found_from_other_folders(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").touch()  # an official name all the same
+    assert train.Config(whisper="tiny").whisper == "tiny"
+    assert train.Config(whisper="my.pt").whisper == str(tmp_path / "my.pt")
+
+
 def test_near_duplicates_of_held_out_sentences_are_not_trained_on():
     training, (held_out, *_) = data.split(builtin(400))
     near = data.Sentence(held_out.language, held_out.text.upper() + "!")
@@ -207,7 +214,7 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample --text_file -", "standard input is read where there is no --text_file"),
     ("sample caf\udce9", "no UTF-8; give UTF-8"),
     ("train --data 30%*builtin", "--data '30%*builtin' cannot be used"),
-    ("train --data en={0}/packed.txt", "if it is packed, name it so (.gz, .bz2)"),
+    ("train --data en={0}/packed.txt", "what is packed must be named .gz or .bz2, or be unpacked"),
     ("sample x --part 2/2", "--max_cer and --part belong to --out FOLDER"),
     ("sample x --part 7/2 --out {0}/new/a.npz", "belong to --out FOLDER"),
     ("sample x --language en_on.wav", "does not know the language 'en_on.wav'"),
@@ -607,11 +614,14 @@ def test_cells_of_a_spreadsheet_lose_their_quotes(pocket, tmp_path):
 
 @pytest.mark.parametrize("content", ["é.\n".encode("utf-16"), b"caf\xe9\n", "é".encode()[:1]])
 def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, content):
-    # The last is packed, and has been cut off.
-    for name, packed in ("t.tsv", content), ("t.gz", gzip.compress(1000 * content)[:-4]):
+    cut = "if it was cut short, fetch it again; else " * (content == b"\xc3")
+    for name, packed in ("t.tsv", content), ("t.gz", gzip.compress(content)):
         (tmp_path / name).write_bytes(packed)
-        with pytest.raises(BadInput, match=f"{name} is not UTF-8 .*; `iconv -f cp1252 "):
+        with pytest.raises(BadInput, match=f"{name} is not UTF-8 .*; {cut}`iconv -f cp1252 -t"):
             read_file(tmp_path / name, "de", pocket)
+    (tmp_path / "t.gz").write_bytes(gzip.compress(1000 * content)[:-4])  # cut off
+    with pytest.raises(BadInput):
+        read_file(tmp_path / "t.gz", "de", pocket)
 
 
 def test_what_is_not_read_in_a_folder_is_noted(pocket, tmp_path):

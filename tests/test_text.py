@@ -399,10 +399,15 @@ def test_a_short_window_gets_each_sentence_alone(pocket, official):
         pieces = split_long(sentence, pocket)
         assert len(pieces) == n and split_long(sentence, official) == [sentence]
         assert sample.join(text, [p.text for p in pieces], [p.text for p in pieces]) == text
+    long = Sentence("en", "The Gen. King spoke. " * 40)  # a title that no rule has
+    assert "The Gen." not in [piece.text for piece in split_long(long, official)]
 
 
 @pytest.mark.parametrize("language, text", [
-    ("en", "I saw Mr. Smith."), ("en", "The dog sleeps at Dr. Smith's house."),
+    ("en", "I saw Mr. Smith."), ("es", "La Sra. López come."),
+    ("fr", "Chère Mme. Dupont, bonjour."), ("en", "See Prof. Smith."),
+    ("es", "Los EE. UU. son un país."), ("es", "Hola, Ana.|El perro."),
+    ("en", "The dog sleeps at Dr. Smith's house."),
     ("de", "Der Hund kommt am 23. Mai."), ("de", "Die Frau hat z. B. einen Hund."),
     ("en", "The red dog sleeps ... in the house."), ("en", '"The dog sleeps here!" he said.'),
     ("zh", "老师在教室里？！"), ("en", "The dog sleeps here... !"),

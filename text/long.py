@@ -23,7 +23,8 @@ LETTERS = 6  # of a word that is spelled, at most
 END, CLOSE = ".!?…。！？।؟", "\"'”“’»«)\\]」』）"
 SENTENCES = (rf"(?:(?<=[{END}]\s)|(?<=[{END}][{CLOSE}]\s)|(?<=[{END}][{CLOSE}]{{2}}\s)|"
              rf"(?<=[{END}]\s»\s))"
-             r"(?<!\b\w[.]\s)(?<!\d[.]\s)(?<!\b(?:Mr|Ms|Dr|St)[.]\s)(?<!\bMrs[.]\s)"
+             r"(?<!\b\w[.]\s)(?<!\d[.]\s)(?<!\b(?:Mr|Ms|Dr|St|Mt|Lt|vs|Sr|EE|Pr|Hl)[.]\s)"
+             r"(?<!\b(?:Mrs|Rev|Sra|Dra|Mme)[.]\s)(?<!\b(?:Prof|Mlle)[.]\s)"
              rf"(?![»”’)\]」』）{END}])|(?<=[。！？।؟])(?![\s\"'”’»«)\]」』）{END}])|"
              rf"(?<=[。！？][」』”’）])(?![」』”’）{END}])")
 CUTS = (SENTENCES, r"(?<=[,;:]\s)|(?<=[，、；：،])", r"(?<=\s)",
@@ -44,7 +45,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
     """A text too long for the decoder -> pieces that fit: sentences, else as long as possible.
 
     A Whisper that hears less than WINDOW, which learned no two sentences at once, gets each alone;
-    one of a single word goes with the next.
+    one of a single word (zh: character) goes with the next.
     """
     language, text = sentence
     is_short = fits(sentence, whisper, speed, durations)
@@ -57,11 +58,11 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
         if not is_short:
             raise BadInput(f"{text[:60]!r} at speed {speed:.2g} is longer than {whisper.name} can "
                            "hear, and cannot be cut; shorten it, or raise --speed")
-    pieces = parts[:1]
+    pieces, few = parts[:1], 1 if whisper.max_frames < WINDOW else 2
     for part in parts[1:]:
         first = next(filter(str.isalpha, part), "")  # "Go!" he said.
         is_whole = (cut == SENTENCES and not first.islower()
-                    and len(words(pieces[-1], language)) > 1)  # "Yes. I do."
+                    and len(words(pieces[-1], language)) > few)  # "Yes. I do."
         longer = Sentence(language, pieces[-1] + part)
         if is_whole or not fits(longer, whisper, speed, durations):
             pieces.append(part)

@@ -156,14 +156,17 @@ def read_line(line: str, is_table: bool, language: str | None, whisper: FrozenWh
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> BadInput:
     """What is wrong with a file that is no text, and the usual ways out."""
-    return BadInput(f"{path} is not UTF-8 ({first_line(error)}); `iconv -f cp1252 -t utf-8` (or "
-                    "utf-16) converts it; if it is packed, name it so (.gz, .bz2)")
+    is_cut = error.reason == "unexpected end of data"
+    return BadInput(f"{path} is not UTF-8 ({first_line(error)}); "
+                    + "if it was cut short, fetch it again; else " * is_cut
+                    + "`iconv -f cp1252 -t utf-8 OLD > NEW` (or `-f utf-16`) converts text; what "
+                    "is packed must be named .gz or .bz2, or be unpacked")
 
 
 def other_language(line: str, language: str | None) -> str:
     """The language that the first of two columns says, where it is not that which is given."""
     first, *columns = line.split("\t")
-    code, given = map(language_code, (first, language or ""))
+    code, given = map(language_code, (first.strip('"'), language or ""))
     return code if given != code in ISO_639_3 and given and len(columns) == 1 else ""
 
 
