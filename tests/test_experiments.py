@@ -21,15 +21,16 @@ import train
 from data import Sentence
 from experiments import (
     arms, bars, benchmark, engine, lens, look, pace, prompts, realism, rooms, seeds, sphinx,
-    student, sweep, utterances,
+    student, sweep, two_ears, utterances,
 )
 from plumbing.errors import BadInput
 from plumbing.files import Log
 from plumbing.weights import POCKET
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech import sound
-from speech.ear import ROOM, SILENT_FRAMES, VOICE
+from speech.ear import ROOM, SILENT_FRAMES, VOICE, Ear, Room
 from speech.recordings import speech_span
+from test_roundtrip import batch_of
 from text import spelling
 from text.durations import LANGUAGE_ROWS, PACE, char_durations, n_frames
 from text.sources import builtin
@@ -616,6 +617,30 @@ def test_people_are_an_upper_bound(ear, tmp_path, capsys):
     engine.compare("people", trips, [trip.read.text for trip in trips])
     out = capsys.readouterr().out
     assert "people, CTranslate2: CER" in out and "letter by letter the same: 100.0%" in out
+
+
+def test_two_ears_hear_in_turn(ear, tmp_path, monkeypatch):
+    both, other = two_ears.TwoEars("pocket"), Ear(str(POCKET / "judge.pt"))
+    both.other, room = other, Room(0.0, rng())
+    batches = [batch_of(critic, TEXTS) for critic in (ear, other)]
+    x1 = torch.randn(*batches[0].mask.shape, 80, generator=rng())
+    first, second = (critic.text_loss(x1, x)[1] for critic, x in zip((ear, other), batches))
+    assert (first - second).abs().max() > 0.1
+    heard = [both.text_loss(x1, batches[0], room)[1] for _ in range(12)]
+    n_second = sum(torch.equal(nll, second) for nll in heard)
+    assert 2 < n_second < 10 and sum(torch.equal(nll, first) for nll in heard) == 12 - n_second
+    alone = [None, *(Room(0.0, rng(seed), lens_weight=1.0) for seed in range(9))]
+    assert all(torch.equal(both.text_loss(x1, batches[0], room)[1], first) for room in alone)
+    flags = ["--data", "en=builtin", "--steps", "2", "--batch_size", "4", "--eval_sentences", "2"]
+    result = two_ears.main([other.name, *flags, "--out_dir", str(tmp_path)])
+    assert result["steps"] == 2 and train.LATENTS["mel"] is Ear
+    assert train.load_checkpoint(tmp_path)["config"]["latent"] == "mel"
+    for channels, words in ((128, "x hears 128 mel bins and pocket 80; give one that hears"),
+                            (80, "does not know the language 'en'; it knows de$")):
+        fake = SimpleNamespace(channels=channels, languages=["de"])
+        monkeypatch.setattr(two_ears, "Ear", lambda *_: fake)
+        with pytest.raises(BadInput, match=words):
+            two_ears.main(["x", *flags, "--out_dir", str(tmp_path / "new")])
 
 
 def test_a_recogniser_that_is_no_whisper(runs, checkpoints, tmp_path, ear, monkeypatch, capsys):
