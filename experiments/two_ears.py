@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         ear.languages = [code for code in ear.languages if code in ear.other.languages]
         return ear
 
-    train.LATENTS["mel"] = ears
+    one_ear, train.LATENTS["mel"] = train.LATENTS["mel"], ears
     try:
         return train.main(["--latent", "mel", *argv[1:]])
     finally:
-        train.LATENTS["mel"] = Ear
+        train.LATENTS["mel"] = one_ear
 
 
 if __name__ == "__main__":

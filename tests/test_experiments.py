@@ -644,6 +644,7 @@ def test_two_ears_hear_in_turn(ear, tmp_path, monkeypatch):
         monkeypatch.setattr(two_ears, "Ear", lambda *_: fake)
         with pytest.raises(BadInput, match=words):
             two_ears.main(["x", *flags, "--out_dir", str(tmp_path / "new")])
+    assert train.LATENTS["mel"] is Ear
 
 
 def test_a_recogniser_that_is_no_whisper(runs, checkpoints, tmp_path, ear, monkeypatch, capsys):
