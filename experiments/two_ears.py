@@ -1,4 +1,4 @@
-"""Two critics: another Whisper hears the flow in every other step. Is it more like speech then?
+"""Two critics: another Whisper hears the flow in half of the steps. Is it more like speech then?
 
     python experiments/two_ears.py base --whisper tiny.en --init_from out/start2 --steps 1300 ...
 
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & {*argv}:
         return print(__doc__)
+    if any(flag.partition("=")[0] == "--latent" for flag in argv):
+        raise BadInput("an ear is always of spectrograms; leave out --latent")
 
     def ears(name: str, device: torch.device) -> TwoEars:
         ear = TwoEars(name, device)

@@ -470,6 +470,7 @@ def test_mistakes_are_told_in_one_sentence(checkpoints, tmp_path, monkeypatch):
     for study, argv, words in ((look, [checkpoints["mel"], "--language", "it"], "does not know"),
                                (seeds, ["0", "x"], "give at least two seeds"),
                                (rooms, ["echo alone"], "no row echo alone"),
+                               (two_ears, ["x", "--latent=features"], "leave out --latent"),
                                (arms, ["flow-8"], "flow-8 cannot be used; give some of flow-1,"),
                                (arms, ["flow-7", "--out_dir=x"], "leave out --speech, --out_dir"),
                                (arms, ["flow-7", "--step", "5"], "unrecognized arguments: --step")):
