@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & {*argv}:
         return print(__doc__)
-    if any(flag.partition("=")[0] == "--latent" for flag in argv):
+    if "--latent" in {flag.partition("=")[0] for flag in argv}:
         raise BadInput("an ear is always of spectrograms; leave out --latent")
 
     def ears(name: str, device: torch.device) -> TwoEars:

@@ -620,7 +620,7 @@ def test_a_file_that_is_not_utf_8_is_told_how_to_become_so(pocket, tmp_path, con
         with pytest.raises(BadInput, match=f"{name} is not UTF-8 .*; {cut}`iconv -f cp1252 -t"):
             read_file(tmp_path / name, "de", pocket)
     (tmp_path / "t.gz").write_bytes(gzip.compress(1000 * content)[:-4])  # cut off
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match="t.gz (is not UTF-8 |.*; put it back, or give another)"):
         read_file(tmp_path / "t.gz", "de", pocket)
 
 

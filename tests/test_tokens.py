@@ -325,6 +325,7 @@ def test_commands(runs, make_set, pocket, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokens.data, "per_language", lambda _, n: held_out if n == 100 else few)
     monkeypatch.setattr(tokens, "judge", lambda quantiser, speech, whisper: judged.append(
         speech.sentences) or judge_it(quantiser, speech, whisper))
+
     def speak(source, sentences, whisper):
         flow = tokens.open_source(source, sentences, whisper)
         return tokens.speak(flow, sentences, whisper, tmp_path)
