@@ -25,7 +25,7 @@ from plumbing.files import make_folder
 from plumbing.flags import Parser, file_path
 from speech import dataset
 from speech.align import durations_by
-from speech.sound import another_voice, pace, wav_files, wav_folder, write_wav
+from speech.sound import another_voice, pace, write_wav
 from text.error_rates import error_rates
 from text.long import join, split_long
 from text.report import show_round_trip
@@ -90,7 +90,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--rooms", type=float, default=0.0, help="up to 1: other voices, rooms, paces (mel only)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     dataset.add_flags(add)
-    add("--wav", type=file_path, help="write the sound here: FILE.wav, or a folder of files")
+    add("--wav", type=file_path, help="write the sound of all texts here: FILE.wav")
     parser.set_defaults(**flow.Solver()._asdict())
     args = parser.parse_args(argv)
     if args.text and args.text_file:
@@ -112,8 +112,7 @@ def main(argv=None) -> None:
         make = partial(round_trips, model, whisper, change=change)
         return print(dataset.write_dataset(args, checkpoint, whisper, cut_text, make))
     texts, notes = read_texts(args.text, args.text_file, args.language, whisper)
-    files = wav_files(args.wav, len(texts))
-    for file in filter(None, [*files[:1], args.out]):  # a bad folder fails now, not later
+    for file in filter(None, [args.wav, args.out]):  # a bad folder fails now, not later
         make_folder(file.parent)
     unknown = {t.language for t in texts} - {*checkpoint["origin"]["languages"]}
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unknown)]
@@ -126,17 +125,16 @@ def main(argv=None) -> None:
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))
     hypotheses, remaining = [], iter(pieces)
-    with wav_folder(None if args.wav in files else args.wav, files, texts):
-        for i, text in enumerate(texts):
-            group = list(islice(remaining, len(parts[i])))
-            hypotheses.append(join(text.text, [piece.sentence.text for piece in group],
-                                   [piece.read.text for piece in group]))
-            show_round_trip(text, hypotheses[-1], group, args.solver)
-            if i == 0 and not args.text_file:
-                print(f"forming      {group[0].sentence.text[:70]}")
-                show_forming(model, whisper, *parts[0][0], args.solver)
-            if args.wav:
-                write_wav(files[i], whisper, [piece.x1.to(device) for piece in group])
+    for i, text in enumerate(texts):
+        group = list(islice(remaining, len(parts[i])))
+        hypotheses.append(join(text.text, [piece.sentence.text for piece in group],
+                               [piece.read.text for piece in group]))
+        show_round_trip(text, hypotheses[-1], group, args.solver)
+        if i == 0 and not args.text_file:
+            print(f"forming      {group[0].sentence.text[:70]}")
+            show_forming(model, whisper, *parts[0][0], args.solver)
+    if args.wav:
+        write_wav(args.wav, whisper, [piece.x1.to(device) for piece in pieces])
     cer, wer, exact = error_rates(texts, hypotheses)
     print(f"{len(texts)} texts: CER {cer:.2%}, WER {wer:.2%}, letter by letter {exact:.1%}",
           *(f"wrote {to}: {len(texts)} texts" for to in (args.wav, args.out) if to), sep="\n")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from plumbing.files import fingerprint  # noqa: E402
+from plumbing.files import atomic_write, fingerprint  # noqa: E402
 from plumbing.flags import parse_flags  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech import recordings, sound  # noqa: E402
@@ -51,7 +51,10 @@ def write_speech(folder: Path, sentences: Sequence[data.Sentence]) -> None:
         return path
 
     with ThreadPoolExecutor(2) as pool:
-        sound.write_manifest([*pool.map(write, sentences)], sentences)
+        files = [*pool.map(write, sentences)]
+    with atomic_write(folder / "manifest.tsv") as part:
+        part.write_text("".join(f"{file.name}\t{code}\t{text}\n"
+                                for file, (code, text) in zip(files, sentences)), "utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

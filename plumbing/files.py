@@ -18,7 +18,7 @@ except ImportError:  # Windows
     flock = None
 
 OURS = ("ckpt.pt", "log.csv", "log.new", "result.txt", "settings.json", "manifest.jsonl",
-        "left_out.jsonl", "manifest.tsv", "*.wav")  # files that a run replaces
+        "left_out.jsonl")  # files that a run replaces
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
              errno.ENAMETOOLONG}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

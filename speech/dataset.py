@@ -78,6 +78,9 @@ def check(args, latent: str) -> None:
     if (args.wav or args.rooms or {*args.write} - {"features"}) and latent != "mel":
         raise BadInput(f"{args.ckpt} makes features, which have no sound, so --wav, --rooms and "
                        "--write mel cannot be used; `python train.py --latent mel` makes spectra")
+    if args.wav and (args.wav.suffix.lower() != ".wav" or args.wav.is_dir()):
+        raise BadInput(f"--wav {args.wav} is no FILE.wav; for one of each text, give --text_file "
+                       "FILE --out FOLDER --write wav")
     out, folder = args.out, is_set(args.out)
     if folder and out.suffix and not out.is_dir():
         raise BadInput(f"--out {out} is neither FILE.npz nor a folder; a new one has no dot")

@@ -3,10 +3,7 @@
 B batch, T latent frames (20 ms), M mel bins, n frames of 10 ms.
 """
 import math
-import re
-import sys
 import wave
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Sequence
 
@@ -18,11 +15,9 @@ from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, m
 
 from data import Batch, Sentence, sentence_generator
 from plumbing.errors import BadInput
-from plumbing.files import atomic_write, locked
+from plumbing.files import atomic_write
 from speech.ear import VOICE, Ear, Room, random_room
 from whisper_decoder import FrozenWhisper
-
-MARK = ".made_by_sample"  # in a folder of our .wav files, which may be written anew
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -91,49 +86,9 @@ def griffin_lim(mel: Tensor, rounds: int = 60) -> Tensor:
     return samples
 
 
-def wav_files(path: Path | None, n: int) -> list[Path]:
-    """--wav FILE.wav, or a folder -> the file of each of n texts. Raises BadInput."""
-    if not path:
-        return []
-    if path.suffix.lower() == ".wav" and not path.is_dir():
-        if n > 1:
-            raise BadInput(f"--wav {path} holds one text, not {n}; give a folder")
-        return [path]
-    if (path.exists() or path.suffix) and not path.is_dir():
-        raise BadInput(f"--wav {path} is neither FILE.wav nor a folder")
-    manifest = path / "manifest.tsv"
-    lines = manifest.read_text("utf-8", "replace").splitlines() if manifest.exists() else []
-    is_ours = (path / MARK).exists() and all(re.match(r"\d{4,}\.wav\t", line) for line in lines)
-    if path.is_dir() and any(path.iterdir()) and not is_ours:
-        raise BadInput(f"--wav {path} holds something else; give a new or empty folder")
-    return [path / f"{i:04d}.wav" for i in range(n)]
-
-
-@contextmanager
-def wav_folder(folder: Path | None, files: Sequence[Path], texts: Sequence[Sentence]):
-    """Its .wav files are ours, and no other run's; when all are written, manifest.tsv is."""
-    if not folder:
-        yield
-        return
-    with locked(folder):
-        (folder / MARK).touch()
-        (folder / "manifest.tsv").unlink(missing_ok=True)  # it would not match the new files
-        yield
-        write_manifest(files, texts)
-
-
 def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:
-    """What x1 (T, M) of the pieces of a text sound like, one after another."""
+    """What x1 (T, M) of pieces of text sound like, one after another."""
     write_samples(path, griffin_lim(torch.cat([*map(ear.log_mel_of, latents)], 1)))
-
-
-def write_manifest(files: Sequence[Path], texts: Sequence[Sentence]) -> None:
-    """Which file of a folder says what, as `train.py --speech FOLDER` reads it."""
-    lines = (f"{file.name}\t{code}\t{text}\n" for file, (code, text) in zip(files, texts))
-    with atomic_write(files[0].with_name("manifest.tsv")) as part:
-        part.write_text("".join(lines), "utf-8")
-    if others := len([*files[0].parent.glob("*.wav")]) - len(texts):
-        print(f"note: {others} older .wav files are there too", file=sys.stderr)
 
 
 def write_samples(path: Path, samples: Tensor) -> None:

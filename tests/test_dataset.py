@@ -139,7 +139,7 @@ def test_spectrograms_and_sounds(make, tmp_path, pocket, monkeypatch):
         with pytest.raises(BadInput, match="was begun with --(write|rooms) .*, not with --"):
             make("b", *flags.split(), latent="mel")
     with pytest.raises(BadInput, match="it needs --text_file, no --wav"):
-        make("a", "--wav", str(tmp_path), latent="mel")
+        make("a", "--wav", str(tmp_path / "a.wav"), latent="mel")
 
 
 def test_sounds_that_are_read_worse_than_their_spectrograms_are_left_out(make, monkeypatch):

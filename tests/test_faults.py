@@ -228,7 +228,8 @@ def test_digits_last_as_long_as_they_are_spoken():
     ("sample --text_file x.txt y.txt", "such as 'y.txt'; give one of them, and each file its"),
     ("sample --text_file ftp://a/b.txt", "'ftp://a/b.txt' is no file; give a path, or an address"),
     ("sample --text_file {0}/a.png", "no .png is read"),
-    ("sample x --ckpt {0}/mel --wav /dev/null", "neither FILE.wav nor a folder"),
+    ("sample x --ckpt {0}/mel --wav /dev/null", "--wav /dev/null is no FILE.wav"),
+    ("sample x --ckpt {0}/mel --wav {0}/folder.wav", "folder.wav is no FILE.wav"),
     ("sample x --ckpt {0}/mel --wav {0}/long.txt/a.wav", "long.txt cannot be a folder"),
     ("train --data en=file:///x.txt", "'file:///x.txt' is no file"),
     ("train --data it=builtin", "does not know the language 'it'"),
@@ -239,6 +240,7 @@ def test_digits_last_as_long_as_they_are_spoken():
 def test_flags_that_cannot_be_used(runs, command, words):
     (runs[0] / "long.txt").write_text("\n".join(c * 60 for c in "abcdefgh"))
     (runs[0] / "packed.txt").write_bytes(gzip.compress(b"The dog sleeps.\n" * 9))
+    (runs[0] / "folder.wav").mkdir(exist_ok=True)
     program, *argv = command.format(runs[0]).replace("\u2028", "\n").split(" ")
     before = sorted(runs[0].rglob("*"))
     with pytest.raises(BadInput) as error:
