@@ -41,17 +41,17 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each, so that adding a line moves no
-    other (but for the one of a small set or language that has to be held out).
+    """Training and held-out sentences, by a hash of each, so that adding a line moves no other.
 
-    Training sentences whose `key` is that of a held-out one are dropped. Raises BadInput.
+    Held out is a tenth, and at least one, of each language that has several sentences. Training
+    sentences whose `key` is that of a held-out one are dropped. Raises BadInput.
     """
     hashes = {s: hash_share(s) for s in sentences}
     order = sorted(sentences, key=hashes.get)  # random, but fixed: evaluation takes the first
     first = {s.language: s for s in reversed(order)}  # of each language
-    # Always held out: one sentence at least, and one of each language that has several.
-    always = {*order[:1], *(first[s.language] for s in order if s != first[s.language])}
-    held_out = [s for s in order if hashes[s] <= HELD_OUT or s in always]
+    several = {s.language for s in order if s != first[s.language]}
+    held_out = [s for s in order if s.language in several
+                and (hashes[s] <= HELD_OUT or s == first[s.language])] or order[:1]
     keys = {key(s) for s in held_out}  # of these sentences and their near copies
     training = [s for s in sentences if key(s) not in keys]
     if not training:
@@ -152,7 +152,7 @@ def make_batch(sentences: Sequence[Sentence], whisper: FrozenWhisper,
 
 
 def draw(sums: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """n items, (n,), by running sums of their weights (N,): torch.multinomial, O(log N) each."""
+    """n items, (n,), by running sums of their weights (N,), as torch.multinomial; O(log N) each."""
     return torch.searchsorted(sums, sums[-1] * torch.rand(n, generator=rng, dtype=torch.double))
 
 

@@ -5,8 +5,8 @@ The contract
     time      t in [0, 1]; t = 0 is noise x0 ~ N(0, I), t = 1 is data x1
     path      x_t = (1 - t) x0 + t x1                            Lipman et al. 2023, eq. 22
     velocity  u_t = dx_t/dt = x1 - x0                            eq. 23 (sigma_min = 0 in both)
-    network   model(x_t, t, cond) -> x1_hat; cfm_loss is least at x1_hat = E[x1 | x_t, cond], which
-              makes v the marginal velocity E[u_t | x_t, cond]
+    network   model(x_t, t, cond) -> x1_hat; cfm_loss is least at E[x1 | x_t, cond], where v is the
+              marginal velocity E[u_t | x_t, cond], or as near as the network's bound allows
     ODE       dx/dt = v(x_t, t) = (x1_hat - x_t) / (1 - t), from t = 0 to t = 1
     cond      dict of tensors (B, ...); cond["drop"] (B,): True where the condition is left out
     guidance  classifier-free: v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho
@@ -15,9 +15,9 @@ The contract
 
 One Euler step from t = 0 to t = 1 lands on the endpoint itself: x1 = model(x0, 0, cond).
 
-"OT-CFM" means this conditional optimal-transport path: straight lines from x0 to x1. It is not the
-minibatch optimal-transport coupling of Tong et al. 2024 that shares the name: pairing noise with
-data inside a batch skews the prior of every single condition (arXiv 2503.10636), and here each text
+The path is the conditional optimal-transport one: straight lines from x0 to x1. It is not the
+minibatch coupling of Tong et al. 2024, which is called OT-CFM, too: pairing noise with data inside
+a batch skews the prior of every single condition (arXiv 2503.10636), and here each text
 is its own condition. In train.py x1 is the network's own one-step output from this x0: pairs as in
 reflow (Liu et al. 2022, arXiv 2209.03003), by self-distillation; x0 stays N(0, I) for every text.
 
@@ -95,7 +95,7 @@ def model_velocity(model: Model, cond: dict, guidance: float = 1.0) -> Velocity:
 def sample(velocity: Velocity, x0: Tensor, steps: int, method: str = "euler") -> Iterator[Tensor]:
     """Solve dx/dt = velocity(x, t) from x0 -> its steps + 1 states, noise first, (B, T, C) each.
 
-    Gradients pass through. ValueError, with the first state, for a wrong method or schedule.
+    Gradients pass through. A wrong method or schedule is a ValueError at the first state.
     """
     if method not in ORDER:
         raise ValueError(f"unknown solver {method!r}; choose one of {', '.join(ORDER)}")

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 3.0  # |x1_hat| is smaller, where tanh bounds it
+REACH = 3.0  # |x1_hat| is smaller, where tanh bounds it; * ear.MEL_STD: from Whisper's lowest, -1.5
 BYTES = 4  # most bytes of a character in UTF-8
 CAPITAL = 1 + 256 * BYTES  # id that every capital has too, behind those of all bytes
 OF_WHISPER = "token_in", "language_in", "token_out", "position_out"  # these fit one Whisper only
@@ -125,8 +125,8 @@ class DiT(nn.Module):
         self.latent_out = nn.Linear(width, patch * config.channels)
         self.token_out = nn.Linear(config.embedding, config.channels, bias=False)
         self.register_buffer("position_out", torch.zeros(config.max_frames, config.channels))
-        # At first only ASCII bytes (ids 1 to 128) have an embedding; for other characters the
-        # Latin letter that they sound like, the next id of their row, stands in.
+        # At first only ASCII bytes (ids 1 to 128) and CAPITAL have an embedding: "ж" has that of
+        # "z", the Latin letter in its row of `data.characters`, Chinese characters have none.
         nn.init.zeros_(self.letter_in.weight[129:CAPITAL])
         nn.init.zeros_(self.order_in.weight)
         nn.init.zeros_(self.token_out.weight)

@@ -37,7 +37,7 @@ from whisper_decoder import FrozenWhisper
 LATENTS = dict(features=FrozenWhisper, mel=Ear)  # --latent -> its critic
 MAY_CHANGE = "out_dir device resume eval_every eval_sentences batch_size whisper".split()
 COLUMNS = ("step,seconds,loss,nll,flow,flow_t00_25,flow_t25_50,flow_t50_75,flow_t75_100,"
-           "gradient_norm,learning_rate")  # losses of rank 0; nan: no item in that quarter of t
+           "gradient_norm,learning_rate")  # losses of rank 0; nan: of no item in this step
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def objective(model, critic: FrozenWhisper, batch: data.Batch, x0: Tensor, t: Te
 
 def draw_noise(batch: data.Batch, channels: int, drop_text: float,
                rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x0 (B, T, C), t (B,) stratified over [0, 1], and which items go without text (B,)."""
+    """x0 (B, T, C), t (B,) stratified over [0, 1], shuffled as items come sorted, drop (B,)."""
     x0 = torch.randn(*batch.mask.shape, channels, generator=rng, device=rng.device)
     uniform = torch.rand(2, len(x0), generator=rng, device=rng.device)
     t = (torch.randperm(len(x0), generator=rng, device=rng.device) + uniform[0]) / len(x0)
@@ -191,7 +191,7 @@ class Run:
                                            weight_decay=config.weight_decay)
 
     def save(self, log: Log) -> None:
-        """Write ckpt.pt, whole or not at all; then this run's log takes the place of an older."""
+        """Write ckpt.pt, whole or not at all; then this run's log replaces an older one."""
         states = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         states |= dict(step=self.step, rhythm=self.rhythm, origin=self.origin,
                        config=asdict(self.config), model_config=asdict(self.model.config))
@@ -244,7 +244,7 @@ def load_checkpoint(path: Path) -> dict:
         model = DiT(DiTConfig(**checkpoint["model_config"]))
         for weights in checkpoint["model"], checkpoint["ema"]:
             model.load_state_dict(weights)
-        groups = checkpoint["optimizer"]["param_groups"]  # an AdamW would check them in seconds
+        groups = checkpoint["optimizer"]["param_groups"]  # to build an AdamW takes seconds
         if not (durations_by(checkpoint["rhythm"]) and checkpoint["origin"]["whisper"]
                 and all(x.isfinite().all() for x in checkpoint["ema"].values())
                 and checkpoint["step"] in range(checkpoint["config"]["steps"] + 1)

@@ -43,7 +43,7 @@ class FrozenWhisper:
         self.channels, self.max_frames = self.dims.n_audio_state, self.dims.n_audio_ctx
         self.n_samples = 2 * self.max_frames * HOP_LENGTH  # of 16 kHz, in its window
         self.max_tokens = self.dims.n_text_ctx // 2  # whisper.decode stops there
-        # Equal embeddings, such as pocket's unused tokens, are one row: a cheaper softmax.
+        # Equal embeddings, as of pocket's unused tokens, are one of R rows: a cheaper softmax.
         self.rows, self.row_of, self.row_count, is_own = distinct_rows(
             self.model.decoder.token_embedding.weight)
         # A language was trained if the embedding of its token is its own.
@@ -56,7 +56,7 @@ class FrozenWhisper:
 
     @cached_property
     def encoded_silence(self) -> Tensor:
-        """The encoder's output for silence before its last gain and bias (P, E), an ear's too."""
+        """Of silence: the encoder's output without its last gain and bias (P, E); an ear's too."""
         samples = torch.zeros(self.n_samples)
         # In float32, also where it is first asked for inside devices.mixed_precision.
         with torch.autocast(self.device.type, enabled=False):
@@ -137,7 +137,7 @@ class FrozenWhisper:
         """AudioEncoder.forward without its last gain and bias, log-mel (B, M, 2T) -> (B, T, E)."""
         encoder = self.model.encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel.to(self.device))))).transpose(1, 2)
-        x = x + encoder.positional_embedding[: x.shape[1]]  # shorter windows will do
+        x = x + encoder.positional_embedding[: x.shape[1]]  # the window may be shorter
         with sdpa_kernel(KERNELS):  # with flash attention, fast in long windows in bf16 too
             for block in encoder.blocks:
                 x = block(x)
@@ -159,7 +159,7 @@ class FrozenWhisper:
 
     def text_loss(self, x1: Tensor, batch, room=None) -> tuple[Tensor, Tensor]:
         """x1 (B, T, C), a data.Batch -> loss and nll, (B,), here the same; room is an ear's."""
-        # What `features` makes, but the keys and values of the silence are not computed again.
+        # As through `features`, but the keys and values of the silence are not computed again.
         speech = self.model.encoder.ln_post(x1.float())
         states = self.teacher_force(speech, batch.targets, batch.cond["frames"])
         nll = self.nll(states, batch.targets)
@@ -184,7 +184,7 @@ class FrozenWhisper:
         return decoder.ln(x)
 
     def nll(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of language and text, nats per token, (B, L - 1, E), (B, L) -> (B,).
+        """Cross-entropy of language, text and end, nats per token, (B, L - 1, E), (B, L) -> (B,).
 
         The language's token counts too, or Whisper could hear a flow's Mandarin as German.
         """

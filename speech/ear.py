@@ -3,10 +3,10 @@
     x1 (50 frames a second) -> log-mel (100) -> random room -> encoder -> decoder -> cross-entropy
 
 Features mean something to one decoder only. A spectrogram can be looked at and listened to, but one
-that is optimised by itself pleases this network alone (experiments/rooms.py). In rooms the text has
-to survive a random change of the log-mel in each step, as it does in speech: expectation over
-transformations, Athalye et al. 2018 (arXiv 1707.07397). Without rooms the frozen Whisper
-reads a flow as well, but PocketSphinx makes 1.6 to 2.4 times the errors (README.md).
+that pleases an official Whisper may mean less to others (experiments/rooms.py). In rooms the text
+has to survive a random change of the log-mel in each step, as it does in speech: expectation over
+transformations, Athalye et al. 2018 (arXiv 1707.07397). Without them the critic reads a flow no
+worse, but PocketSphinx makes 1.6 to 2.4 times the errors (README.md).
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins, which are the channels
 of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width of the encoder.
@@ -22,7 +22,8 @@ from whisper_decoder import FrozenWhisper, mean_per_item
 
 MEL_STD = 0.5  # standard deviation of Whisper's log-mel in speech, about
 SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise it fills the window
-# The largest strength of each transformation; 1 of Whisper's log-mel units is 40 dB.
+# In full rooms: standard deviations of tempo, gain, tilt, equaliser, noise, of the others the most.
+# 1 of Whisper's log-mel units is 40 dB; vocal_tract, tempo and mask are relative.
 ROOM = dict(vocal_tract=0.12, tempo=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
 RAMP = (0.08, 0.38)  # of a run, while rooms grow: first the flow learns to be read at all
@@ -32,11 +33,11 @@ VOICE = ROOM | dict(cover=0.0, mask=0.0)  # nothing is covered: `sample.py --roo
 
 
 class Room(NamedTuple):
-    """Augmentation of a step: its strength, its random numbers, the weight of the lens."""
+    """Augmentation of a step, and the weight of its lens."""
 
     amount: float  # 0: none, 1: as strong as they get
     rng: torch.Generator  # on the device of what is heard
-    strength: dict[str, float] = ROOM
+    strength: dict[str, float] = ROOM  # of each transformation
     lens_weight: float = 0.0  # of `Ear.lens`
 
 
@@ -60,8 +61,8 @@ class Ear(FrozenWhisper):
 
     def directions(self) -> tuple[Tensor, Tensor]:
         """Zeros, (M, E), (P, M): which spectrogram a token has, the weights do not tell."""
-        shapes = (self.channels, self.dims.n_text_state), (self.max_frames, self.channels)
-        return tuple(torch.zeros(shape, device=self.device) for shape in shapes)
+        zeros = self.rows.new_zeros  # on this device
+        return zeros(self.channels, self.dims.n_text_state), zeros(self.max_frames, self.channels)
 
     def latents(self, mel: Tensor) -> Tensor:
         """x1 of real speech, (B, M, 2T) -> (B, T, M)."""
@@ -78,7 +79,7 @@ class Ear(FrozenWhisper):
         mel = upsample(MEL_STD * mel)  # (B, M, 2T + 2)
         mel = F.pad(mel, (0, 2 * window - mel.shape[2]))  # a negative number cuts
         mask = (torch.arange(2 * window, device=mel.device) < 2 * frames[:, None])[:, None]
-        loudest = mel.detach().masked_fill(~mask, -9).amax((1, 2), keepdim=True)
+        loudest = mel.detach().masked_fill(~mask, -torch.inf).amax((1, 2), keepdim=True)
         floor = silence_of(loudest)
         return torch.where(mask, mel, floor).maximum(floor)
 
@@ -91,7 +92,7 @@ class Ear(FrozenWhisper):
         return self.features_of_mel(self.spectrogram(x1, frames, self.max_frames))
 
     def text_loss(self, x1: Tensor, batch, room: Room | None = None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the text, where the encoder hears x1 in a random room.
+        """Cross-entropy of language, text and end, where the encoder hears x1 in a random room.
 
         x1 (B, T, M), a data.Batch -> the loss, nll + lens_weight * nll * lens, and nll alone, (B,)
         each. As a factor nll is detached: items that the decoder can read need no lens. The window
@@ -104,7 +105,7 @@ class Ear(FrozenWhisper):
             spare = min(2 * (window - x1.shape[1]), 24)  # hops of silence that may stand in front
             shift = int(torch.randint(spare + 1, (), generator=room.rng, device=room.rng.device))
             mel = random_room(mel.roll(shift, 2), room)  # only silence comes round
-            middles = torch.where(middles < 0, middles, middles + shift / 2)
+            middles = middles + shift / 2 * (middles >= 0)
         encoded = self.encode_mel(mel)
         states = self.teacher_force(self.model.encoder.ln_post(encoded), batch.targets)
         nll = self.nll(states, batch.targets)

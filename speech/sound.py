@@ -88,7 +88,7 @@ def griffin_lim(mel: Tensor, rounds: int = 60) -> Tensor:
 
 def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:
     """What x1 (T, M) of pieces of text sound like, one after another."""
-    write_samples(path, griffin_lim(torch.cat([*map(ear.log_mel_of, latents)], 1)))
+    write_samples(path, torch.cat([griffin_lim(ear.log_mel_of(x1)) for x1 in latents]))
 
 
 def write_samples(path: Path, samples: Tensor) -> None:

@@ -675,6 +675,8 @@ def test_studies_say_what_of_a_text_cannot_be_used(pocket, tmp_path, capsys):
 def test_of_every_language_a_sentence_is_held_out():
     sentences = [data.Sentence(code, f"{code} {i}")
                  for code, n in (("en", 50), ("fr", 2), ("de", 3), ("zh", 1)) for i in range(n)]
+    alone = (data.Sentence("ja", f"{i}") for i in range(99))  # of its language
+    sentences.append(next(s for s in alone if data.hash_share(s) < data.HELD_OUT))
     training, held_out = data.split(sentences)
     assert {s.language for s in held_out} == {"en", "fr", "de"} < {s.language for s in training}
     assert sorted(training + held_out) == sorted(sentences)
