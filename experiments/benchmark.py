@@ -191,9 +191,9 @@ def main(argv=None) -> None:
     args.names = args.names or (list(SHAPES) if args.what == "memory" else ["tiny", "base"])
     if unknown := set(args.names) - set(SHAPES):
         raise BadInput(f"{' '.join(unknown)}: choose some of {', '.join(SHAPES)}")
-    if min(args.warmup, *args.languages) < 0:
-        raise BadInput(f"--warmup {args.warmup} or --languages {args.languages} cannot be used; at "
-                       "least 0")
+    if min(args.depth, args.warmup, *args.languages) < 0:
+        raise BadInput(f"--depth {args.depth}, --warmup {args.warmup} or --languages "
+                       f"{args.languages} cannot be used; at least 0")
     if args.what == "memory":
         return compute_memory(args.names, args.depth, args.latent)
     if args.one:

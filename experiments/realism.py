@@ -14,7 +14,7 @@ that of --hears, which the flow has not pleased.
 Beside it stand students of espeak-ng's speech of the same texts, also with equally long letters (is
 it the pace?), and of other clips of the very people of the test. The lower bound is speech of the
 first checkpoint, with the texts of other sentences.
-Needs matplotlib, soundfile, and espeak-ng for the languages that it speaks here.
+Needs soundfile, and espeak-ng for the languages that it speaks here.
 """
 import argparse
 import random
@@ -139,13 +139,8 @@ class Study:
     def find_readers(self, path: Path, checkpoint: dict) -> dict[str, FrozenWhisper]:
         """Critic and, if there is one, judge of a checkpoint."""
         readers = dict(critic=self.flows[path].critic)
-        try:
-            if self.judge:
-                readers["judge"] = load_judge(checkpoint, self.device, self.judge)
-        except BadInput as error:
-            if isinstance(readers["critic"], Ear) or "channels" not in str(error):
-                raise
-            print(f"note: no judge of {path}: {error}")
+        if self.judge:
+            readers["judge"] = load_judge(checkpoint, self.device, self.judge)
         n, whole = len(self.readable(self.flows[path], readers)), len(self.held_out)
         if 0 < n < whole:
             print(f"note: of {path} {n} of {whole} held-out sentences are read, as all can hear")

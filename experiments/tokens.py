@@ -29,7 +29,6 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple, Sequence
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ from experiments.utterances import encode, espeak, generate, people, real_test  
 from flow import Solver  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
-from plumbing.errors import BadInput, as_bad_input, first_line, guard  # noqa: E402
+from plumbing.errors import BadInput, as_bad_input, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint, locked  # noqa: E402
 from plumbing.flags import Parser, file_path, keep_settings, positive, read_settings  # noqa: E402
 from plumbing.weights import state_fingerprint  # noqa: E402
@@ -334,15 +333,12 @@ def shards_of(folder: Path) -> Iterator[tuple[Path, list[dict]]]:
 
 def load_shard(file: Path, rows: list[dict]) -> tuple[str, list[np.ndarray]]:
     """"mel" and (2T, M) of each piece; where there are none "features" and (T, E). Or BadInput."""
-    try:
-        with np.load(file) as arrays:
-            if arrays["frames"].tolist() != [row["frames"] for row in rows]:
-                raise ValueError("its pieces are not those of manifest.jsonl")
-            kind, per_frame = ("mel", 2) if "mel" in arrays else ("features", 1)
-            return kind, np.split(arrays[kind], per_frame * arrays["frames"].cumsum()[:-1])
-    except (OSError, EOFError, ValueError, LookupError, BadZipFile) as error:
-        raise BadInput(f"{file} is damaged ({first_line(error)}); the command of sample.py that "
-                       "made it makes it again") from error
+    with (as_bad_input(f"{file} is damaged", "the command of sample.py that made it makes it "
+                       "again"), np.load(file) as arrays):
+        if arrays["frames"].tolist() != [row["frames"] for row in rows]:
+            raise ValueError("its pieces are not those of manifest.jsonl")
+        kind, per_frame = ("mel", 2) if "mel" in arrays else ("features", 1)
+        return kind, np.split(arrays[kind], per_frame * arrays["frames"].cumsum()[:-1])
 
 
 def check_set(folder: Path, whisper: FrozenWhisper) -> None:
@@ -467,8 +463,7 @@ def speak(flow: sample.Flow | None, sentences: list, whisper: FrozenWhisper, wor
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("source", nargs="?", help="espeak, or a checkpoint of train.py: whose speech is quantised; "
-        "--set with --quantiser goes without")
+    add("source", nargs="?", help="espeak, or a checkpoint of train.py: whose speech is quantised")
     add("--whisper", default="pocket")
     add("--data", nargs="+", default=["builtin"], help="of train.py")
     add("--sentences", type=positive, default=2000)
@@ -476,32 +471,28 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--recordings", type=file_path, help="a folder of recordings to test on, too")
     add("--quantiser", type=file_path, help="one that is there already")
-    add("--set", nargs="+", type=file_path, default=[], help="folders of `sample.py --out FOLDER`, "
-        "whose tokens are written to FOLDER/tokens")
+    add("--set", nargs="+", type=file_path, default=[], help="in place of a source: folders of "
+        "`sample.py --out FOLDER`, whose tokens are written to FOLDER/tokens")
     add("--part", default="1/1", help="2/8: the second of eight processes that write the tokens")
     add("--device", default="auto", help="of --set: auto, cpu, cuda, mps; training is on the CPU")
     add("--form", choices=["ichigo", "speechless"], default="ichigo")
     add("--out", type=file_path, default=Path("out/tokens"), help="folder")
     args = parser.parse_args(argv)
-    if not args.source and (args.recordings or not (args.set and args.quantiser)):
-        raise BadInput("there is no source; give espeak or a checkpoint, or --set and --quantiser "
-                       "without --recordings")
+    if bool(args.source) == bool(args.set) or args.set and (args.recordings or not args.quantiser):
+        raise BadInput("give espeak or a checkpoint, whose speech is quantised, or --set FOLDER "
+                       "with --quantiser FILE.pt and no --recordings")
     args.numbers = parse_part(args.part)
-    if args.part != "1/1" and (args.source or not args.set):
-        raise BadInput(f"--part {args.part} belongs to --set and --quantiser, without a source")
+    if args.source and args.part != "1/1":
+        raise BadInput(f"--part {args.part} belongs to --set, without a source")
     file = args.out / "quantiser.pt"
     if file.exists() and not args.quantiser:
         raise BadInput(f"{file} is there already; --quantiser {file} uses it; or give another "
                        "--out")
-    if old := [folder / "tokens" for folder in args.set if (folder / "tokens").exists()]:
-        if not args.quantiser:
-            raise BadInput(f"{old[0]} has tokens of another quantiser; give it as --quantiser, or "
-                           "move them away")
     return args
 
 
-def quantiser_of_source(args: argparse.Namespace, whisper: FrozenWhisper) -> Quantiser:
-    """Trained on the source's speech, or as --quantiser names it; how it is read is printed."""
+def quantise_source(args: argparse.Namespace, whisper: FrozenWhisper) -> None:
+    """Train a quantiser on the source's speech, or take --quantiser; print how it is read."""
     work, tests = args.out / "speech", {}
     training, held_out = data.split(load_sentences(args.data, whisper))
     held_out = data.per_language(held_out, 100)
@@ -522,7 +513,6 @@ def quantiser_of_source(args: argparse.Namespace, whisper: FrozenWhisper) -> Qua
         save_quantiser(quantiser, args.out / "quantiser.pt", whisper)
     tests[f"{args.source}, held out"] = speak(flow, held_out, whisper, work, 2)
     print_figures(quantiser, tests, whisper)
-    return quantiser
 
 
 def print_figures(quantiser: Quantiser, tests: dict[str, Speech], whisper: FrozenWhisper) -> None:
@@ -541,13 +531,12 @@ def print_figures(quantiser: Quantiser, tests: dict[str, Speech], whisper: Froze
 def main(argv=None) -> None:
     args = parse_args(argv)
     whisper = FrozenWhisper(args.whisper, "cpu" if args.source else choose_device(args.device))
-    for folder in args.set:  # it fails now, not after the work
-        check_set(folder, whisper)
     if args.source:
         with locked(args.out):
-            quantiser = quantiser_of_source(args, whisper)
-    else:
-        quantiser = load_quantiser(args.quantiser, whisper).to(whisper.device)
+            return quantise_source(args, whisper)
+    for folder in args.set:  # it fails now, not after the work
+        check_set(folder, whisper)
+    quantiser = load_quantiser(args.quantiser, whisper).to(whisper.device)
     name = f"-tokens-{args.form}" + f"-{args.part.replace('/', '-')}" * (args.part != "1/1")
     for folder in args.set:
         with locked(folder, part=name):  # sample.py then leaves its files alone

@@ -101,7 +101,8 @@ def read_audio(path: Path) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             head, size = file.read(8), os.path.getsize(path)
-        if head[:4] == b"RIFF" and size < 8 + int.from_bytes(head[4:], "little") < 2**31:
+        said = 8 + int.from_bytes(head[4:], "little")  # nearly 2**31 or more in a .wav from a pipe
+        if head[:4] == b"RIFF" and size < said < 0x7fff0000:
             raise BadInput(f"it was cut short after {size:,} bytes; copy it again")
         if (seconds := soundfile.info(path).duration) > MAX_SECONDS:
             raise BadInput(f"it lasts {seconds:.0f} s; cut it")

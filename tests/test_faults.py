@@ -523,6 +523,8 @@ def test_a_recording_that_was_cut_short(tmp_path):
     (tmp_path / "a.wav").write_bytes(whole[:-500])
     with pytest.raises(BadInput, match="it was cut short after 1,544 bytes; copy it again"):
         read_audio(tmp_path / "a.wav")
+    (tmp_path / "a.wav").write_bytes(whole[:4] + bytes.fromhex("24f0ff7f") + whole[8:])
+    assert len(read_audio(tmp_path / "a.wav")) == 1000  # as `espeak-ng --stdout > a.wav` writes it
 
 
 def test_command_line_prints_one_line_for_an_error():

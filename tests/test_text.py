@@ -91,6 +91,8 @@ def test_bad_lines_are_named_and_the_others_read(tmp_path, pocket):
     path.write_text("en\tThe rest.\n" + "".join(f"Swapped {i}.\ten\n" for i in range(500)))
     notes = sources.read_file(path, None, pocket)[1]
     assert len(notes) == 11 and notes[-1].endswith("others for 490 more reasons")
+    path.write_text("en\tYes.\nen\tNo.\n\n\n")
+    assert not sources.read_file(path, None, pocket, max_lines=2)[1]
 
 
 def test_weights_and_temperature_of_a_mixture(tmp_path, pocket):

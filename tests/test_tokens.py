@@ -224,22 +224,22 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
     of_set.write_text(now)
     with locked(tmp_path / "new"):
         fails("another run writes to .*new", "espeak", "--out", tmp_path / "new")
-    fails("features/tokens has tokens of another quantiser; give it as --quantiser, or move",
-          "espeak", "--set", features, "--out", tmp_path / "new")
     with torch.no_grad():
         quantiser.codes.neg_()
         tokens.save_quantiser(quantiser, tmp_path / "other.pt", pocket)
         quantiser.codes.neg_()
     fails("features/tokens was begun with another quantiser, .* or another --set",
           "--quantiser", tmp_path / "other.pt", "--set", features)
-    fails("--part 1/2 belongs to --set and --quantiser", "espeak", "--part", "1/2", "--out",
+    fails("--part 1/2 belongs to --set, without a source", "espeak", "--part", "1/2", "--out",
           tmp_path / "new")
     fails("--part '3/2' cannot be used", "--quantiser", file, "--set", mel, "--part", "3/2")
-    for argv in ([], ["--set", mel], ["--quantiser", file],
+    for argv in ([], ["--set", mel], ["--quantiser", file], ["espeak", "--set", mel],
                  ["--set", mel, "--quantiser", file, "--recordings", tmp_path]):
-        fails("there is no source; give espeak or a checkpoint, or --set and --quantiser", *argv)
+        fails("give espeak or a checkpoint, whose speech is quantised, or --set FOLDER", *argv)
     shard = mel / "shard-00002.npz"
-    for content in shard.read_bytes()[:-9], (mel / "shard-00000.npz").read_bytes():
+    damaged = bytearray(shard.read_bytes())
+    damaged[damaged.index(b"PK\1\2") + 10] = 99  # as if packed in a way that is not known
+    for content in damaged, shard.read_bytes()[:-9], (mel / "shard-00000.npz").read_bytes():
         shard.write_bytes(content)
         fails("mel/shard-00002.npz is damaged .*; the command of sample.py that made it makes it",
               "--quantiser", file, "--set", mel)
@@ -339,8 +339,9 @@ def test_commands(runs, make_set, pocket, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokens, "real_test", lambda *args: known.append(args[2]) or speech)
     monkeypatch.setattr(speech_lm, "real_test", tokens.real_test)
     made = make_set("features")
-    tokens.main([ear, "--steps", "2", "--out", str(tmp_path), "--set", str(made), "--form",
-                 "speechless", *text])
+    tokens.main([ear, "--steps", "2", "--out", str(tmp_path), *text])
+    tokens.main(["--quantiser", str(tmp_path / "quantiser.pt"), "--set", str(made), "--form",
+                 "speechless"])
     out = capsys.readouterr().out
     assert "espeak-ng, unheard voices: " in out and f"wrote {made}/tokens: " in out
     assert re.search(r"\n  CER: .*% of the speech, .*% of its tokens\n  CER de: ", out)
@@ -361,12 +362,12 @@ def test_commands(runs, make_set, pocket, tmp_path, monkeypatch, capsys):
         tokens.open_source(ear, [Sentence("en", "The dog sleeps. " * 20)], judge)
     with pytest.raises(BadInput, match="never learned it; give --data in de, en"):
         tokens.open_source(ear, [Sentence("it", "Ciao.")], pocket)
-    for study, flag, words in ((tokens, ["--set"], "nix has no shards"),
-                               (speech_lm, [], "no checkpoint .*nix")):
-        with monkeypatch.context() as patch, pytest.raises(BadInput, match=words):
-            patch.setattr(study, "speak", None)  # before the work
-            study.main([ear, *flag, str(tmp_path / "nix"), "--quantiser",
-                        str(tmp_path / "quantiser.pt"), *text])
+    given = ["--quantiser", str(tmp_path / "quantiser.pt")]
+    with pytest.raises(BadInput, match="nix has no shards"):
+        tokens.main(["--set", str(tmp_path / "nix"), *given])
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="no checkpoint .*nix"):
+        patch.setattr(speech_lm, "speak", None)  # before the work
+        speech_lm.main([ear, str(tmp_path / "nix"), *given, *text])
     speech_lm.main([ear, features, "--quantiser", str(tmp_path / "quantiser.pt"), "--steps", "2",
                     "--chance", *text])
     out, err = capsys.readouterr()

@@ -210,7 +210,7 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
                 others[other_language(line, language) if is_table else ""] += 1
         except BadInput as error:
             left_out[str(error)].append(n)
-    if next(lines, None):
+    if next(filter(str.strip, lines), None):
         left_out[f"--max_lines is {max_lines}; so is the rest"].append(max_lines + 1)
     notes = [f"{path}, line {n[0]} is left out{f', and {len(n) - 1} more' * (len(n) > 1)}: {why}"
              for why, n in left_out.items()]
