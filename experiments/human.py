@@ -56,14 +56,14 @@ def unpack(package: str, folder: Path) -> None:
         run(["dpkg", "-x", file.name, "."], folder, "make room on the disk and run this again")
 
 
-def read_table(file: Path) -> list[tuple[str, str]]:
-    """Name and text of each prompt; no remarks, no descriptions of a sound such as `[beep]`."""
-    prompts = []
+def read_table(file: Path) -> dict[str, str]:
+    """Name of each prompt -> its (first) text; no remarks, none that describe a sound: `[beep]`."""
+    prompts = {}
     with gzip.open(file, "rt", encoding="utf-8-sig") as lines:
         for line in lines:
             name, _, text = line.partition(":")
             if re.fullmatch(r"[\w/-]+", name) and text.strip() and not re.search(r"[\[(<{]", text):
-                prompts.append((name, text.strip().strip('"“”')))
+                prompts.setdefault(name, text.strip().strip('"“”'))
     return prompts
 
 
@@ -73,7 +73,7 @@ def find_clips(root: Path, code: str) -> list[Clip]:
     sounds = root / "usr/share/asterisk/sounds" / VOICES[code]
     table = root / "usr/share/doc" / package / f"core-sounds-{code}.txt.gz"
     clips = [Clip(sounds / f"{name}.g722", f"{code}_{name.replace('/', '_')}.wav", code, text)
-             for name, text in (read_table(table) if table.exists() else [])]
+             for name, text in (read_table(table) if table.exists() else {}).items()]
     clips = [clip for clip in clips if clip.source.exists()]
     if not clips:
         raise BadInput(f"{package} and {package}-g722 have no {table.name} with recordings of "

@@ -29,7 +29,7 @@ from plumbing.weights import POCKET
 from pocket.clips import mel_from_bytes, spoken_clips
 from speech import sound
 from speech.ear import ROOM, SILENT_FRAMES, VOICE, Ear, Room
-from speech.recordings import speech_span
+from speech.recordings import read_audio, read_manifest, speech_span
 from test_roundtrip import batch_of
 from text import spelling
 from text.durations import LANGUAGE_ROWS, PACE, char_durations, n_frames
@@ -456,6 +456,15 @@ def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path,
     monkeypatch.setattr(realism.Study, "find_voices", lambda *_: False)
     rows = table(tmp_path, path, "--recordings", str(tmp_path))
     assert list(rows) == [others, path, f"{path}, with other texts"]
+
+
+def test_minutes_of_speech_are_recordings_that_train_reads(pocket, tmp_path, monkeypatch):
+    monkeypatch.setattr(arms.make_pocket, "random_samples", lambda *_, **__: np.full(800, 0.5, "f4"))
+    sentences = arms.choose(1)
+    arms.write_speech(tmp_path, sentences)
+    entries, notes = read_manifest(tmp_path, pocket)
+    assert [sentence for _, sentence in entries] == sentences and not notes
+    assert all(len(read_audio(path)) == 800 for path, _ in entries[:3])
 
 
 def test_mistakes_are_told_in_one_sentence(checkpoints, tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ TABLES = {
     "en": "\ufeff; Core sounds: English\n\nhello: Hello: world.  \nbeep: [a tone]\nahem: (ahooga)\n"
           "tags: <sound>\nbrace: {x}\nis:\nblank:   \ndigits/4: “four”\nquote: \"Say “no” now\"\n"
           "a remark: of two words\nunheard: Nobody recorded it.\n",
-    "es": "hello: ¿Dígame?\n"}
-TEXTS = [("hello", "Hello: world."), ("digits/4", "four"), ("quote", "Say “no” now"),
-         ("unheard", "Nobody recorded it.")]
+    "es": "hello: ¿Dígame?\nhello: Hola.\n"}
+TEXTS = {"hello": "Hello: world.", "digits/4": "four", "quote": "Say “no” now",
+         "unheard": "Nobody recorded it."}
 MANIFEST = ["en_hello.wav\ten\tHello: world.", "en_digits_4.wav\ten\tfour",
             "en_quote.wav\ten\tSay “no” now", "es_hello.wav\tes\t¿Dígame?"]
 SCRIPTS = {

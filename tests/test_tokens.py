@@ -233,8 +233,8 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
     fails("--part 1/2 belongs to --set, without a source", "espeak", "--part", "1/2", "--out",
           tmp_path / "new")
     fails("--part '3/2' cannot be used", "--quantiser", file, "--set", mel, "--part", "3/2")
-    for argv in ([], ["--set", mel], ["--quantiser", file], ["espeak", "--set", mel],
-                 ["--set", mel, "--quantiser", file, "--recordings", tmp_path]):
+    both = ["--set", mel, "--quantiser", file]
+    for argv in [], both[:2], both[2:], ["espeak", *both], [*both, "--recordings", tmp_path]:
         fails("give espeak or a checkpoint, whose speech is quantised, or --set FOLDER", *argv)
     shard = mel / "shard-00002.npz"
     damaged = bytearray(shard.read_bytes())
