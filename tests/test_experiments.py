@@ -459,8 +459,8 @@ def test_table_has_rows_of_real_speech_and_of_other_texts(checkpoints, tmp_path,
 
 
 def test_minutes_of_speech_are_recordings_that_train_reads(pocket, tmp_path, monkeypatch):
-    monkeypatch.setattr(arms.make_pocket, "random_samples", lambda *_, **__: np.full(800, 0.5, "f4"))
-    sentences = arms.choose(1)
+    samples, sentences = np.full(800, 0.5, "f4"), arms.choose(1)
+    monkeypatch.setattr(make_pocket, "random_samples", lambda *_, **__: samples)
     arms.write_speech(tmp_path, sentences)
     entries, notes = read_manifest(tmp_path, pocket)
     assert [sentence for _, sentence in entries] == sentences and not notes
