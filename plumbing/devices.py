@@ -58,7 +58,7 @@ def mixed_precision(device: torch.device, width: int):
     """Matrix products in bf16 where that is faster; on a CPU with matrices of 384 or more only."""
     on_cpu = device.type == "cpu"
     fast = has_bf16(device) and (width >= 384 or not on_cpu)
-    # On a CPU the backward pass of flash attention takes five times as long in bf16, but for long
+    # On a CPU the backward pass of flash attention takes five times as long in bf16, save in long
     # sequences: FrozenWhisper.encode_mel uses it.
     with (sdpa_kernel(KERNELS[1:] if on_cpu and fast else KERNELS),
           torch.autocast(device.type, torch.bfloat16, enabled=fast)):
@@ -111,8 +111,8 @@ def workers(device: torch.device, n_ranks: int) -> dict:
 
 
 def begin_worker(_) -> None:
-    """It lives as long as its parent, which at a SIGTERM to all of them still needs its batches,
-    and whose lock of the folder it holds too."""
+    """Outlive a SIGTERM to all processes: the parent still needs batches. It ends with the parent,
+    whose lock of the folder it holds, too."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -161,7 +161,7 @@ def average_gradients(model: torch.nn.Module, stop: bool) -> bool:
 
 @contextmanager
 def catch_interrupts():
-    """A list that Ctrl-C, SIGTERM and a closed terminal make longer: the step ends and is saved."""
+    """A list to which Ctrl-C, SIGTERM, a closed terminal add: the step ends and is saved."""
     stops, kinds = [], [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         kinds.append(signal.SIGHUP)

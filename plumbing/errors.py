@@ -45,7 +45,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def as_bad_input(what: str, way_out: str):
-    """Whatever fails inside, such as a download, becomes a BadInput, but for lack of memory."""
+    """Whatever fails inside, such as a download, becomes a BadInput, except lack of memory."""
     try:
         yield
     except Exception as error:

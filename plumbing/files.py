@@ -31,8 +31,8 @@ def fingerprint(things: object) -> str:
 
 @contextmanager
 def atomic_write(file: Path, ready: Callable = lambda file: None):
-    """Yields a temporary path. If all goes well, it calls ready(file), and renames that to `file`;
-    if not, it deletes it."""
+    """Yields a temporary path; if all goes well, calls ready(file) and renames the path to `file`,
+    else deletes it."""
     part = file.with_name(f"{file.name}.{uuid4().hex[:12]}.tmp")  # machines share folders
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,8 @@ class Busy(BadInput):
 
 @contextmanager
 def locked(folder: Path, rank: int = 0, part: str = ""):
-    """One run at a time may write to a folder, by its first process, or one of each part; what a
-    killed run left half-written goes. Raises Busy."""
+    """One run at a time may write to a folder, by its first process, or one of each part; without
+    parts, what a killed run left half-written goes. Raises Busy."""
     if rank > 0:
         yield
         return
@@ -105,7 +105,7 @@ def locked(folder: Path, rank: int = 0, part: str = ""):
 
 
 class Log:
-    """A .csv, a row a step. Until `keep` its name is .new, and that of an earlier run stays."""
+    """A .csv, a row a step. A new run's is .new until `keep`, and an earlier one stays."""
 
     def __init__(self, path: Path, header: str, n_rows: int):
         """It goes on behind the rows of steps below n_rows: those before a checkpoint."""

@@ -48,8 +48,8 @@ def state_fingerprint(state: dict[str, Tensor]) -> str:
 
 
 def distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An embedding (V, E) -> its different rows (R, E), which of them each token has (V,), how many
-    tokens each has (R,), and whether a token has one of its own (V,).
+    """An embedding (V, E) -> its different rows (R, E), or all if few are equal; which of them each
+    token has (V,), how many tokens each has (R,), whether a token has one of its own (V,), on CPU.
 
     In pocket all tokens that it never uses share a row, and so one logit: 1,900, not 51,865.
     """

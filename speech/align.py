@@ -1,6 +1,6 @@
 """Which character sounds when: forced alignment of recordings, and the rhythm that they show.
 
-T frames (20 ms), S characters of `data.characters`, N of them spoken, C channels, K symbols.
+T frames (20 ms), S characters of `data.characters`, N spoken symbols, K kinds, C channels.
 """
 from collections import Counter
 from typing import Callable, Sequence
@@ -15,11 +15,11 @@ from text.spelling import JOINERS, is_letter, letters, strip_unspoken
 
 PAUSE, EDGE = " ", "\n"  # between words; before the first and after the last character
 ROUNDS = 10  # of Viterbi training
-STRAY = 0.06  # of a character's place from even spacing, standard deviation; 1: the utterance
+STRAY = 0.06  # standard deviation of a symbol from even spacing; 1: the whole utterance
 CONTEXT = 4  # characters on both sides that decide how long one lasts
 RIDGE = 3.0  # strength of the regression's penalty
 MOST_CHARS = 300  # of a language, the most frequent, are told apart
-ENOUGH = 30  # characters of a language, or the length rule remains what it is
+ENOUGH = 30  # characters; a language with fewer keeps the length rule
 SHORTEST = 0.7  # frames of a letter
 
 
@@ -41,7 +41,7 @@ def spoken_symbols(text: str) -> tuple[str, list[int]]:
     positions = [i for i, c in enumerate(spelling) if c not in JOINERS
                  and (c != PAUSE or i and spelling[i - 1] != PAUSE)]
     spoken = "".join(spelling[i] for i in positions)
-    is_ended = spoken.endswith(PAUSE)  # as recordings are
+    is_ended = spoken.endswith(PAUSE)  # with a pause
     return (spoken, positions) if is_ended else (spoken + PAUSE, [*positions, positions[-1]])
 
 
@@ -68,7 +68,7 @@ def viterbi_training(texts: Sequence[str], clips: Sequence[Tensor]) -> list[np.n
 
     A hidden Markov model: in turn the mean frame of every symbol, around which all have one
     covariance, and the best path through every utterance. Flat start: all symbols are equally long,
-    and no path may stray far from that, or one symbol would swallow all that none explains.
+    and no path may stray far from that, or one symbol would take all that fits none.
     """
     names = sorted(set("".join(texts)))
     states = [np.array([names.index(c) for c in text]) for text in texts]

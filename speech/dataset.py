@@ -67,8 +67,8 @@ def add_flags(add: Callable) -> None:
     add("--write", nargs="+", action="extend", default=[], choices=KINDS,
         help="to the FOLDER (default: features)")
     add("--best_of", type=int, default=1, help="so many seeds are tried, the best read is written")
-    add("--max_cer", type=float, help="what is read worse, 0.05 is 5 %%, is left out of the FOLDER;"
-        " where sounds are written they have to be read as well")
+    add("--max_cer", type=float, help="largest CER that stays in the FOLDER, 0.05 is 5 %%; where "
+        "sounds are written, theirs counts too")
     add("--part", default="1/1", help="2/8: the second of eight processes that write the FOLDER")
 
 
@@ -175,7 +175,7 @@ def write_sound(path: Path, samples: Tensor) -> None:
     import soundfile
     file = io.BytesIO()
     soundfile.write(file, samples.numpy(), SAMPLE_RATE, format="FLAC")
-    with atomic_write(path) as part:  # it would not tell that a disk is full
+    with atomic_write(path) as part:  # soundfile ignores a full disk
         part.write_bytes(file.getvalue())
 
 
@@ -277,7 +277,7 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 
 def merge(folder: Path, names: Sequence[str], trained: Sequence[str]) -> tuple[int, str]:
-    """manifest.jsonl and left_out.jsonl of all shards -> how many pieces, what is in them."""
+    """manifest.jsonl and left_out.jsonl of all shards -> how many pieces, a summary."""
     seconds, kept, left_out, first = 0.0, Counter(), Counter(), {}
     with suppress(BadInput), ExitStack() as parts:
         for lock in folder.glob(".lock-*"):  # no part is still at work
@@ -319,7 +319,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def survey(args, unlearned: set[str]) -> tuple[list[str], int, list[str]]:
-    """One pass over all texts -> a digest of each shard's, how many they are, notes; BadInput.
+    """One pass over all texts -> a digest per shard, how many texts, notes; BadInput if none.
 
     unlearned: languages that Whisper knows and the checkpoint does not.
     """

@@ -61,7 +61,7 @@ class Recording(NamedTuple):
 
 
 def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], list[str]]:
-    """A folder -> its recordings, notes on lines that are left out; BadInput if there is none."""
+    """A folder -> its recordings, notes on lines left out; BadInput if there is no folder."""
     if not folder.is_dir():
         raise BadInput(f"no folder {folder}; give one with recordings and a manifest.tsv")
     is_table = (folder / "manifest.tsv").exists()
@@ -75,27 +75,28 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
     except UnicodeDecodeError as error:
         raise not_utf8(manifest, error) from error
     entries, notes = {}, []
-    if not is_table:
-        notes.append(f"{manifest} is read as English; a manifest.tsv says another language")
     for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         fields = line.split("\t", 2) if is_table else line.split("|")
         try:
-            if line.strip() and (len(fields) < 3 or is_table and "\t" in fields[2].strip()):
+            if len(fields) < 3 or is_table and "\t" in fields[2].strip():
                 raise BadInput(f"3 fields are expected, not {line[:60]!r}")
-            if line.strip():
-                path, code = fields[:2] if is_table else (f"wavs/{fields[0]}.wav", "en")
-                sentence = make_sentence(fields[2], code, whisper)
-                if folder / path in entries:
-                    raise BadInput(f"{path} has a text already")
-                entries[folder / path] = sentence
+            path, code = fields[:2] if is_table else (f"wavs/{fields[0]}.wav", "en")
+            sentence = make_sentence(fields[2], code, whisper)
+            if folder / path in entries:
+                raise BadInput(f"{path} has a text already")
+            entries[folder / path] = sentence
         except BadInput as error:
             form = "path<TAB>language<TAB>text" if is_table else "id|text|text as spoken"
             notes.append(f"{manifest}, line {i}: {error}; a line is {form}")
+    if entries and not is_table:
+        notes.insert(0, f"{manifest} is read as English; a manifest.tsv says another language")
     return [*entries.items()], notes
 
 
 def read_audio(path: Path) -> np.ndarray:
-    """What soundfile reads -> 16 kHz, mono, (n,) in [-1, 1]; BadInput if there is nothing."""
+    """What soundfile reads -> 16 kHz, mono, (n,); BadInput if there is nothing."""
     if not os.path.isfile(path):
         raise BadInput("no audio that can be read (no such file)")
     try:
@@ -206,7 +207,7 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
     """A folder -> recordings of sentences that are neither held out nor like one, notes."""
     entries, notes = read_manifest(folder, whisper)
     if not entries:
-        raise BadInput(f"{folder} has no recording; {(notes or [', '.join(SUFFIXES)])[-1]}")
+        raise BadInput(f"{folder} has no recording; {(notes or ['add ' + ' '.join(SUFFIXES)])[-1]}")
     known, unusable = encode_folder(folder, entries, whisper)
     keys = set(map(data.key, held_out))
     training = [r for r in known if data.hash_share(r.sentence) > data.HELD_OUT
@@ -224,19 +225,19 @@ def load_recordings(folder: Path, whisper: FrozenWhisper, held_out: Sequence[Sen
 def first_few(notes: list[str]) -> list[str]:
     """The first MAX_NOTES, and how many more there are."""
     more = len(notes) - MAX_NOTES
-    return notes[:MAX_NOTES] + [f"{more} more recordings are left out"] * (more > 0)
+    return notes[:MAX_NOTES] + [f"{more} more are left out"] * (more > 0)
 
 
 # ---- training --------------------------------------------------------------------------------
 
 
 class RecordingBatches(torch.utils.data.Dataset):
-    """Batches of recordings, at last by turns with those of text: data.Batches for both."""
+    """Batches of recordings; in the last quarter every other one of text: data.Batches of both."""
 
     def __init__(self, recordings: Sequence[Recording], text: data.Batches, n_steps: int):
         self.recordings, self.text, self.n_steps = recordings, text, n_steps
         self.frames = torch.tensor([len(r.x1) for r in recordings])
-        often = self.frames.double() ** -2  # short ones are rare, as in text.sources.load_data
+        often = self.frames.double() ** -2  # more of short ones, as in text.sources.load_data
         self.sums = often.cumsum(0)
 
     def __getitem__(self, step: int) -> data.Batch:

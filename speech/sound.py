@@ -1,6 +1,6 @@
 """Sound: sampling rates, another voice and room, Griffin-Lim, .wav files.
 
-B batch, T latent frames (20 ms), M mel bins, n frames of 10 ms.
+B batch, T latent frames (20 ms), M mel bins, n frames of 10 ms, N samples.
 """
 import math
 import wave
@@ -21,7 +21,7 @@ from whisper_decoder import FrozenWhisper
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Samples (n,) at any rate -> 16 kHz, by cutting or padding the spectrum: no aliasing."""
+    """Samples (N,) at any rate -> 16 kHz, by cutting or padding the spectrum: no aliasing."""
     n = round(len(samples) * SAMPLE_RATE / rate)
     if n == 0 or rate == SAMPLE_RATE:
         return samples
@@ -29,7 +29,7 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def log_mel(samples: np.ndarray, whisper: FrozenWhisper) -> Tensor:
-    """16 kHz samples (n,) -> log-mel, then silence up to the window (1, M, 2P), or BadInput."""
+    """16 kHz samples (N,) -> log-mel, then silence up to the window (1, M, 2P), or BadInput."""
     window = whisper.n_samples
     if len(samples) > window:
         raise BadInput(f"it lasts {len(samples) / SAMPLE_RATE:.2f} s and {whisper.name} hears at "
@@ -57,7 +57,7 @@ def another_voice(x1: Tensor, batch: Batch, ear: Ear, seed: int, amount: float) 
 
 def pace(sentence: Sentence, speed: float, seed: int, amount: float) -> float:
     """How fast a seed says a sentence, up to a quarter from its speed: nobody keeps one pace."""
-    rng = sentence_generator(sentence, seed + 10**6)  # else its vocal tract and pace go together
+    rng = sentence_generator(sentence, seed + 10**6)  # neither its noise's nor its voice's
     share = torch.rand((), generator=rng).item()
     return min(max(speed * 1.25 ** (amount * (2 * share - 1)), 0.1), 10)
 
@@ -92,7 +92,7 @@ def write_wav(path: Path, ear: Ear, latents: Sequence[Tensor]) -> None:
 
 
 def write_samples(path: Path, samples: Tensor) -> None:
-    """Samples (n,) -> 16 kHz, 16 bit, one channel; whole or not at all."""
+    """Samples (N,) -> 16 kHz, 16 bit, one channel; whole or not at all."""
     samples = 32767 * samples / samples.abs().max().clamp(min=1)  # nothing is cut off
     with atomic_write(path) as part, open(part, "wb") as out, wave.open(out, "wb") as file:
         file.setnchannels(1)

@@ -62,6 +62,7 @@ train.main(["--speech", ".", "--max_lines", "40"])"""
     ("¿DÓNDE ESTÁ LA CIA?", "¿Dónde está la cia?"), ("The USA sleeps.",) * 2,
     ("NATO ", "NATO"), ("THE\u00a0DOG", "The dog"),
     ("Wait--what", "Wait what"), ("e\u200b\u0301 a", "é a"),
+    ("AH\u0331MAD H\u0331ASAN", "A\u1e96mad \u1e96asan"),
 ])
 def test_a_text_is_what_whisper_can_write(pocket, text, written):
     sentence = make_sentence(text, "en", pocket)

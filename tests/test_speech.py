@@ -147,16 +147,19 @@ def test_every_bad_recording_is_named(tmp_path, pocket, monkeypatch):
     assert [w in note for w, note in zip(wrong, notes, strict=True)] == [True] * len(wrong)
     monkeypatch.setattr(recordings, "MAX_NOTES", 2)
     few = recordings.load_recordings(tmp_path, pocket)[1]
-    assert few == [*notes[:2], "3 more recordings are left out", *notes[5:7],
-                   "4 more recordings are left out", notes[-1]]
+    assert few == [*notes[:2], "3 more are left out", *notes[5:7],
+                   "4 more are left out", notes[-1]]
     assert notes[0].endswith("a line is path<TAB>language<TAB>text")
 
 
 def test_folders_that_cannot_be_used(tmp_path, pocket, monkeypatch):
-    for wrong in ("no folder", "has no recording; .wav, .flac"):
+    for wrong in ("no folder", "has no recording; add .wav .flac"):
         with pytest.raises(BadInput, match=wrong):
             recordings.load_recordings(tmp_path / "speech", pocket)
         (tmp_path / "speech").mkdir(exist_ok=True)
+    (tmp_path / "speech" / "metadata.csv").touch()
+    with pytest.raises(BadInput, match="has no recording; add .wav"):
+        recordings.load_recordings(tmp_path / "speech", pocket)
     (tmp_path / "metadata.csv").write_text("LJ-1|Dr. No|Doctor No\nLJ-2|two", "utf-8")
     entries, notes = recordings.read_manifest(tmp_path, pocket)
     assert entries == [(tmp_path / "wavs/LJ-1.wav", Sentence("en", "Doctor No"))]

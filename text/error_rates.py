@@ -1,6 +1,6 @@
 """How much of a text comes back: Levenshtein distance after Whisper's own normaliser.
 
-But for marks: Whisper's blanks them, and without vowel signs Hindi's "की" and "का" are the same.
+Except (but in English) marks: it blanks them; without vowel signs Hindi's "की" and "का" are one.
 """
 import sys
 import unicodedata

@@ -45,7 +45,7 @@ def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
     """A text too long for the decoder -> pieces that fit: sentences, else as long as possible.
 
     A Whisper that hears less than WINDOW, which learned no two sentences at once, gets each alone;
-    one of a single word (zh: character) goes with the next.
+    one of a single word (zh: character) goes with the next (for others: of one or two words).
     """
     language, text = sentence
     is_short = fits(sentence, whisper, speed, durations)

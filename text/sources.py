@@ -53,7 +53,7 @@ Texts = tuple[Counter[Sentence], list[str]]  # sentences with their counts, note
 
 
 def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
-    """Unicode NFC, white space one blank, nothing invisible; BadInput says what cannot be used."""
+    """Unicode NFC, single blanks, nothing invisible, no shouting; BadInput: what cannot be used."""
     code = whisper.check_language(language)
     if len(text.rstrip()) > MAX_CHARACTERS:
         raise BadInput(f"it has more than {MAX_CHARACTERS:,} characters; cut it into several lines")
@@ -78,6 +78,7 @@ def make_sentence(text: str, language: str, whisper: FrozenWhisper) -> Sentence:
         end = re.search(r"[^\W\d_]", text).end()
         small = text.translate(SMALL_I) if code in TWO_I else text
         text = text[:end] + small.lower()[len(small[:end].lower()):]  # whole: Σ depends on it
+        text = unicodedata.normalize("NFC", text)  # some letters are in one piece only when small
     if not any(c.isalnum() for c in text):
         raise BadInput("there is no word in it")
     return Sentence(code, text)
@@ -278,11 +279,11 @@ def note_unheard(texts: Sequence[Sentence], whisper: FrozenWhisper) -> list[str]
     """A note on words that are in no built-in sentence, if the Whisper is pocket."""
     if whisper.name != "pocket":
         return []
-    known = {(s.language, word) for s in builtin() for word in words(s.text.lower(), s.language)}
-    unheard = dict.fromkeys(f"{word!r} ({s.language})" for s in texts
-                            for word in words(s.text.lower(), s.language)
-                            if (s.language, word) not in known)
-    return [f"pocket never heard {', '.join([*unheard][:5])}{' ...' * (len(unheard) > 5)}, and "
+    spoken = lambda some: dict.fromkeys(  # noqa: E731
+        (s.language, word) for s in some for word in words(s.text.lower(), s.language))
+    known = spoken(builtin())
+    unheard = [f"{word!r} ({code})" for code, word in spoken(texts) if (code, word) not in known]
+    return [f"pocket never heard {', '.join(unheard[:5])}{' ...' * (len(unheard) > 5)}, and "
             "misreads such words; it knows those of pocket/sentences, and an official Whisper far "
             "more"] * bool(unheard)
 
@@ -355,8 +356,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
               temperature: float = 1.0, max_lines: int = 10**6) -> tuple[dict, list[str]]:
     """Sources, see `read_pools` -> {Sentence: its share of the draws}, notes.
 
-    Weights, as in 0.5*builtin, are relative to each other. In each source, a language's share is
-    the number of its sentences to the power of 1 / temperature. Texts that are too long are split.
+    Weights, as in 0.5*builtin, are relative to each other. In each pool the share of a language is
+    as the number of its sentences to the power of 1 / temperature. Texts too long are split.
     """
     pools, notes = read_pools(sources, whisper, max_lines)
     if any(re.fullmatch(r"(.*[*=])?builtin", x) for x in sources) and whisper.name != "pocket":
@@ -372,8 +373,8 @@ def load_data(sources: Sequence[str], whisper: FrozenWhisper, speed: float = 1.0
                 continue
             n_long += len(parts) > 1
             for piece in parts:
-                # Short sentences are rare in most texts and no easier, so they are drawn more
-                # often: so that short and long ones are about equally frequent.
+                # Short sentences are rare in most texts and no easier. Drawn more often, they are
+                # about as frequent as long ones.
                 x = n / n_frames(piece, speed) ** 2
                 counts[piece.language] += n
                 often[piece] += x

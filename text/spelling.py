@@ -9,7 +9,7 @@ from whisper.tokenizer import TO_LANGUAGE_CODE
 SILENT_SIGNS = r"""["()\[\]{}<>*_`~^|「」『』\u2640-\u267f]"""
 PARTING_SIGNS = r"[#+/:;=@\\]|(?<=\w)[()\[\]{}<>_`~^|]+(?=\w)|(?<=\d)\*(?=\d)"
 JOINERS = "\u200c\u200d"  # of Persian and of the scripts of India: part of how a word is written
-# A letter's name in Unicode, as HEBREW LETTER FINAL MEM, says how it sounds, behind such words.
+# A letter's Unicode name says how it sounds after such words, as HEBREW LETTER FINAL MEM.
 QUALITY = (r"SMALL|FINAL|SHORT|DOTLESS|OPEN|STRAIGHT|BARRED|SUPERSCRIPT|FARSI|\S*UKRAINIAN|SARA"
            r"|CANDRA|VOCALIC|CHILLU|MEDIAL|TALL|GLOTTAL|PHARYNGEAL|\S*PRAANA|DANTAJA|\S*DHAJA"
            r"|KETTI|DIGA")
