@@ -33,7 +33,7 @@ ARMS = {f"{kind}-{minutes}": (minutes, *arm) for minutes in (1, 7, 30, 110)
 
 
 def choose(minutes: float) -> list[data.Sentence]:
-    """So many minutes of sentences, in equal parts of every language; all are among the 110."""
+    """About so many minutes of sentences, in equal parts of a language, all among the 110."""
     sentences = data.split(builtin())[0]
     random.Random(2).shuffle(sentences)
     most = data.per_language(sentences, round(110 * 60 / MEAN_SECONDS))

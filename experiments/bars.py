@@ -39,7 +39,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     try:
         rates = rates_of(args.result.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {args.result} ({first_line(error)}); give the result.txt of "
                        "train.py") from error
     if not rates:

@@ -5,7 +5,6 @@
 The sentences were written for this project. The file has other paces for en, es, de, fr, zh (of
 pocket's own clips, in many voices) and ja (6.3, of the same sentence in kana); nn has nb's.
 """
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,14 +22,9 @@ RESPELLED = {"as": {"\u09af\u09bc": "\u09df", "\u09a2\u09bc": "\u09f0"},
              "mt": {"l-": "l", "is-s": "iss"}}
 
 
-def seconds(text: str, voice: str) -> float | None:
-    """How long the voice speaks, between the silences (40 dB); None if there is no such voice."""
-    if not voice:
-        return None
-    try:
-        samples, rate = make_pocket.read_aloud(text, voice)
-    except subprocess.CalledProcessError:
-        return None
+def seconds(text: str, voice: str) -> float:
+    """How long the voice speaks, between the silences (40 dB)."""
+    samples, rate = make_pocket.read_aloud(text, voice)
     power = np.square(samples[: len(samples) // 100 * 100].reshape(-1, 100).astype(float)).mean(1)
     loud = np.flatnonzero(power > power.max() / 1e4)
     return (loud[-1] + 1 - loud[0]) * 100 / rate
@@ -38,14 +32,13 @@ def seconds(text: str, voice: str) -> float | None:
 
 def main() -> None:
     Parser(__doc__.splitlines()[0]).parse_args()
-    make_pocket.need_espeak()
+    voiceless = make_pocket.voiceless(code for code, *_ in LANGUAGE_ROWS)
     for code, iso, _, text in LANGUAGE_ROWS:
         spelled = text
         for sign, letters in RESPELLED.get(code, {}).items():
             spelled = spelled.replace(sign, letters)
-        spoken = seconds(spelled, make_pocket.voice_of(code))
-        pace = f"{len(words(text, code)) / spoken:.1f}" if spoken else "-"
-        print(code, iso, pace)
+        print(code, iso, "-" if code in voiceless else
+              f"{len(words(text, code)) / seconds(spelled, make_pocket.voice_of(code)):.1f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ The Whisper that trained the flow, its critic, cannot judge it: it has been plea
 judge is another Whisper that reads the same x1; both also read .wav files. A student is a small
 convolutional network without a language model. It learns letters (CTC) from speech of one kind,
 then hears real speech: sentences and voices that nothing was trained on. What it hears is the
-output of a frozen encoder before ln_post, between the silences of an utterance: the critic's, or
+output of a frozen encoder before ln_post, of speech and 0.2 s behind it: the critic's, or
 that of --hears, which the flow has not pleased.
 
 Beside it stand students of espeak-ng's speech of the same texts, also with equally long letters (is
@@ -232,7 +232,7 @@ class Study:
                 "human": student_cer(student, self.tests["human"], self.alphabet)}
 
     def other_clips(self) -> Speech:
-        """Of people, in texts that the test has not, each once; without letters that it has not."""
+        """Of people, in texts that the test has not, in letters of the alphabet."""
         tested = {letters(s) for s in self.tests["human"].sentences}
         try:
             clips = people(self.args.recordings, {s.language for s in self.sentences}, tested,

@@ -9,7 +9,7 @@ A decoder-only transformer reads the sound tokens of an utterance, then writes i
 letter. It learns from one kind of speech, and is tested on sentences that nothing was trained on,
 of espeak-ng in unheard voices, or of people (--recordings): character error rate, greedy; and
 perplexity of their tokens, which says how likely a model of synthetic ones finds them. All rows
-have one quantiser, of espeak-ng. So small a model learns where to look only with CTC over the sound
+have one quantiser. So small a model learns where to look only with CTC over the sound
 as a second loss, as in hybrid recognisers (Watanabe et al. 2017, 10.1109/JSTSP.2017.2763455); it
 writes without it.
 

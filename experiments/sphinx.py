@@ -49,6 +49,7 @@ def read(decoder, mel: Tensor) -> str:
     samples = griffin_lim(mel).numpy()
     samples = np.pad(0.5 * samples / abs(samples).max().clip(1e-6), 3200)  # 0.2 s of silence around
     noise = np.random.default_rng(0).normal(0, 1e-3, len(samples))  # or silence is -inf to it
+    decoder.reinit_feat()  # or it would still know the noise of the sound before
     decoder.start_utt()
     decoder.process_raw((32767 * (samples + noise)).astype("<i2").tobytes(), full_utt=True)
     decoder.end_utt()
@@ -91,7 +92,7 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add("checkpoints", nargs="+", type=file_path, help="of train.py --latent mel")
     add("--data", nargs="+", help="text, as for train.py (default: that of the first checkpoint)")
-    add("--sentences", type=int, default=200, help="held-out ones, at most")
+    add("--sentences", type=int, default=200, help="held-out ones, and clips of people, at most")
     add("--recordings", type=file_path, help="people: a folder with manifest.tsv")
     add("--work_dir", type=file_path, default=Path("out/sphinx"), help="for espeak-ng's sound")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Greedy CER of held-out sentences over one setting of the sampler, or over the speed.
+"""Greedy CER of held-out sentences over a setting of the sampler, speed, judge or length.
 
     python experiments/sweep.py speed 0.5 1 2 3 --checkpoints out/ckpt.pt
     python experiments/sweep.py guidance 0 0.5 1 2 4 8 --checkpoints out/seed0/ckpt.pt

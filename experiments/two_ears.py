@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     def ears(name: str, device: torch.device) -> TwoEars:
         ear = TwoEars(name, device)
         ear.other = Ear(argv[0], device)
-        if ear.channels != ear.other.channels:
-            raise BadInput(f"{argv[0]} hears {ear.other.channels} mel bins and {name} "
-                           f"{ear.channels}; give one that hears as many")
+        first, second = ((x.channels, x.max_frames) for x in (ear, ear.other))
+        if second[0] != first[0] or second[1] < first[1]:
+            raise BadInput(f"{argv[0]} hears {second[0]} mel bins and {second[1]} frames, {name} "
+                           f"{first[0]} and {first[1]}; give one that hears as much")
         ear.languages = [code for code in ear.languages if code in ear.other.languages]
         return ear
 

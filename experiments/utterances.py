@@ -51,7 +51,7 @@ def parts(items: Iterable, whisper: FrozenWhisper) -> Iterator[list]:
 
 @torch.no_grad()
 def encode(mels: Iterable[Tensor], whisper: FrozenWhisper) -> list[Tensor]:
-    """Log-mel (M, 2P) each -> the encoder's output where speech is, (T, C) each.
+    """Log-mel (M, 2P) each -> the encoder's output of speech and TAIL behind it, (T, C) each.
 
     In windows hardly longer than the speech, as in training: ten times as fast.
     """
@@ -82,7 +82,8 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
 
 def plain_espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
                  work: Path) -> Iterator[Tensor]:
-    """espeak-ng says the sentences -> log-mel (M, 2P) each."""
+    """espeak-ng says the sentences -> log-mel (M, 2P) each; for a Whisper of pocket's shape in
+    pocket's voices, as its test has them, for others in ACCENTS."""
     if whisper.dims.n_mels == 80 and whisper.max_frames == make_pocket.DIMS.n_audio_ctx:
         for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
             yield mel_from_bytes(clip, 2 * whisper.max_frames)
@@ -158,7 +159,8 @@ def even(speech: Speech, speed: float = 1.0) -> Speech:
         frames = count_frames(rule)
         ends, even_ends = (np.cumsum([0, *widths[n > 0]]) for widths in (n, rule))
         last = align.symbols(sentence.text)[np.flatnonzero(n)[-1]]
-        ends[-1] -= TAIL * align.is_letter(last)  # where no sign has the silence behind
+        if align.is_letter(last):  # no sign has the silence behind
+            ends[-1] = max(ends[-1] - TAIL, ends[-2] + 1)
         frame = (np.arange(frames) + 0.5) / frames * even_ends[-1]
         x1.append(torch.cat([resample(x, np.interp(frame, even_ends, ends) - 0.5), x[-TAIL:]]))
     return Speech(speech.sentences, x1)

@@ -218,6 +218,13 @@ def test_even_speech_gives_every_letter_the_same_time_and_blanks_half(monkeypatc
     assert np.abs(np.bincount(slow.argmax(-1), minlength=n) - frames).max() <= 1
 
 
+def test_even_speech_is_not_heard_backwards(monkeypatch):
+    monkeypatch.setattr(utterances.align, "align_characters", lambda *_: [np.array([20, 5])])
+    x1 = torch.arange(25.0)[:, None]  # the last 10 are silence, more than the "b" lasts
+    heard = utterances.even(student.Speech([Sentence("en", "ab")], [x1])).x1[0]
+    assert (heard[: -utterances.TAIL].diff(dim=0) >= 0).all()
+
+
 def test_student_reads_the_best_path_whatever_its_batch():
     assert student.letters(Sentence("en", "Öl, oil!")) == "öl oil"
     assert student.letters(Sentence("zh", "吃 饺子。")) == "吃饺子"
@@ -503,7 +510,7 @@ def test_gradient_alone_makes_spectrograms_that_are_read(tmp_path, monkeypatch):
 def test_seeds_have_a_mean_and_a_spread(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(train, "main", lambda argv: (
-        calls.append(argv), dict(cer=float(argv[-3]) ** 2, steps=5))[1])
+        calls.append(argv), dict(cer=float(argv[-3]) ** 2, steps=5, peak_memory_gb=2.0))[1])
     seeds.main(["1", "2", "5", "--steps", "9"])
     assert calls[1] == ["--steps", "9", "--seed", "2", "--out_dir", "out/seed2"]
     spread = statistics.stdev([1, 4, 25])
@@ -574,7 +581,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
 
 
 def test_seeds_differ_and_have_folders_of_their_own():
-    for wrong in (["3", "3"], ["0", "1", "--seed", "5"], ["0", "1", "--out_dir=mine"]):
+    for wrong in (["3", "03"], ["0", "1", "--seed", "5"], ["0", "1", "--out_dir=mine"]):
         with pytest.raises(BadInput, match="each seed is given once"):
             seeds.main(wrong)
 
@@ -587,7 +594,9 @@ def test_bars_show_every_language(tmp_path):
     bars.main([str(result), "--out", str(tmp_path / "bars.png")])
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "none").write_text("steps: 3\n")
-    for name, words in (("none", "no error rates"), ("nothing", "No such file")):
+    (tmp_path / "bad").write_text("val_cer_4step_en: 0.x\n")
+    for name, words in (("none", "no error rates"), ("nothing", "No such file"),
+                        ("bad", "cannot read .*bad .could not convert string to float")):
         with pytest.raises(BadInput, match=words):
             bars.main([str(tmp_path / name)])
 
@@ -648,9 +657,11 @@ def test_two_ears_hear_in_turn(ear, tmp_path, monkeypatch):
     result = two_ears.main([other.name, *flags, "--out_dir", str(tmp_path)])
     assert result["steps"] == 2 and train.LATENTS["mel"] is Ear
     assert train.load_checkpoint(tmp_path)["config"]["latent"] == "mel"
-    for channels, words in ((128, "x hears 128 mel bins and pocket 80; give one that hears"),
-                            (80, "does not know the language 'en'; it knows de$")):
-        fake = SimpleNamespace(channels=channels, languages=["de"])
+    for *shape, words in (
+            (128, 256, "x hears 128 mel bins and 256 frames, pocket 80 and 256; give one that"),
+            (80, 255, "x hears 80 mel bins and 255 frames"),
+            (80, 1500, "does not know the language 'en'; it knows de$")):
+        fake = SimpleNamespace(channels=shape[0], max_frames=shape[1], languages=["de"])
         monkeypatch.setattr(two_ears, "Ear", lambda *_: fake)
         with pytest.raises(BadInput, match=words):
             two_ears.main(["x", *flags, "--out_dir", str(tmp_path / "new")])
@@ -661,7 +672,15 @@ def test_a_recogniser_that_is_no_whisper(runs, checkpoints, tmp_path, ear, monke
     heard, mel, features = [], *(str(runs[0] / name) for name in ("mel", "features"))
 
     class Decoder:  # it writes the same in every other sound, else nothing
-        start_utt = end_utt = staticmethod(lambda: None)
+        end_utt = staticmethod(lambda: None)
+        known = []  # whether it still knows the sound before
+
+        def reinit_feat(self):
+            self.known.append(False)
+
+        def start_utt(self):
+            assert not self.known[-1]
+            self.known.append(True)
 
         def __init__(self, **flags):
             assert flags["samprate"] == 16000
