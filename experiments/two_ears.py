@@ -4,7 +4,8 @@
 
 What pleases one network may be its own; what two read is likelier to be speech. All flags but the
 first are those of train.py, whose --whisper is the critic that the flow takes its tokens from; the
-other joins when the lens has faded, after a third of the run. The checkpoint is as any other.
+other joins when the lens has faded, after a third of the run. The checkpoint is as any other, but
+--resume is for this file.
 """
 import sys
 from pathlib import Path
