@@ -545,8 +545,9 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     for wrong in ("--steps", "--batch_size"):
         with pytest.raises(BadInput, match=f"{wrong}: '0' is no whole number of at least 1"):
             benchmark.main(["train", "tiny", wrong, "0"])
-    with pytest.raises(BadInput, match="--languages .-1. cannot be used; at least 0"):
-        benchmark.main(["train", "tiny", "--languages", "-1"])
+    for wrong in ("depth", "warmup", "languages"):
+        with pytest.raises(BadInput, match=f"--{wrong} .*-1.* cannot be used; at least 0"):
+            benchmark.main(["memory", f"--{wrong}", "-1"])
     with pytest.raises(BadInput, match="flow.jpg is no .png"):
         look.main([checkpoints[latent], "--out", str(tmp_path / "flow.jpg")])
     benchmark.main(["memory"])
