@@ -17,8 +17,9 @@ from whisper.audio import HOP_LENGTH
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
+from experiments.human import write_manifest  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from plumbing.files import atomic_write, fingerprint  # noqa: E402
+from plumbing.files import fingerprint  # noqa: E402
 from plumbing.flags import parse_flags  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech import recordings, sound  # noqa: E402
@@ -52,9 +53,7 @@ def write_speech(folder: Path, sentences: Sequence[data.Sentence]) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         files = [*pool.map(write, sentences)]
-    with atomic_write(folder / "manifest.tsv") as part:
-        part.write_text("".join(f"{file.name}\t{code}\t{text}\n"
-                                for file, (code, text) in zip(files, sentences)), "utf-8")
+    write_manifest(folder, [(file.name, *s) for file, s in zip(files, sentences)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

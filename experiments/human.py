@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 from tqdm import tqdm
 
@@ -88,6 +88,12 @@ def convert(source: Path, wav: Path) -> None:
              "-f", "wav", part.resolve()], source.parent, "run this again, and it goes on")
 
 
+def write_manifest(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Name of a .wav, language and text of each clip, as `train.py --speech FOLDER` reads them."""
+    with atomic_write(folder / "manifest.tsv") as part:
+        part.write_text("".join("\t".join(row) + "\n" for row in rows), "utf-8")
+
+
 def main(argv=None) -> None:
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
@@ -109,9 +115,7 @@ def main(argv=None) -> None:
         for clip in tqdm(clips, "converting", unit=" clips"):
             if not (args.out / clip.name).exists():
                 convert(clip.source, args.out / clip.name)
-    with atomic_write(args.out / "manifest.tsv") as part:
-        part.write_text("".join(f"{name}\t{code}\t{text}\n" for _, name, code, text in clips),
-                        "utf-8")
+    write_manifest(args.out, [clip[1:] for clip in clips])
     print(f"wrote {args.out}: {len(clips)} clips, {' '.join(languages)}")
 
 

@@ -35,7 +35,8 @@ import train  # noqa: E402
 from data import per_language  # noqa: E402
 from flow import Solver  # noqa: E402
 from experiments.student import (  # noqa: E402
-    Speech, greedy_cer, language_accuracy, letters, load_judge, others, student_cer, train_student,
+    Speech, check_hears, greedy_cer, language_accuracy, letters, load_judge, others, student_cer,
+    train_student,
 )
 from experiments.utterances import (  # noqa: E402
     N_PEOPLE, encode, espeak, even, generate, latents, parts, people, real_test,
@@ -94,10 +95,7 @@ class Study:
                       for path, checkpoint in checkpoints.items()}
         self.whisper = self.flows[args.checkpoints[0]].critic
         self.hears = FrozenWhisper(args.hears, self.device) if args.hears else self.whisper
-        shape, needed = ((w.dims.n_mels, w.max_frames) for w in (self.hears, self.whisper))
-        if shape[0] != needed[0] or shape[1] < needed[1]:
-            raise BadInput(f"--hears {args.hears} has {shape[0]} mel bins and {shape[1]} frames, "
-                           f"the critic {needed[0]} and {needed[1]}; give one with as many")
+        check_hears(f"--hears {args.hears}", self.hears, self.whisper)
         self.judge = args.judge or (str(POCKET / "judge.pt") if is_pocket else "")
         sources = args.data or config["data"]
         training, held_out = split_of(config, self.whisper, sources)

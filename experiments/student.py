@@ -175,6 +175,14 @@ def load_judge(checkpoint: dict, device: torch.device, name: str) -> FrozenWhisp
     return judge
 
 
+def check_hears(name: str, other: FrozenWhisper, critic: FrozenWhisper) -> None:
+    """BadInput unless another Whisper, which goes by a name, hears whatever the critic does."""
+    has, needed = ((w.dims.n_mels, w.max_frames) for w in (other, critic))
+    if has[0] != needed[0] or has[1] < needed[1]:
+        raise BadInput(f"{name} has {has[0]} mel bins and {has[1]} frames, the critic {needed[0]} "
+                       f"and {needed[1]}; give one with as many")
+
+
 @torch.no_grad()
 def greedy_cer(whisper: FrozenWhisper, sentences: list, features: Iterable[Tensor]) -> float:
     """Character error rate of a Whisper in features of some sentences at a time, (B, P, E)."""

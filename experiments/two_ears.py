@@ -17,6 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import train  # noqa: E402
+from experiments.student import check_hears  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from speech.ear import Ear, Room  # noqa: E402
 
@@ -47,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     def ears(name: str, device: torch.device) -> TwoEars:
         ear = TwoEars(name, device)
         ear.other = Ear(argv[0], device)
-        first, second = ((x.channels, x.max_frames) for x in (ear, ear.other))
-        if second[0] != first[0] or second[1] < first[1]:
-            raise BadInput(f"{argv[0]} hears {second[0]} mel bins and {second[1]} frames, {name} "
-                           f"{first[0]} and {first[1]}; give one that hears as much")
+        check_hears(argv[0], ear.other, ear)
         ear.languages = [code for code in ear.languages if code in ear.other.languages]
         return ear
 

@@ -659,10 +659,11 @@ def test_two_ears_hear_in_turn(ear, tmp_path, monkeypatch):
     assert result["steps"] == 2 and train.LATENTS["mel"] is Ear
     assert train.load_checkpoint(tmp_path)["config"]["latent"] == "mel"
     for *shape, words in (
-            (128, 256, "x hears 128 mel bins and 256 frames, pocket 80 and 256; give one that"),
-            (80, 255, "x hears 80 mel bins and 255 frames"),
+            (128, 256, "x has 128 mel bins and 256 frames, the critic 80 and 256; give one"),
+            (80, 255, "x has 80 mel bins and 255 frames, the critic 80 and 256; give one"),
             (80, 1500, "does not know the language 'en'; it knows de$")):
-        fake = SimpleNamespace(channels=shape[0], max_frames=shape[1], languages=["de"])
+        fake = SimpleNamespace(dims=SimpleNamespace(n_mels=shape[0]), max_frames=shape[1],
+                               languages=["de"])
         monkeypatch.setattr(two_ears, "Ear", lambda *_: fake)
         with pytest.raises(BadInput, match=words):
             two_ears.main(["x", *flags, "--out_dir", str(tmp_path / "new")])
