@@ -41,7 +41,7 @@ def hash_share(sentence: Sentence) -> float:
 
 
 def split(sentences: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
-    """Training and held-out sentences, by a hash of each, so that adding a line moves no other.
+    """Training and held-out sentences, by a hash of each, so that a new line hardly moves others.
 
     Held out is a tenth, and at least one, of each language that has several sentences. Training
     sentences whose `key` is that of a held-out one are dropped. Raises BadInput.
@@ -93,7 +93,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     A unit is the part of a character in one token: "the" has three, "河", of two tokens, has two.
     """
     language, text = sentence
-    tokens = whisper.encode(text, language)
+    tokens = whisper.tokenize(text, language)
     encoding = whisper.tokenizer("en").encoding  # the same for all languages
     token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
     char_ends = np.cumsum([len(c.encode()) for c in strip_unspoken(text)])  # in bytes

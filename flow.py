@@ -5,8 +5,8 @@ The contract
     time      t in [0, 1]; t = 0 is noise x0 ~ N(0, I), t = 1 is data x1
     path      x_t = (1 - t) x0 + t x1                            Lipman et al. 2023, eq. 22
     velocity  u_t = dx_t/dt = x1 - x0                            eq. 23 (sigma_min = 0 in both)
-    network   model(x_t, t, cond) -> x1_hat; cfm_loss is least at E[x1 | x_t, cond], where v is the
-              marginal velocity E[u_t | x_t, cond], or as near as the network's bound allows
+    network   model(x_t, t, cond) -> x1_hat. As far as its bound allows, cfm_loss is least where
+              x1_hat = E[x1 | x_t, cond]; then v is the marginal velocity E[u_t | x_t, cond]
     ODE       dx/dt = v(x_t, t) = (x1_hat - x_t) / (1 - t), from t = 0 to t = 1
     cond      dict of tensors (B, ...); cond["drop"] (B,): True where the condition is left out
     guidance  classifier-free: v = v_null + guidance (v_cond - v_null); 1 is off; it is 1 + w of Ho

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 3.0  # |x1_hat| is smaller, where tanh bounds it; * ear.MEL_STD: from Whisper's lowest, -1.5
+REACH = 3.0  # tanh: |x1_hat| is smaller; times ear.MEL_STD: log-mel over -1.5, Whisper's lowest
 BYTES = 4  # most bytes of a character in UTF-8
 CAPITAL = 1 + 256 * BYTES  # id that every capital has too, behind those of all bytes
 OF_WHISPER = "token_in", "language_in", "token_out", "position_out"  # these fit one Whisper only
@@ -98,11 +98,11 @@ class DiT(nn.Module):
     """model(x_t, t, cond) -> x1_hat, the network of flow.py's contract.
 
     cond["chars"]     (B, U, BYTES + 2)  ids of UTF-8 bytes, Latin letter, CAPITAL; 0: none
-    cond["tokens"]    (B, U, E)          Whisper's own embedding of the token
+    cond["tokens"]    (B, U, E)          Whisper's embedding of the token, layer-normed
     cond["alignment"] (B, T)             where in the text each frame is: the index of its unit
                                          plus how far into the unit it is, in [0, 1)
     cond["frames"]    (B,)               length of each item; what is behind it changes nothing
-    cond["language"]  (B, E)             Whisper's own embedding of the language token
+    cond["language"]  (B, E)             the same of the language's token
     cond["drop"]      (B,)               True: ignore text and language (for guidance)
     """
 
@@ -133,7 +133,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_shortcut(self, token_out: Tensor, position_out: Tensor) -> None:
-        """W to begin with (C, E), and m (P, C), from `FrozenWhisper.directions`."""
+        """W to begin with (C, E), and m (P, C), from `FrozenWhisper.shortcut`."""
         self.token_out.weight.copy_(token_out)
         self.position_out.copy_(position_out)
 

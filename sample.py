@@ -119,8 +119,8 @@ def main(argv=None) -> None:
     print_notes(notes + note_unheard(texts, whisper))
     parts = [*map(cut_text, texts)]
     trips = round_trips(model, whisper, *zip(*chain(*parts)), args.solver, change)
-    pieces = [trip._replace(features=trip.features.cpu() if args.out else None,  # of x1 the length
-                            x1=trip.x1 if args.wav else trip.x1[:, :0].clone())  # is always needed
+    pieces = [trip._replace(features=trip.features.cpu() if args.out else None,
+                            x1=trip.x1 if args.wav else trip.x1[:, :0].clone())  # keeps its length
               for trip in trips]
     if args.out:
         dataset.write_npz(args.out, pieces, np.repeat(range(len(texts)), [*map(len, parts)]))

@@ -185,7 +185,7 @@ class Run:
         self.origin = dict(whisper=whisper.fingerprint, text=fingerprint(shares),
                            speech=fingerprint(rhythm), languages=sorted(languages))
         self.model = DiT(shape).to(whisper.device)
-        self.model.init_shortcut(*whisper.directions())
+        self.model.init_shortcut(*whisper.shortcut())
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), fused=True,
                                            weight_decay=config.weight_decay)

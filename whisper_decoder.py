@@ -1,9 +1,9 @@
 """The frozen Whisper: tokens, latents and features, cross-entropy; reading: text/greedy.py.
 
-x1 is the encoder's output before the gain and bias of its last LayerNorm, so every frame has mean 0
-and variance 1, as N(0, I) has; with them it is the features, which the decoder reads. Another
-critic, such as speech/ear.py's, overrides `channels`, `bound`, `speed_range`, `room_of_step`,
-`latents`, `features`, `text_loss` and `directions`.
+x1 is the encoder's output before the gain and bias of its last LayerNorm, ln_post, so every frame
+has mean 0 and variance 1, as N(0, I) has; with them it is the features, which the decoder reads.
+Another critic, such as speech/ear.py's, overrides `channels`, `bound`, `speed_range`,
+`room_of_step`, `latents`, `features`, `text_loss` and `shortcut`.
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), C latent channels, M mel bins,
 P positions of Whisper's window (n_audio_ctx), E width of encoder and decoder, R different rows of
@@ -56,7 +56,7 @@ class FrozenWhisper:
 
     @cached_property
     def encoded_silence(self) -> Tensor:
-        """Of silence: the encoder's output without its last gain and bias (P, E); an ear's too."""
+        """The encoder's output for silence, before the gain and bias of ln_post (P, E)."""
         samples = torch.zeros(self.n_samples)
         # In float32, also where it is first asked for inside devices.mixed_precision.
         with torch.autocast(self.device.type, enabled=False):
@@ -93,7 +93,7 @@ class FrozenWhisper:
         return self.prompt(language)[1 if self.model.is_multilingual else 0]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The decoder's own token embeddings on N(0, I)'s scale, (...) -> (..., E)."""
+        """The decoder's token embeddings, layer-normed, (...) -> (..., E)."""
         x = self.model.decoder.token_embedding(tokens.to(self.device))
         return F.layer_norm(x, x.shape[-1:])
 
@@ -104,15 +104,15 @@ class FrozenWhisper:
         Attention to a frame x adds W_out W_value x to a state, and so e · W_out W_value x to the
         logit of a token with the embedding e, if no later layer changes it. That grows along
         (W_out W_value)^T e, the "OV circuit" of Elhage et al. 2021, here summed over the layers,
-        with the gains of the last LayerNorm before and after, and scaled: |W₀ e| is about |e|.
+        with the gains of encoder.ln_post and decoder.ln, and scaled: |W₀ e| is about |e|.
         """
         decoder = self.model.decoder
         paths = sum(b.cross_attn.out.weight @ b.cross_attn.value.weight for b in decoder.blocks)
         w = self.model.encoder.ln_post.weight[:, None] * paths.T * decoder.ln.weight
         return w * len(w) ** 0.5 / w.norm()
 
-    def directions(self) -> tuple[Tensor, Tensor]:
-        """For `DiT.init_shortcut`: token shortcut W (C, E), fixed positional embedding m (P, C).
+    def shortcut(self) -> tuple[Tensor, Tensor]:
+        """For `DiT.init_shortcut`: what W begins as (C, E), and the fixed m (P, C).
 
         The latter is the encoder's silence less its mean over time, scaled to a root mean square of
         1/2; it helps attention to move forward.
@@ -120,7 +120,7 @@ class FrozenWhisper:
         m = self.encoded_silence - self.encoded_silence.mean(0)
         return self.token_direction, m / (2 * m.square().mean().sqrt())
 
-    def encode(self, text: str, language: str) -> list[int]:
+    def tokenize(self, text: str, language: str) -> list[int]:
         """Text, after a space -> the tokens that `whisper.decode` can write for it."""
         tokenizer = self.tokenizer(language)
         tokens = tokenizer.encode(" " + strip_unspoken(text), disallowed_special=())
@@ -129,12 +129,12 @@ class FrozenWhisper:
 
     def target_tokens(self, texts: Sequence[str], languages: Sequence[str]) -> Tensor:
         """Texts -> prompt + text + <|endoftext|>, padded with -1 (B, L), on the CPU."""
-        rows = [[*self.prompt(code), *self.encode(text, code), self.tokenizer(code).eot]
+        rows = [[*self.prompt(code), *self.tokenize(text, code), self.tokenizer(code).eot]
                 for text, code in zip(texts, languages, strict=True)]
         return pad_sequence([torch.tensor(row) for row in rows], True, padding_value=-1)
 
     def encode_mel(self, mel: Tensor) -> Tensor:
-        """AudioEncoder.forward without its last gain and bias, log-mel (B, M, 2T) -> (B, T, E)."""
+        """AudioEncoder.forward before ln_post's gain and bias, log-mel (B, M, 2T) -> (B, T, E)."""
         encoder = self.model.encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel.to(self.device))))).transpose(1, 2)
         x = x + encoder.positional_embedding[: x.shape[1]]  # the window may be shorter
@@ -152,7 +152,7 @@ class FrozenWhisper:
     def features(self, x1: Tensor, frames: Tensor) -> Tensor:
         """What the decoder sees of x1 and silence behind it, (B, T, C), (B,) -> (B, P, E)."""
         # Whisper cannot be told where speech ends: silence fills its window, in training too.
-        speech = self.model.encoder.ln_post(x1.float())  # normalises guided endpoints again
+        speech = self.model.encoder.ln_post(x1.float())  # normalises guided and midpoint x1
         speech = F.pad(speech, (0, 0, 0, self.max_frames - x1.shape[1]))
         mask = torch.arange(self.max_frames, device=x1.device) < frames[:, None]
         return torch.where(mask[:, :, None], speech, self.silence)

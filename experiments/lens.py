@@ -34,7 +34,7 @@ def token_aucs(speech: Speech, whisper: FrozenWhisper) -> tuple[float, float, fl
     That is the area under its ROC curve, here the mean over tokens; nan if no token tells clips
     apart.
     """
-    token_sets = [set(whisper.encode(s.text, s.language)) for s in speech.sentences]
+    token_sets = [set(whisper.tokenize(s.text, s.language)) for s in speech.sentences]
     tokens = sorted(set().union(*token_sets) - set.intersection(*token_sets))
     embeddings = whisper.embed(torch.tensor(tokens, dtype=torch.long))
     is_said = torch.tensor([[token in clip for token in tokens] for clip in token_sets])

@@ -212,7 +212,7 @@ class Vocabulary:
     one logit gives exactly the full softmax.
     """
 
-    encode, prompt = FrozenWhisper.encode, FrozenWhisper.prompt  # one rule, before there is one
+    tokenize, prompt = FrozenWhisper.tokenize, FrozenWhisper.prompt  # one rule, before there is one
 
     def __init__(self, sentences):
         any_one = self.tokenizer("en")
@@ -229,7 +229,8 @@ class Vocabulary:
 
     def tokens(self, language, text):
         """Prompt, text and end."""
-        return [*self.prompt(language), *self.encode(text, language), self.tokenizer(language).eot]
+        tokens = self.tokenize(text, language)
+        return [*self.prompt(language), *tokens, self.tokenizer(language).eot]
 
     def batch(self, rows):
         """Token lists -> (B, L) small ids, padded with -100."""

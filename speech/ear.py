@@ -5,8 +5,8 @@
 Features mean something to one decoder only. A spectrogram can be looked at and listened to, but one
 that pleases an official Whisper may mean less to others (experiments/rooms.py). In rooms the text
 has to survive a random change of the log-mel in each step, as it does in speech: expectation over
-transformations, Athalye et al. 2018 (arXiv 1707.07397). Without them the critic reads a flow no
-worse, but PocketSphinx makes 1.6 to 2.4 times the errors (README.md).
+transformations, Athalye et al. 2018 (arXiv 1707.07397). Without them an official critic reads
+a flow no worse, but PocketSphinx makes 1.6 to 2.4 times the errors (README.md).
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins, which are the channels
 of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width of the encoder.
@@ -22,7 +22,7 @@ from whisper_decoder import FrozenWhisper, mean_per_item
 
 MEL_STD = 0.5  # standard deviation of Whisper's log-mel in speech, about
 SILENT_FRAMES = 40  # of silence behind the speech in training; otherwise it fills the window
-# In full rooms: standard deviations of tempo, gain, tilt, equaliser, noise, of the others the most.
+# At full strength: standard deviations of tempo, gain, tilt and equaliser, maxima of the others.
 # 1 of Whisper's log-mel units is 40 dB; vocal_tract, tempo and mask are relative.
 ROOM = dict(vocal_tract=0.12, tempo=0.3, cover=1.0, gain=0.15, tilt=0.3, equaliser=0.15, noise=0.3,
             mask=0.2)
@@ -38,7 +38,7 @@ class Room(NamedTuple):
     amount: float  # 0: none, 1: as strong as they get
     rng: torch.Generator  # on the device of what is heard
     strength: dict[str, float] = ROOM  # of each transformation
-    lens_weight: float = 0.0  # of `Ear.lens`
+    lens_weight: float = 0.0  # of `Ear.lens`; without a room there is no lens
 
 
 class Ear(FrozenWhisper):
@@ -59,8 +59,8 @@ class Ear(FrozenWhisper):
         amount = most * torch.rand((), generator=rng, device=rng.device).item()
         return Room(amount, rng, lens_weight=LENS * max(0, 1 - 3 * step / n_steps))
 
-    def directions(self) -> tuple[Tensor, Tensor]:
-        """Zeros, (M, E), (P, M): which spectrogram a token has, the weights do not tell."""
+    def shortcut(self) -> tuple[Tensor, Tensor]:
+        """Zeros, (M, E), (P, M): the weights do not tell which spectrogram a token has."""
         zeros = self.rows.new_zeros  # on this device
         return zeros(self.channels, self.dims.n_text_state), zeros(self.max_frames, self.channels)
 
@@ -95,7 +95,7 @@ class Ear(FrozenWhisper):
         """Cross-entropy of language, text and end, where the encoder hears x1 in a random room.
 
         x1 (B, T, M), a data.Batch -> the loss, nll + lens_weight * nll * lens, and nll alone, (B,)
-        each. As a factor nll is detached: items that the decoder can read need no lens. The window
+        each. nll as a factor is detached: what the decoder can read needs no lens. The window
         is little longer than the speech, which in a room begins up to 240 ms late. Token positions
         follow that delay; the time warp of a room, which moves them too, is ignored.
         """
@@ -126,7 +126,7 @@ class Ear(FrozenWhisper):
         distance = torch.arange(encoded.shape[1], device=encoded.device) - token_frames[..., None]
         near = torch.exp(-((distance / NEAR) ** 2) / 2)  # (B, L, T)
         tokens, which = targets[mask].unique(return_inverse=True)
-        with torch.autocast(encoded.device.type, enabled=False):  # texts differ little at first
+        with torch.autocast(encoded.device.type, enabled=False):  # bf16 hides small differences
             mean = (near @ encoded.float() / near.sum(2, keepdim=True))[mask]  # (text tokens, E)
             shown = F.linear(self.embed(tokens), self.token_direction)  # W₀ e
             logits = (mean - mean.mean(0)) @ shown.T / shown.shape[1] ** 0.5

@@ -28,7 +28,7 @@ def test_attention_knows_how_far_apart_two_patches_are_and_not_where():
 
 @torch.no_grad()
 def test_the_frozen_weights_tell_where_x1_leans(pocket):
-    w, m = pocket.directions()
+    w, m = pocket.shortcut()
     e, x, decoder = randn(128), randn(128, seed=2).requires_grad_(), pocket.model.decoder
     with torch.enable_grad():  # what attention to x adds to the logit of e
         added = sum(F.linear(F.linear(x * pocket.model.encoder.ln_post.weight,

@@ -200,6 +200,6 @@ def test_lens_tells_tokens_apart_near_their_frames(ear):
 
 def test_an_ear_begins_with_nothing_and_a_voice_covers_nothing(ear):
     assert {name for name in ROOM if not VOICE[name]} == {"cover", "mask"}
-    direction, m = ear.directions()
+    direction, m = ear.shortcut()
     assert direction.shape == (80, 128) and m.shape == (256, 80)
     assert not direction.any() and not m.any()

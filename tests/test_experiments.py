@@ -123,8 +123,8 @@ def test_frozen_weights_find_words_in_real_speech(capsys, monkeypatch):
         .format(*rates["fr"]))
     whisper = FrozenWhisper("pocket")
     sentences = [Sentence("en", text) for text in ("The dog.", "The horse.", "The horse.")]
-    dog, = set(whisper.encode("dog", "en")) - set(whisper.encode("horse", "en"))
-    horse, = set(whisper.encode("horse", "en")) - {dog}
+    dog, = set(whisper.tokenize("dog", "en")) - set(whisper.tokenize("horse", "en"))
+    horse, = set(whisper.tokenize("horse", "en")) - {dog}
     directions = whisper.embed(torch.tensor([dog, horse])) @ whisper.token_direction.T
     inverse = torch.linalg.pinv(directions).T
 

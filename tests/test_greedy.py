@@ -32,7 +32,7 @@ def test_one_pass_confirms_what_decoding_would_write_and_nothing_else(pocket, mo
     monkeypatch.setattr(greedy, "CHUNK", 7)
     decoded = pocket.transcribe(features, codes)
     drafts = [x.text for x in decoded]
-    is_own = [pocket.encode(text, code) == x.tokens
+    is_own = [pocket.tokenize(text, code) == x.tokens
               for text, code, x in zip(drafts, codes, decoded)]
     assert np.mean(is_own) > 0.9
     compare([x for x in greedy.confirm(pocket, features, codes, drafts) if x],
@@ -60,7 +60,7 @@ def speech_and_silence(whisper) -> tuple:
 def test_rules_and_equal_rows_change_nothing(pocket, tmp_path, monkeypatch):
     """Blanks that must not come first, tokens that are alike, the largest length."""
     features, codes, texts = speech_and_silence(pocket)
-    said = pocket.encode(texts[0], codes[0])
+    said = pocket.tokenize(texts[0], codes[0])
     unused = pocket.row_count[pocket.row_of] > 1
     blank = pocket.tokenizer("en").encode(" ")[0]
     no_speech = pocket.tokenizer("en").no_speech
@@ -97,7 +97,7 @@ def test_whatever_the_draft_is_the_result_is_that_of_decoding(pocket, tmp_path):
     english = FrozenWhisper(random_whisper(tmp_path / "en.pt", n_vocab=51864, n_audio_ctx=256,
                                            n_audio_state=128, n_text_state=128))
     decoder, tokenizer = english.model.decoder, english.tokenizer("en")
-    for token, logit in ((tokenizer.eot, 400), (english.encode("dog", "en")[0], 250)):
+    for token, logit in ((tokenizer.eot, 400), (english.tokenize("dog", "en")[0], 250)):
         row = decoder.token_embedding.weight[token]
         decoder.ln.bias += logit * row / row.square().sum()
     x, codes = english.silence[None].expand(3, -1, -1), ["de", "en", None]

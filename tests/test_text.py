@@ -161,7 +161,7 @@ def test_every_fourth_batch_has_long_texts_where_whisper_hears_many_sentences(po
         assert not text  # sentences of one language
     frames = torch.cat([batch.cond["frames"] for batch in found])
     assert 800 < frames.max() <= 1500 and frames.min() < 400 < frames.float().mean()
-    assert max(len(pocket.encode(s.text, s.language)) for b in found for s in b.sentences) <= 112
+    assert max(len(pocket.tokenize(s.text, s.language)) for b in found for s in b.sentences) <= 112
     assert sum(len(devices.shard(found[0], i, 4).sentences) for i in range(4)) == 4  # none empty
     with monkeypatch.context() as patch:  # and where most sentences are long
         patch.setattr(long, "WINDOW", 200)
@@ -244,7 +244,7 @@ def test_every_unit_of_a_text_has_its_share_of_the_frames(official):
 
     # A letter of two tokens: each has half of its frames.
     chars, tokens, where, middles = align("a河", [2, 6], 16)
-    assert tokens.tolist() == official.encode("a河", "zh") and middles.tolist() == [2, 7, 13]
+    assert tokens.tolist() == official.tokenize("a河", "zh") and middles.tolist() == [2, 7, 13]
     assert torch.equal(chars, data.characters("a河")[[0, 1, 1]])
     assert np.allclose(where[[0, 3, 4, 9, 10, 15]], np.array([3, 21, 26, 46, 50, 70]) / 24)
     for n in (7, 50, 129):
@@ -289,7 +289,7 @@ def test_every_language_comes_through(official):
         pieces = split_long(sentence, official)  # Georgian and Burmese: a token a byte
         assert "".join(p.text for p in pieces).replace(" ", "") == text.replace(" ", ""), code
         assert 2 < n_frames(sentence) / FRAMES_PER_SECOND < 12, code
-        said, tokens = strip_unspoken(text), official.encode(text, code)
+        said, tokens = strip_unspoken(text), official.tokenize(text, code)
         assert official.tokenizer(code).decode(tokens).strip() == said
         encoding = official.tokenizer(code).encoding
         ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])

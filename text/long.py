@@ -37,7 +37,7 @@ def fits(sentence: Sentence, whisper: FrozenWhisper, speed: float,
     language, text = sentence
     return (count_frames(durations(sentence, speed)) <= whisper.max_frames
             and (len(text.encode()) < whisper.max_tokens  # a token is a byte or more
-                 or len(whisper.encode(text, language)) <= whisper.max_tokens))
+                 or len(whisper.tokenize(text, language)) <= whisper.max_tokens))
 
 
 def split_long(sentence: Sentence, whisper: FrozenWhisper, speed: float = 1.0,
