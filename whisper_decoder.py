@@ -51,7 +51,7 @@ class FrozenWhisper:
         self.languages = [code for code in codes if is_own[self.language_token(code)]]
         if not (self.languages and self.rows.isfinite().all()):
             raise BadInput(f"{name} was never trained: its weights are all alike, or not finite")
-        self.fingerprint = weights_fingerprint(self.model)
+        self.fingerprint = weights_fingerprint(self.model.parameters())
         self.n_prompt = len(self.prompt(self.languages[0]))  # the same for all
 
     @cached_property

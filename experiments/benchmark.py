@@ -78,14 +78,6 @@ def compute_memory(names: list[str], depth: int, latent: str) -> None:
               f"{frozen / 1e6:.0f} M | {held(frozen, trained):.1f} |")
 
 
-def random_checkpoint(name: str, path: Path) -> None:
-    """Random weights in an official shape and OpenAI's file format."""
-    torch.manual_seed(0)
-    model = Whisper(dims_of(name))
-    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)
-    torch.save(dict(dims=asdict(model.dims), model_state_dict=model.state_dict()), path)
-
-
 def clock(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
@@ -116,10 +108,13 @@ def choose(sentences: list, span: str, n_languages: int) -> list:
 
 
 def random_run(name: str, args, device: torch.device) -> train.Run:
-    """A run that begins, with a Whisper of random weights."""
+    """A run that begins, with a Whisper of random weights, by way of a file in OpenAI's format."""
+    torch.manual_seed(0)
+    model = Whisper(dims_of(name))
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "whisper.pt"
-        random_checkpoint(name, path)
+        torch.save(dict(dims=asdict(model.dims), model_state_dict=model.state_dict()), path)
         config = train.Config(out_dir=folder, latent=args.latent, depth=args.depth)
         return train.Run(config, train.LATENTS[args.latent](str(path), device))
 

@@ -16,25 +16,27 @@ import data  # noqa: E402
 import flow  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from experiments import figures  # noqa: E402
-from plumbing.errors import BadInput, guard  # noqa: E402
+from plumbing.errors import BadInput, as_bad_input, guard  # noqa: E402
+from plumbing.files import atomic_write  # noqa: E402
 from plumbing.flags import Parser, file_path  # noqa: E402
 from pocket.clips import spoken_clips  # noqa: E402
 from speech.recordings import speech_span  # noqa: E402
 from text.durations import FRAMES_PER_SECOND  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 
 def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
     """Title, latent (T, C) and what was read of each -> heat maps in a row, channels upwards."""
-    figure, axes = figures.pyplot.subplots(
-        1, len(panels), figsize=(2 * len(panels), 3), sharey=True, layout="constrained")
+    figure = Figure((2 * len(panels), 3), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, x, read) in zip(axes, panels):
         axis.imshow(x.T.numpy(), origin="lower", aspect="auto", vmin=-3, vmax=3, cmap="magma",
                     extent=(0, len(x) / FRAMES_PER_SECOND, 0, x.shape[1]))
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("\n".join(textwrap.wrap(read, 26)), fontsize=8, loc="left", va="top")
     axes[0].set_ylabel("channel", fontsize=8)
-    figures.save(figure, path, 80)
+    with as_bad_input(f"{path} cannot be drawn", "give a .png"), atomic_write(path) as part:
+        figure.savefig(part, format=path.suffix[1:], dpi=80)
 
 
 def main(argv=None) -> None:

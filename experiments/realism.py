@@ -12,8 +12,7 @@ output of a frozen encoder before ln_post, of speech and 0.2 s behind it: the cr
 that of --hears, which the flow has not pleased.
 
 Beside it stand students of espeak-ng's speech of the same texts, also with equally long letters (is
-it the pace?), and of other clips of the very people of the test. The lower bound is speech of the
-first checkpoint, with the texts of other sentences.
+it the pace?). The lower bound is speech of the first checkpoint, with the texts of other sentences.
 Needs soundfile, and espeak-ng for the languages that it speaks here.
 """
 import argparse
@@ -32,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import per_language  # noqa: E402
 from flow import Solver  # noqa: E402
 from experiments.student import (  # noqa: E402
     Speech, check_hears, greedy_cer, language_accuracy, letters, load_judge, others, student_cer,
@@ -43,15 +41,13 @@ from experiments.utterances import (  # noqa: E402
 )
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
-from plumbing.files import atomic_write, make_folder  # noqa: E402
-from plumbing.flags import Parser, file_path, positive  # noqa: E402
+from plumbing.files import atomic_write, locked, make_folder  # noqa: E402
+from plumbing.flags import Parser, file_path, positive, seed_number  # noqa: E402
 from plumbing.weights import POCKET  # noqa: E402
 from pocket import make_pocket  # noqa: E402
-from sample import Flow  # noqa: E402
 from speech import sound  # noqa: E402
 from speech.ear import Ear  # noqa: E402
 from speech.recordings import read_audio, speech_span  # noqa: E402
-from speech.sound import log_mel  # noqa: E402
 from text.durations import count_frames  # noqa: E402
 from text.sources import split_of  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
@@ -79,7 +75,7 @@ def through_wav(mels: Iterable[Tensor], whisper: FrozenWhisper, name: Path) -> I
     """Log-mel (n_mels, 2T) -> NAME_00.wav ..., read as Whisper does (n_mels, 2 n_audio_ctx)."""
     for i, mel in enumerate(islice(mels, N_WAV)):
         sound.write_samples(path := Path(f"{name}_{i:02d}.wav"), sound.griffin_lim(mel))
-        yield log_mel(read_audio(path)[: whisper.n_samples], whisper)[0]
+        yield sound.log_mel(read_audio(path)[: whisper.n_samples], whisper)[0]
 
 
 class Study:
@@ -104,8 +100,8 @@ class Study:
                            f"from; give at least {FEWEST}")
         random.Random(0).shuffle(training)
         held_out.sort(key=data.hash_share)
-        self.sentences = per_language(training, args.sentences)
-        self.held_out = sorted(per_language(held_out, args.read), key=data.hash_share)
+        self.sentences = data.per_language(training, args.sentences)
+        self.held_out = sorted(data.per_language(held_out, args.read), key=data.hash_share)
         seen = sorted({c for s in training for c in letters(s)})
         self.alphabet = {letter: i for i, letter in enumerate(seen, 1)}
         self.has_voices = self.find_voices({s.language for s in training}, is_pocket)
@@ -126,11 +122,11 @@ class Study:
         tests, languages = {}, {s.language for s in training}
         known = {letters(s) for s in training}
         if self.args.recordings:
-            tests["human"] = people(self.args.recordings, languages, known, self.hears, N_PEOPLE)
+            tests["human"] = people(self.args.recordings, languages, known, self.hears)
         if is_pocket:
             tests["student"] = real_test(self.hears, languages, known)
         elif self.has_voices:
-            tests["student"] = self.say(per_language(held_out, N_PEOPLE), 2,
+            tests["student"] = self.say(data.per_language(held_out, N_PEOPLE), 2,
                                         make_pocket.HELD_OUT_VARIANTS)
         return tests
 
@@ -147,20 +143,18 @@ class Study:
                            "the text, or hears too little at once; give another judge")
         return readers
 
-    def readable(self, flow: Flow, readers: dict[str, FrozenWhisper]) -> list:
+    def readable(self, flow: sample.Flow, readers: dict[str, FrozenWhisper]) -> list:
         """Held-out sentences in languages that all readers know, and that fit their windows."""
         return [s for s in self.held_out if all(
             s.language in whisper.languages and
             count_frames(flow.durations(s, flow.speed)) <= whisper.max_frames
             for whisper in readers.values())]
 
-    def spectrograms(self, sentences: list, seed: int, whisper: FrozenWhisper,
-                     variants=make_pocket.VARIANTS, rooms: float = 0.0) -> Iterator[Tensor]:
-        return espeak(sentences, variants, seed, whisper, self.args.work_dir, rooms)
-
-    def say(self, sentences: list, seed: int, *how) -> Speech:
+    def say(self, sentences: list, seed: int, variants=make_pocket.VARIANTS,
+            rooms: float = 0.0) -> Speech:
         """espeak-ng says the sentences; what the students' encoder hears."""
-        mels = self.spectrograms(sentences, seed, self.hears, *how)
+        mels = espeak(sentences, variants, seed, self.hears, self.args.work_dir, rooms,
+                      self.whisper)
         return Speech(sentences, encode(mels, self.hears))
 
     def student(self, speech: Speech, own: Speech, seed: int) -> dict:
@@ -193,12 +187,13 @@ class Study:
     def real_readings(self, sentences: list, whisper: FrozenWhisper) -> tuple:
         """Real speech, for `readings`: heard by the ear, of features by the critic's encoder."""
         hears = whisper if isinstance(whisper, Ear) else self.whisper
-        mels = list(self.spectrograms(sentences, 2, hears))
+        mels = list(espeak(sentences, make_pocket.VARIANTS, 2, hears, self.args.work_dir,
+                           critic=self.whisper))
         features = (whisper.model.encoder.ln_post(hears.encode_mel(torch.stack(part)))
                     for part in parts(mels, hears))
         return features, (mel[:, : 2 * speech_span(mel).stop] for mel in mels)
 
-    def made_readings(self, sentences: list, whisper: FrozenWhisper, flow: Flow,
+    def made_readings(self, sentences: list, whisper: FrozenWhisper, flow: sample.Flow,
                       solver: Solver) -> tuple:
         """What a flow makes, for `readings`."""
         made = list(latents(flow, sentences, solver))
@@ -207,7 +202,7 @@ class Study:
 
     def real_rows(self) -> Iterator[tuple[str, dict]]:
         """Students of espeak-ng's speech, and of the same in an even rhythm, for each seed."""
-        real = join(self.say(self.sentences, seed, make_pocket.VARIANTS, rooms)
+        real = join(self.say(self.sentences, seed, rooms=rooms)
                     for seed, rooms in self.takes(0, 20))
         own = self.say(self.held_out, 2)
         figures = self.readings(self.args.checkpoints[0], self.real_readings, "real")
@@ -217,28 +212,6 @@ class Study:
         real, own = even(real, speed), even(own, speed)
         for seed in self.args.seeds:
             yield "espeak-ng, letters equally long", self.student(real, own, seed)
-
-    def people_rows(self) -> Iterator[tuple[str, dict]]:
-        """Students of other clips of the people of the test, for each seed."""
-        others = self.other_clips()
-        if (n := len(others.sentences)) < FEWEST:
-            print(f"note: no row of people: they have {n} clips besides the test")
-            return
-        for seed in self.args.seeds:
-            student = train_student(others, self.alphabet, seed, self.args.steps)
-            yield f"people, {n} other clips of them", {
-                "human": student_cer(student, self.tests["human"], self.alphabet)}
-
-    def other_clips(self) -> Speech:
-        """Of people, in texts that the test has not, in letters of the alphabet."""
-        tested = {letters(s) for s in self.tests["human"].sentences}
-        try:
-            clips = people(self.args.recordings, {s.language for s in self.sentences}, tested,
-                           self.hears, self.args.sentences)
-        except BadInput:  # there are none
-            return Speech([], [])
-        known = [i for i, s in enumerate(clips.sentences) if {*letters(s)} <= {*self.alphabet}]
-        return Speech(*([kind[i] for i in known] for kind in clips))
 
     def generated_rows(self, path: Path, shuffle: bool) -> Iterator[tuple[str, dict]]:
         """Students of what a checkpoint makes, and of the same with other texts, for each seed."""
@@ -310,16 +283,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--judge", help="another Whisper (default with pocket: pocket/judge.pt)")
     add("--hears", help="whose encoder the students hear with (default: the critic's; mel only)")
     add("--recordings", type=file_path, help="human speech, a folder with manifest.tsv "
-        "(path, language, text): another test of the students, and a row of it")
+        "(path, language, text): another test of the students")
     add("--data", nargs="+", help="text, as for train.py (default: that of the checkpoints)")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the students and the flow")
+    add("--seeds", nargs="+", type=seed_number, default=[0, 1, 2], help="of students and flow")
     add("--sentences", type=int, default=2000, help="a student learns from")
     add("--read", type=positive, default=100, help="held-out sentences that critic and judge read")
     add("--steps", type=positive, default=3000, help="of a student, at most")
     add("--rooms", type=float, default=0.0, help="up to 1: a second take of all, in other voices "
         "and rooms")
     add("--real", action=argparse.BooleanOptionalAction, default=True,
-        help="rows of espeak-ng, of people and of other texts")
+        help="rows of espeak-ng and of other texts")
     add("--device", default="auto", help="of Whisper and the flow: auto, cpu, cuda, mps")
     add("--work_dir", type=file_path, default=Path("out/realism"), help="speech, .wav files")
     add("--out", type=file_path, default=Path("out/realism"), help="writes OUT.md")
@@ -328,19 +301,18 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> dict:
     args, rows = parse_args(argv), {}
-    study = Study(args)
-    sources = [study.real_rows()] if args.real and study.has_voices else []
-    if args.real and args.recordings:
-        sources.append(study.people_rows())
-    for i, path in enumerate(args.checkpoints):
-        sources.append(study.generated_rows(path, shuffle=args.real and i == 0))
-    for name, cells in (row for source in sources for row in source):
-        rows.setdefault(name, []).append(cells)
-        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in cells.items()), flush=True)
-        with atomic_write(Path(f"{args.out}.md")) as part:
-            part.write_text(markdown(rows), "utf-8")
-    print(markdown(rows))
-    return rows
+    with locked(args.work_dir):  # two studies would read each other's .wav files
+        study = Study(args)
+        sources = [study.real_rows()] if args.real and study.has_voices else []
+        for i, path in enumerate(args.checkpoints):
+            sources.append(study.generated_rows(path, shuffle=args.real and i == 0))
+        for name, cells in (row for source in sources for row in source):
+            rows.setdefault(name, []).append(cells)
+            print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in cells.items()), flush=True)
+            with atomic_write(Path(f"{args.out}.md")) as part:
+                part.write_text(markdown(rows), "utf-8")
+        print(markdown(rows))
+        return rows
 
 
 if __name__ == "__main__":

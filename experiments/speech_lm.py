@@ -33,12 +33,12 @@ from experiments.student import (  # noqa: E402
     Speech, edit_distance, letters, others, resample, update,
 )
 from experiments.tokens import (  # noqa: E402
-    N_CODES, Quantiser, load_quantiser, note_unheard, open_source, speak, tokenise,
+    N_CODES, Quantiser, load_quantiser, note_unheard, tokenise,
 )
-from experiments.utterances import people, real_test  # noqa: E402
+from experiments.utterances import open_source, people, real_test, speak  # noqa: E402
 from model import mlp, rotate, rotations  # noqa: E402
 from plumbing.errors import guard  # noqa: E402
-from plumbing.flags import Parser, file_path, positive  # noqa: E402
+from plumbing.flags import Parser, file_path, positive, seed_number  # noqa: E402
 from sample import Flow  # noqa: E402
 from text.sources import load_sentences  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
@@ -194,7 +194,7 @@ def parse_args(argv=None) -> Namespace:
     add("--languages", nargs="+", help="of sentences and test (default: all); one learns faster")
     add("--sentences", type=positive, default=2000, help="that a model learns from")
     add("--steps", type=positive, default=1500)
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     add("--chance", action="store_true", help="a row more: the first source with other texts")
     return parser.parse_args(argv)
 

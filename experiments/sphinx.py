@@ -23,14 +23,15 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from data import Sentence  # noqa: E402
 from experiments.student import letters, others  # noqa: E402
-from experiments.tokens import check_espeak, open_source  # noqa: E402
-from experiments.utterances import ACCENTS, espeak, human_clips, latents  # noqa: E402
+from experiments.utterances import (  # noqa: E402
+    ACCENTS, check_espeak, espeak, human_clips, latents, open_source,
+)
 from flow import Solver  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.flags import Parser, file_path  # noqa: E402
 from pocket import make_pocket  # noqa: E402
 from speech.ear import Ear  # noqa: E402
-from speech.recordings import TAIL, speech_span  # noqa: E402
+from speech.recordings import speech_span  # noqa: E402
 from speech.sound import griffin_lim, log_mel  # noqa: E402
 from text.error_rates import edit_distance  # noqa: E402
 from text.sources import split_of  # noqa: E402
@@ -69,8 +70,8 @@ def rates(sentences: list[Sentence], texts: list[str]) -> np.ndarray:
 def spoken(mels: Iterable[Tensor]) -> Iterator[Tensor]:
     """Log-mels (M, 2P) -> what is speech in them (M, n)."""
     for mel in mels:
-        span = speech_span(mel)
-        yield mel[:, 2 * span.start : 2 * (span.stop - TAIL)]
+        span = speech_span(mel, tail=0)
+        yield mel[:, 2 * span.start : 2 * span.stop]
 
 
 def plain_voice(sentences: list[Sentence], whisper: FrozenWhisper) -> Iterator[Tensor]:

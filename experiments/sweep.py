@@ -38,6 +38,7 @@ def interval(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+OF_TEXT = ("data", "max_lines", "speed", "whisper")  # flags that the sentences follow
 KINDS = dict(speed=float, guidance=float, steps=int, method=str, judge=str, seconds=interval)
 
 
@@ -90,6 +91,9 @@ def main(argv=None) -> None:
     except ValueError as error:
         raise BadInput(f"{args.kind} cannot be swept over {args.values}: {error}") from error
     checkpoints, cells = [train.load_checkpoint(path) for path in args.checkpoints], []
+    if len({repr([c["config"][name] for name in OF_TEXT]) for c in checkpoints}) > 1:
+        raise BadInput(f"the checkpoints differ in --{' or --'.join(OF_TEXT)}, and so in their "
+                       "sentences; sweep them one by one")
     swept = [sweep(c, args.kind, values, args.sentences) for c in checkpoints]
     for results in zip(*swept):
         rates = [rate for rate, _ in results]

@@ -40,23 +40,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import sample  # noqa: E402
-import train  # noqa: E402
 from experiments.student import Speech, letters, update  # noqa: E402
-from experiments.utterances import encode, espeak, generate, people, real_test  # noqa: E402
-from flow import Solver  # noqa: E402
+from experiments.utterances import open_source, people, real_test, speak  # noqa: E402
 from model import mlp  # noqa: E402
 from plumbing.devices import choose_device  # noqa: E402
 from plumbing.errors import BadInput, as_bad_input, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint, locked  # noqa: E402
-from plumbing.flags import Parser, file_path, keep_settings, positive, read_settings  # noqa: E402
-from plumbing.weights import state_fingerprint  # noqa: E402
-from pocket import make_pocket  # noqa: E402
+from plumbing.flags import (  # noqa: E402
+    Parser, file_path, keep_settings, positive, read_settings, seed_number,
+)
+from plumbing.weights import weights_fingerprint  # noqa: E402
 from speech.dataset import parse_part  # noqa: E402
-from speech.ear import SILENT_FRAMES, Ear, silence_of  # noqa: E402
+from speech.ear import SILENT_FRAMES, silence_of  # noqa: E402
 from speech.recordings import TAIL  # noqa: E402
 from text.error_rates import cer_by_language, error_rates  # noqa: E402
-from text.long import fits  # noqa: E402
 from text.sources import load_sentences, print_notes  # noqa: E402
 from whisper_decoder import FrozenWhisper  # noqa: E402
 
@@ -343,12 +340,9 @@ def load_shard(file: Path, rows: list[dict]) -> tuple[str, list[np.ndarray]]:
 
 def check_set(folder: Path, whisper: FrozenWhisper) -> None:
     """Raises BadInput unless it is a finished set of `sample.py` that this Whisper understands."""
-    if not any(folder.glob("shard-*.jsonl")):
-        raise BadInput(f"{folder} has no shards; `python sample.py --text_file TEXT --out {folder}`"
-                       " makes them")
     if not (folder / "manifest.jsonl").exists():
-        raise BadInput(f"{folder} is not finished, for it has no manifest.jsonl; the command of "
-                       "sample.py that began it goes on")
+        raise BadInput(f"{folder} has no manifest.jsonl; `python sample.py --text_file TEXT --out "
+                       f"{folder}` makes it, or goes on until it is there")
     if "shard" not in next(rows_of(folder), {}):
         raise BadInput(f"{folder} has neither mel nor features of any text; make another with "
                        "`sample.py --write mel`, or with `--write features`")
@@ -369,7 +363,7 @@ def check_set(folder: Path, whisper: FrozenWhisper) -> None:
 def check_quantiser(folder: Path, quantiser: Quantiser) -> None:
     """Raises BadInput if the folder has tokens of another quantiser or set: nobody could tell."""
     made_of = read_settings(folder.with_name("settings.json"), "make the set anew")
-    settings = dict(quantiser=state_fingerprint(quantiser.state_dict()), tail=TAIL,
+    settings = dict(quantiser=weights_fingerprint(quantiser.state_dict().values()), tail=TAIL,
                     set=fingerprint(made_of))
     keep_settings(folder / "settings.json", settings, "move the folder away",
                   "--set, or move it away", settings)
@@ -420,46 +414,6 @@ def write_set(folder: Path, form: str, quantiser: Quantiser, whisper: FrozenWhis
 # ---- the command -----------------------------------------------------------------------------
 
 
-def open_source(source: str, sentences: list, whisper: FrozenWhisper) -> sample.Flow | None:
-    """A checkpoint that can say the sentences, and is understood by the Whisper; None: espeak-ng,
-    if it can say them. Else BadInput, before the work."""
-    if source == "espeak":
-        return check_espeak(sentences)
-    checkpoint = train.load_checkpoint(Path(source))
-    learned = checkpoint["origin"]["languages"]
-    if unlearned := {s.language for s in sentences} - {*learned}:
-        raise BadInput(f"{source} never learned {', '.join(sorted(unlearned))}; give --data in "
-                       + ", ".join(learned))
-    flow = sample.load_flow(checkpoint, whisper.device)
-    critic = flow.critic
-    is_heard = isinstance(critic, Ear)  # and by any Whisper with as many bands
-    same, other = ((critic.dims.n_mels, whisper.dims.n_mels) if is_heard else
-                   (critic.fingerprint, whisper.fingerprint))
-    if same != other:
-        raise BadInput(f"{source} was trained with {critic.name}, whose "
-                       f"{'bands' if is_heard else 'features'} are not those of {whisper.name}")
-    if long := [s.text for s in sentences if not fits(s, critic, flow.speed, flow.durations)]:
-        raise BadInput(f"{long[0][:60]!r} is too long for {critic.name}, with which {source} was "
-                       "trained; give shorter --data")
-    return flow
-
-
-def check_espeak(sentences: list) -> None:
-    """Raises BadInput if espeak-ng cannot say them."""
-    if voiceless := make_pocket.voiceless({s.language for s in sentences}):
-        raise BadInput(f"espeak-ng cannot read {', '.join(voiceless)}; give --data in others")
-
-
-def speak(flow: sample.Flow | None, sentences: list, whisper: FrozenWhisper, work: Path,
-          seed: int = 0, amount: float = 0.0) -> Speech:
-    """A flow, or espeak-ng (None), says the sentences: features of this Whisper, or any spectra."""
-    if flow is None:
-        mels = espeak(sentences, make_pocket.VARIANTS, seed, whisper, work, amount)
-        return Speech(sentences, encode(mels, whisper))
-    rooms = amount * isinstance(flow.critic, Ear)  # features have no sound to change
-    return generate(flow, sentences, Solver(seed=seed), rooms, whisper)
-
-
 def parse_args(argv=None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
@@ -468,7 +422,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", nargs="+", default=["builtin"], help="of train.py")
     add("--sentences", type=positive, default=2000)
     add("--steps", type=positive, default=1500)
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     add("--recordings", type=file_path, help="a folder of recordings to test on, too")
     add("--quantiser", type=file_path, help="one that is there already")
     add("--set", nargs="+", type=file_path, default=[], help="in place of a source: folders of "

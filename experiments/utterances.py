@@ -25,12 +25,13 @@ from flow import Solver, last
 from plumbing.errors import BadInput
 from pocket import make_pocket
 from pocket.clips import mel_from_bytes, spoken_clips
-from sample import Flow
+from sample import Flow, load_flow
 from speech import align, recordings, sound
 from speech.ear import SILENT_FRAMES, Ear, silence_of, upsample
 from speech.recordings import TAIL, speech_span
 from speech.sound import log_mel
 from text.durations import char_durations, count_frames
+from text.long import fits
 from text.sources import MAX_NOTES, print_notes
 from whisper_decoder import FrozenWhisper
 
@@ -64,14 +65,17 @@ def encode(mels: Iterable[Tensor], whisper: FrozenWhisper) -> list[Tensor]:
     return x1
 
 
-def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
-           work: Path, rooms: float = 0.0) -> Iterator[Tensor]:
-    """espeak-ng says the sentences -> log-mel (M, 2P) each; rooms: as in `sample.py --rooms`."""
+def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper, work: Path,
+           rooms: float = 0.0, critic: FrozenWhisper | None = None) -> Iterator[Tensor]:
+    """espeak-ng says the sentences -> log-mel (M, 2P) each; rooms: as in `sample.py --rooms`.
+
+    Its voices go by the critic, whoever hears them (default: by the Whisper that hears).
+    """
     seed += FIRST_SEED
-    mels = plain_espeak(sentences, variants, seed, whisper, work)
+    mels = plain_espeak(sentences, variants, seed, whisper, work, critic or whisper)
     for sentence, mel in zip(sentences, mels):
         if rooms:
-            n = 2 * (speech_span(mel).stop - TAIL)
+            n = 2 * speech_span(mel, 0).stop
             speech = sound.move_voice(mel[:, :n], sentence, seed, rooms)
             # As the flow's: from 50 frames a second, which smooths the hiss, and clean behind.
             speech = upsample(F.avg_pool1d(speech[None], 2))[0]
@@ -80,11 +84,11 @@ def espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
         yield mel
 
 
-def plain_espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper,
-                 work: Path) -> Iterator[Tensor]:
-    """espeak-ng says the sentences -> log-mel (M, 2P) each; for a Whisper of pocket's shape in
+def plain_espeak(sentences: list, variants, seed: int, whisper: FrozenWhisper, work: Path,
+                 critic: FrozenWhisper) -> Iterator[Tensor]:
+    """espeak-ng says the sentences -> log-mel (M, 2P) each; for a critic of pocket's shape in
     pocket's voices, as its test has them, for others in ACCENTS."""
-    if whisper.dims.n_mels == 80 and whisper.max_frames == make_pocket.DIMS.n_audio_ctx:
+    if critic.dims.n_mels == 80 and critic.max_frames == make_pocket.DIMS.n_audio_ctx:
         for clip in make_pocket.speak_all(sentences, variants, seed, work, "realism"):
             yield mel_from_bytes(clip, 2 * whisper.max_frames)
         return
@@ -205,3 +209,46 @@ def generate(flow: Flow, sentences: list, solver: Solver, rooms: float = 0.0,
                   for x, n in zip(x1, frames.tolist())]
         encoded += [x[: n + tail].cpu().clone() for x, n in zip(x1, frames.tolist())]
     return Speech(sentences, encoded)
+
+
+# ---- espeak-ng or a checkpoint --------------------------------------------------------------
+
+
+def open_source(source: str, sentences: list, whisper: FrozenWhisper) -> Flow | None:
+    """A checkpoint that can say the sentences, and is understood by the Whisper; None: espeak-ng,
+    if it can say them. Else BadInput, before the work."""
+    if source == "espeak":
+        return check_espeak(sentences)
+    checkpoint = train.load_checkpoint(Path(source))
+    learned = checkpoint["origin"]["languages"]
+    if unlearned := {s.language for s in sentences} - {*learned}:
+        raise BadInput(f"{source} never learned {', '.join(sorted(unlearned))}; give --data in "
+                       + ", ".join(learned))
+    flow = load_flow(checkpoint, whisper.device)
+    critic = flow.critic
+    is_heard = isinstance(critic, Ear)  # and by any Whisper with as many bands
+    same, other = ((critic.dims.n_mels, whisper.dims.n_mels) if is_heard else
+                   (critic.fingerprint, whisper.fingerprint))
+    if same != other:
+        raise BadInput(f"{source} was trained with {critic.name}, whose "
+                       f"{'bands' if is_heard else 'features'} are not those of {whisper.name}")
+    if long := [s.text for s in sentences if not fits(s, critic, flow.speed, flow.durations)]:
+        raise BadInput(f"{long[0][:60]!r} is too long for {critic.name}, with which {source} was "
+                       "trained; give shorter --data")
+    return flow
+
+
+def check_espeak(sentences: list) -> None:
+    """Raises BadInput if espeak-ng cannot say them."""
+    if voiceless := make_pocket.voiceless({s.language for s in sentences}):
+        raise BadInput(f"espeak-ng cannot read {', '.join(voiceless)}; give --data in others")
+
+
+def speak(flow: Flow | None, sentences: list, whisper: FrozenWhisper, work: Path,
+          seed: int = 0, amount: float = 0.0) -> Speech:
+    """A flow, or espeak-ng (None), says the sentences: features of this Whisper, or any spectra."""
+    if flow is None:
+        mels = espeak(sentences, make_pocket.VARIANTS, seed, whisper, work, amount)
+        return Speech(sentences, encode(mels, whisper))
+    rooms = amount * isinstance(flow.critic, Ear)  # features have no sound to change
+    return generate(flow, sentences, Solver(seed=seed), rooms, whisper)

@@ -171,3 +171,5 @@ def catch_interrupts():
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
+    if stops:  # after the last step
+        raise KeyboardInterrupt

@@ -4,6 +4,7 @@ Import it first: from then on Ctrl-C is no traceback, also while torch is being 
 """
 import errno
 import os
+import pickle
 import re
 import sys
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ class BadInput(ValueError):
 
 def first_line(error: Exception) -> str:
     """What an exception says first, short enough for a sentence; after a ":" the next line too."""
+    if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text is of its versions
+        return "it is no file of torch.save, or has more than tensors and numbers in it"
     lines = re.sub(r":\s*\n\s*", ": ", str(error)).splitlines() or [type(error).__name__]
     return shorten(lines[0], 150, placeholder=" ...")
 

@@ -119,7 +119,10 @@ class Log:
         self.file = open(self.now, "a", buffering=1)
 
     def write(self, step: int, *values: float) -> None:
-        print(step, *(f"{x:.6g}" for x in values), sep=",", file=self.file)
+        try:
+            print(step, *(f"{x:.6g}" for x in values), sep=",", file=self.file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.now)) from error
 
     def keep(self, checkpoint: Path) -> None:
         """Call it when a checkpoint is ready: those of an earlier run become .old, once."""

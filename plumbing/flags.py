@@ -6,6 +6,7 @@ from dataclasses import field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Container
+from uuid import uuid4
 
 from plumbing.errors import BadInput, as_bad_input
 from plumbing.files import atomic_write
@@ -46,6 +47,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed_number(text: str) -> int:
+    """A whole number that torch takes as a seed."""
+    if not (text.isdecimal() and int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give 0, 1, 2 ...")
+    return int(text)
+
+
 def flag(default, help: str, low=None, below=1e9, choices=None):
     """A field: a number must be at least low, and below `below`; anything else one of choices."""
     metadata = dict(help=help, low=low, below=below, choices=choices)
@@ -73,7 +81,8 @@ def check_same(path: Path, before: dict, now: dict, way_out: str, things: Contai
     """BadInput if a flag, or one of things, such as a text, is not what a run began with."""
     for name, value in now.items():
         if (was := before.get(name)) != value:
-            was, value = (f"no --{name}" if x in (None, "") else f"--{name} {x}"
+            was, value = (f"no --{name}" if x in (None, "") else
+                          f"--{name} {' '.join(x) if isinstance(x, (list, tuple)) else x}"
                           for x in (was, value))
             difference = (f"another {name}, which has changed since" if name in things
                           else f"{was}, not with {value}")
@@ -84,11 +93,19 @@ def check_same(path: Path, before: dict, now: dict, way_out: str, things: Contai
 def keep_settings(file: Path, settings: dict, damaged: str, way_out: str,
                   things: Container) -> None:
     """Write what a folder is begun with, or BadInput if it was begun with something else."""
-    if file.exists():
-        now = json.loads(json.dumps(settings))
-        return check_same(file.parent, read_settings(file, damaged), now, way_out, things)
-    with atomic_write(file) as part:
-        part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+    if not file.exists():
+        own = file.with_name(f"{file.name}.{uuid4().hex[:12]}.tmp")
+        with atomic_write(own) as part:
+            part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+        try:
+            os.link(own, file)  # unlike os.replace it never overwrites
+        except FileExistsError:  # another part has just begun, too
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(own, file)
+        own.unlink(missing_ok=True)
+    now = json.loads(json.dumps(settings))
+    check_same(file.parent, read_settings(file, damaged), now, way_out, things)
 
 
 def parse_flags(kind: type, description: str, argv=None):

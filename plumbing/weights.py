@@ -1,8 +1,7 @@
 """Whisper's weights, by name or from a file."""
-import hashlib
 from pathlib import Path
+from typing import Iterable
 
-import numpy as np
 import torch
 import whisper
 from torch import Tensor
@@ -33,18 +32,10 @@ def load_whisper(name: str, device: torch.device) -> whisper.model.Whisper:
     return model.to(device)
 
 
-def weights_fingerprint(model: whisper.model.Whisper) -> str:
+def weights_fingerprint(weights: Iterable[Tensor]) -> str:
     """It changes with the weights, the first 1,000 of each tensor."""
-    first = torch.cat([x.flatten()[:1000].float().cpu() for x in model.parameters()])
+    first = torch.cat([x.flatten()[:1000].float().cpu() for x in weights])
     return fingerprint(first.numpy().tobytes())
-
-
-def state_fingerprint(state: dict[str, Tensor]) -> str:
-    """It changes with any value of a state_dict."""
-    digest = hashlib.sha256()
-    for x in state.values():
-        digest.update(x.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,15 +44,8 @@ def distinct_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     In pocket all tokens that it never uses share a row, and so one logit: 1,900, not 51,865.
     """
-    table = weight.cpu()
-    as_bytes = table.numpy().view(f"V{table[0].nbytes}")[:, 0]  # sorted faster than as numbers
-    _, first, row_of = np.unique(as_bytes, return_index=True, return_inverse=True)
-    if len(first) > len(weight) / 2:  # an official checkpoint: no second copy
-        is_own = torch.from_numpy(np.bincount(row_of)[row_of] == 1)
+    rows, row_of, count = weight.cpu().unique(dim=0, return_inverse=True, return_counts=True)
+    is_own = count[row_of] == 1
+    if len(rows) > len(weight) / 2:  # an official checkpoint: no second copy
         rows, row_of, count = weight, torch.arange(len(weight)), torch.ones(len(weight))
-    else:  # in the order of numbers
-        rows, order = table[torch.from_numpy(first)].unique(dim=0, return_inverse=True)
-        row_of = order[torch.from_numpy(row_of)]
-        count = row_of.bincount()
-        is_own = count[row_of] == 1
     return *(x.to(weight.device) for x in (rows, row_of, count)), is_own

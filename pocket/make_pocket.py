@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 from plumbing.errors import BadInput, guard  # noqa: E402
 from plumbing.files import atomic_write, fingerprint  # noqa: E402
-from plumbing.flags import Parser, file_path  # noqa: E402
+from plumbing.flags import Parser, file_path, seed_number  # noqa: E402
 from plumbing.weights import POCKET  # noqa: E402
 from pocket.clips import mel_from_bytes  # noqa: E402
 from speech.ear import Room, random_room, smooth, upsample  # noqa: E402
@@ -256,13 +256,6 @@ def warp(mel, window, rng):
     return F.pad(mel, (0, 0, 0, top), mode="replicate")[0, 0, : DIMS.n_mels].numpy()
 
 
-def augment(mel, amount, rng):
-    """Some noise, more or less blurred as an ear's spectrograms are, in random rooms."""
-    mel = mel + 0.05 * torch.randn(mel.shape, generator=rng)
-    mel = mel.lerp(smooth(mel), torch.rand((len(mel), 1, 1), generator=rng))
-    return random_room(mel, Room(amount, rng))
-
-
 def silent_clip(rng):
     """Silence, or noise of random loudness and colour (n_mels, MEL_FRAMES)."""
     if torch.rand((), generator=rng) < 0.5:
@@ -369,7 +362,9 @@ def training_batch(sentences, clips, vocabulary, most, size, rng):
     picks, window = pick_clips(clips, size, rng)
     mel = torch.stack([mel_from_bytes(warp(clips[i], window, rng), window) for i in picks])
     amount = most * torch.rand((), generator=rng).item()
-    mel = augment(mel, amount, rng)
+    mel = mel + 0.05 * torch.randn(mel.shape, generator=rng)
+    mel = mel.lerp(smooth(mel), torch.rand((size, 1, 1), generator=rng))  # as an ear's are blurred
+    mel = random_room(mel, Room(amount, rng))
     rows = [vocabulary.tokens(*sentences[i]) for i in picks]
     for i in range(size):
         if torch.rand((), generator=rng) < SILENT_SHARE:
@@ -465,7 +460,7 @@ def check(whisper, sentences, clips):
 def main():
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=file_path, default=HERE / "build", help="for shards")
-    parser.add_argument("--seed", type=int, default=0, help="of the network, not of the speech")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the network alone")
     parser.add_argument("--out", type=file_path, default=POCKET / "pocket.pt")
     args = parser.parse_args()
     need_espeak()

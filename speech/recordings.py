@@ -10,7 +10,6 @@ B batch, S characters, T latent frames (20 ms), C latent channels, M mel bins, P
 """
 import math
 import os
-from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
@@ -90,6 +89,9 @@ def read_manifest(folder: Path, whisper: FrozenWhisper) -> tuple[list[Entry], li
         except BadInput as error:
             form = "path<TAB>language<TAB>text" if is_table else "id|text|text as spoken"
             notes.append(f"{manifest}, line {i}: {error}; a line is {form}")
+    if not (entries or notes):
+        raise BadInput(f"{manifest} is empty; fill it, or delete it, and {whisper.name} writes the "
+                       "texts")
     if entries and not is_table:
         notes.insert(0, f"{manifest} is read as English; a manifest.tsv says another language")
     return [*entries.items()], notes
@@ -121,10 +123,10 @@ def read_audio(path: Path) -> np.ndarray:
 # ---- latents ---------------------------------------------------------------------------------
 
 
-def speech_span(mel: Tensor) -> slice:
-    """Log-mel (M, 2P) -> its latent frames within DECIBELS of the loudest, and TAIL behind."""
+def speech_span(mel: Tensor, tail: int = TAIL) -> slice:
+    """Log-mel (M, 2P) -> its latent frames within DECIBELS of the loudest, and `tail` behind."""
     loud = (mel.amax(0) > mel.max() - DECIBELS / 40).nonzero()[:, 0].tolist()  # 1 is 40 dB
-    return slice(loud[0] // 2, min(loud[-1] // 2 + 1 + TAIL, mel.shape[1] // 2))
+    return slice(loud[0] // 2, min(loud[-1] // 2 + 1 + tail, mel.shape[1] // 2))
 
 
 def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tuple:
@@ -140,27 +142,22 @@ def encode(mel: Tensor, sentence: Sentence | None, whisper: FrozenWhisper) -> tu
     return sentence, x1
 
 
-def encode_recordings(entries: Sequence[Entry], whisper: FrozenWhisper, bar: tqdm) -> list:
-    """Of each recording its sentence and x1 (T, C), or a note that it is left out."""
-    encoded = []
-    for path, sentence in entries:
-        bar.update()
-        try:
-            sentence, x1 = encode(log_mel(read_audio(path), whisper), sentence, whisper)
-            encoded.append((tuple(sentence), x1))
-        except BadInput as error:
-            encoded.append(f"{path}: {error}")
-    return encoded
+def encode_recording(path: Path, sentence: Sentence | None, whisper: FrozenWhisper) -> list:
+    """Its sentence and x1 (T, C), or a note that it is left out."""
+    try:
+        sentence, x1 = encode(log_mel(read_audio(path), whisper), sentence, whisper)
+        return [tuple(sentence), x1]
+    except BadInput as error:
+        return [f"{path}: {error}"]
 
 
-def content_key(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper) -> str:
-    """It changes with the recordings, their texts, and who encodes them how."""
-    texts = [(os.path.relpath(path, folder), text) for path, text in entries]
-    stats = [(path.stat().st_size, path.stat().st_mtime_ns, os.access(path, os.R_OK))
-             if os.path.isfile(path) else None for path, _ in entries]
+def content_key(path: Path, sentence: Sentence | None, whisper: FrozenWhisper) -> str:
+    """It changes with a recording, its text, and who encodes it how."""
+    stat = path.stat() if os.path.isfile(path) else None
+    state = stat and (stat.st_size, stat.st_mtime_ns, os.access(path, os.R_OK))
     constants = (DECIBELS, TAIL, MEL_STD, MIN_LOGPROB, MAX_NO_SPEECH,
                  soundfile.__libsndfile_version__)
-    return fingerprint((texts, stats, whisper.fingerprint, constants))
+    return fingerprint((sentence, state, whisper.fingerprint, constants))
 
 
 def cached(file: Path, key: str, make: Callable[[], list], notes: list[str]) -> list:
@@ -179,22 +176,17 @@ def cached(file: Path, key: str, make: Callable[[], list], notes: list[str]) -> 
 
 def encode_folder(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper
                   ) -> tuple[list[Recording], list[str]]:
-    """Recordings and notes on those that are left out. In the folder they stay encoded, in up to
-    256 files by their names: a run that is stopped, or another recording, costs one of these."""
+    """Recordings and notes on those that are left out. In the folder they stay encoded, each in a
+    file of its own: a run that is stopped, or another recording, costs nothing else."""
     cache = folder / f"encoded_{type(whisper).__name__}_{whisper.fingerprint[:8]}"
-    groups, keys, notes, encoded = defaultdict(list), {}, [], {}
-    for i, (path, _) in enumerate(entries):
-        groups[fingerprint(os.path.relpath(path, folder))[:2]].append(i)
-    with tqdm(total=len(entries), desc="encoding recordings") as bar:
-        for name, numbers in groups.items():
-            group = [entries[i] for i in numbers]
-            keys[name], done = content_key(folder, group, whisper), bar.n
-            encoded |= zip(numbers, cached(cache / f"{name}.pt", keys[name], lambda: (
-                encode_recordings(group, whisper, bar)), notes))
-            bar.update(done + len(group) - bar.n)
-    encoded = [encoded[i] for i in range(len(entries))]
-    left_out = [note for note in encoded if isinstance(note, str)]
-    known = [x for x in encoded if not isinstance(x, str)]
+    keys, notes, encoded = [], [], []
+    for path, sentence in tqdm(entries, "encoding recordings"):
+        name = fingerprint(os.path.relpath(path, folder))
+        keys.append(content_key(path, sentence, whisper))
+        encoded.append(cached(cache / f"{name}.pt", keys[-1], lambda: (
+            encode_recording(path, sentence, whisper)), notes))
+    left_out = [x[0] for x in encoded if len(x) == 1]  # notes alone
+    known = [x for x in encoded if len(x) == 2]
     sentences, x1 = [Sentence(*s) for s, _ in known], [x for _, x in known]
     key = fingerprint((keys, sentences, [*map(len, x1)], ROUNDS, STRAY))
     durations = cached(cache / "aligned.pt", key, lambda: [

@@ -76,7 +76,7 @@ def test_a_run_begins_with_the_weights_of_another(runs, tmp_path):
         for name in ("model", "ema"):
             assert all(torch.allclose(x, before[key], atol=1e-7)
                        for key, x in after[name].items()) == same
-    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
+    with pytest.raises(BadInput, match="needs --latent features --depth 1 --whisper pocket"):
         train.main([*flags, "--depth", "2", "--out_dir", str(tmp_path / "other")])
     with pytest.raises(BadInput, match=r"no checkpoint .*none/ckpt\.pt"):
         train.main([*flags, "--init_from", str(tmp_path / "none")])
@@ -92,11 +92,11 @@ def test_an_ear_goes_on_with_another_whisper(runs, tmp_path):
     anew = {name.split(".")[0] for name, x in after.items() if x.shape != before[name].shape
             or not torch.allclose(x, before[name], atol=1e-7)}
     assert anew == {*OF_WHISPER} and after["token_out.weight"].abs().max() < 1e-9
-    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
+    with pytest.raises(BadInput, match="needs --latent features --depth 1 --whisper pocket"):
         train.main([*flags, "--init_from", str(runs[0] / "features")])
     # Of the same shape, too: what features mean is known to their own decoder alone.
     flags += ["--whisper", str(ROOT / "pocket/judge.pt")]
-    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
+    with pytest.raises(BadInput, match="needs --latent features --depth 1 --whisper pocket"):
         train.main([*flags, "--init_from", str(runs[0] / "features")])
     train.main([*flags, "--latent", "mel", "--init_from", str(runs[0] / "mel")])
     after = train.load_checkpoint(tmp_path)["ema"]
@@ -258,7 +258,7 @@ def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, call)
 
     spy(train, "load_data", 2, 3)
-    spy(train, "MixedBatches", 2, 3, 4, 5, 0)
+    spy(train, "MixedBatches", 2, 3, 4, 5, 0, 6)
     spy(train, "evaluate", 1)
     spy(data, "generator", 0, 1)
     spy(train, "draw_noise", 2)
@@ -271,8 +271,8 @@ def test_every_flag_of_the_objective_arrives(tmp_path, monkeypatch):
     train.main([*FLAGS, *argv, "--clip", "0.7", "--steps", "2", "--out_dir", str(tmp_path),
                 "--seed", "5", "--batch_size", "3"])
     assert seen["load_data"] == [1.2, 1.5] and seen["MixedBatches"][:4] == [3, 5, 1.2, 1.7]
-    trained, (held_out,) = seen["MixedBatches"][4], seen["evaluate"]
-    assert held_out and not {*map(data.key, held_out)} & {*map(data.key, trained)}
+    (*_, trained, not_drawn), (held_out,) = seen["MixedBatches"], seen["evaluate"]
+    assert not_drawn == held_out and not {*map(data.key, held_out)} & {*map(data.key, trained)}
     drawn = [*zip(seen["generator"][::2], seen["generator"][1::2])]
     assert drawn[:4] == [(5, 0), (5, 2**31), (5, 1), (5, 2**31 + 1)]  # batch and noise of a step
     assert seen["draw_noise"] == [0.3] * 2 and seen["objective"] == [0.4] * 2

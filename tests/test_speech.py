@@ -2,14 +2,12 @@
 import itertools
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from tqdm import tqdm
 
 import data
 import train
@@ -152,13 +150,13 @@ def test_every_bad_recording_is_named(tmp_path, pocket, monkeypatch):
     assert notes[0].endswith("a line is path<TAB>language<TAB>text")
 
 
-def test_folders_that_cannot_be_used(tmp_path, pocket, monkeypatch):
+def test_folders_that_cannot_be_used(tmp_path, pocket):
     for wrong in ("no folder", "has no recording; add .wav .flac"):
         with pytest.raises(BadInput, match=wrong):
             recordings.load_recordings(tmp_path / "speech", pocket)
         (tmp_path / "speech").mkdir(exist_ok=True)
     (tmp_path / "speech" / "metadata.csv").touch()
-    with pytest.raises(BadInput, match="has no recording; add .wav"):
+    with pytest.raises(BadInput, match="metadata.csv is empty; fill it, or delete it, and pocket"):
         recordings.load_recordings(tmp_path / "speech", pocket)
     (tmp_path / "metadata.csv").write_text("LJ-1|Dr. No|Doctor No\nLJ-2|two", "utf-8")
     entries, notes = recordings.read_manifest(tmp_path, pocket)
@@ -168,11 +166,6 @@ def test_folders_that_cannot_be_used(tmp_path, pocket, monkeypatch):
     (tmp_path / "manifest.tsv").write_bytes("a.wav\tfr\té".encode("latin1"))
     with pytest.raises(BadInput, match="manifest.tsv is not UTF-8 .*iconv -f cp1252 "):
         recordings.read_manifest(tmp_path, pocket)
-    monkeypatch.setitem(sys.modules, "soundfile", None)
-    monkeypatch.delitem(sys.modules, "speech.recordings")
-    monkeypatch.delattr("speech.recordings")
-    with pytest.raises(BadInput, match="pip install soundfile"):
-        train.main(["--speech", str(tmp_path), "--device", "cpu", "--max_lines", "40"])
 
 
 def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
@@ -202,7 +195,7 @@ def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
     assert recordings.speech_span(torch.ones(80, 100)) == slice(0, 50)  # up to its end
     other = FrozenWhisper("pocket")
     next(other.model.parameters()).data.mul_(1.01)
-    other.fingerprint = weights_fingerprint(other.model)
+    other.fingerprint = weights_fingerprint(other.model.parameters())
     for whisper in (other, pocket):  # each Whisper has files of its own, too
         recordings.load_recordings(folder, whisper)
         assert len(calls) == 16  # four, and their alignment
@@ -263,9 +256,9 @@ def test_whisper_writes_the_text_of_what_it_understands(tmp_path, pocket, spoken
     noise = np.random.default_rng(0).normal(0, 0.01, 16000)
     soundfile.write(tmp_path / "noise.wav", noise, 16000)
     entries, _ = recordings.read_manifest(tmp_path, pocket)
-    encoded = recordings.encode_recordings(entries, pocket, tqdm(disable=True))
+    encoded = [recordings.encode_recording(*entry, pocket) for entry in entries]
     assert [x[0] for x in encoded[:-1]] == [tuple(s) for s in spoken[0]]
-    assert "noise.wav: pocket is not sure" in encoded[-1]
+    assert "noise.wav: pocket is not sure" in encoded[-1][0]
 
 
 def join(folder, whisper, speed=1.0, held_out=()):

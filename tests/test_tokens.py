@@ -11,7 +11,7 @@ import torch
 import data
 import sample
 from data import Sentence
-from experiments import speech_lm, speed, tokens
+from experiments import speech_lm, speed, tokens, utterances
 from experiments.student import Speech, letters
 from experiments.utterances import generate
 from flow import Solver
@@ -168,7 +168,7 @@ def test_a_set_of_spectrograms_is_heard_as_its_flow_is(make_set, quantiser, pock
     folder = make_set("mel", "--write", "mel", "features")
     n_rows = tokens.write_set(folder, "ichigo", quantiser, pocket)
     rows, pieces = read_rows(sorted(folder.glob("tokens/ichigo-*"))), [*tokens.rows_of(folder)]
-    flow, same = tokens.open_source(str(runs[0] / "mel"), [], pocket), []
+    flow, same = utterances.open_source(str(runs[0] / "mel"), [], pocket), []
     for row, piece in zip(rows, pieces, strict=True):
         sentence = Sentence(piece["language"], piece["text"])
         speech = generate(flow, [sentence], Solver(), hears=pocket)  # in the same window
@@ -192,7 +192,7 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
     def fails(words: str, *argv) -> None:
         with pytest.raises(BadInput, match=words):
             tokens.main([*map(str, argv)])
-    fails("mel/x has no shards; `python sample.py --text_file TEXT --out .*mel/x` makes them",
+    fails("mel/x has no manifest.jsonl; `python sample.py --text_file TEXT --out .*mel/x` makes it",
           "--quantiser", file, "--set", features, mel / "x")
     assert not (features / "tokens").exists()  # all are looked at before the work
     narrow, bands, short = (FrozenWhisper(random_whisper(tmp_path / f"{name}.pt", **dims)) for
@@ -246,9 +246,6 @@ def test_sets_that_have_no_tokens(make_set, quantiser, pocket, tmp_path, monkeyp
     manifest = (mel / "manifest.jsonl").read_bytes()
     (mel / "manifest.jsonl").write_bytes(manifest[:-9])  # a copy that broke off
     fails("mel/manifest.jsonl is damaged .*; the command of sample.py that made it makes it again",
-          "--quantiser", file, "--set", mel)
-    (mel / "manifest.jsonl").unlink()
-    fails("mel is not finished, for it has no manifest.jsonl; the command of sample.py",
           "--quantiser", file, "--set", mel)
     only_sound = tmp_path / "sound"
     monkeypatch.setattr(dataset, "griffin_lim", lambda mel: torch.zeros(160 * mel.shape[1]))
@@ -327,15 +324,15 @@ def test_commands(runs, make_set, pocket, tmp_path, monkeypatch, capsys):
         speech.sentences) or judge_it(quantiser, speech, whisper))
 
     def speak(source, sentences, whisper):
-        flow = tokens.open_source(source, sentences, whisper)
-        return tokens.speak(flow, sentences, whisper, tmp_path)
+        flow = utterances.open_source(source, sentences, whisper)
+        return utterances.speak(flow, sentences, whisper, tmp_path)
 
     speech = speak(features, few, pocket)
     judge = FrozenWhisper("pocket/judge.pt")
     heard = [speak(ear, few, whisper).x1[0] for whisper in (pocket, judge)]
     assert heard[0].shape == heard[1].shape and (heard[0] - heard[1]).abs().mean() > 0.1
     with pytest.raises(BadInput, match="whose features are not those of pocket/judge.pt"):
-        tokens.open_source(features, few, judge)
+        utterances.open_source(features, few, judge)
     monkeypatch.setattr(tokens, "real_test", lambda *args: known.append(args[2]) or speech)
     monkeypatch.setattr(speech_lm, "real_test", tokens.real_test)
     made = make_set("features")
@@ -346,6 +343,8 @@ def test_commands(runs, make_set, pocket, tmp_path, monkeypatch, capsys):
     assert "espeak-ng, unheard voices: " in out and f"wrote {made}/tokens: " in out
     assert re.search(r"\n  CER: .*% of the speech, .*% of its tokens\n  CER de: ", out)
     assert judged == [few, held_out] and known == [{"the dog sleeps", "die sonne scheint"}]
+    with pytest.raises(BadInput, match="--seed: '9{20}' is no seed; give 0, 1, 2"):
+        tokens.main([ear, "--seed", "9" * 20])
     with pytest.raises(BadInput, match="quantiser.pt is there already; --quantiser .* uses it"):
         tokens.main([ear, "--out", str(tmp_path)])
     with pytest.raises(BadInput, match="is no quantiser of pocket .'whisper'.; "):
@@ -357,14 +356,12 @@ def test_commands(runs, make_set, pocket, tmp_path, monkeypatch, capsys):
         speak(ear, few, judge)
     monkeypatch.setattr(make_pocket, "need_espeak", lambda: None)
     with pytest.raises(BadInput, match="espeak-ng cannot read ja; give --data in others"):
-        tokens.open_source("espeak", [Sentence("ja", "犬が眠る。")], pocket)
+        utterances.open_source("espeak", [Sentence("ja", "犬が眠る。")], pocket)
     with pytest.raises(BadInput, match="is too long for pocket, with which .*mel was trained"):
-        tokens.open_source(ear, [Sentence("en", "The dog sleeps. " * 20)], judge)
+        utterances.open_source(ear, [Sentence("en", "The dog sleeps. " * 20)], judge)
     with pytest.raises(BadInput, match="never learned it; give --data in de, en"):
-        tokens.open_source(ear, [Sentence("it", "Ciao.")], pocket)
+        utterances.open_source(ear, [Sentence("it", "Ciao.")], pocket)
     given = ["--quantiser", str(tmp_path / "quantiser.pt")]
-    with pytest.raises(BadInput, match="nix has no shards"):
-        tokens.main(["--set", str(tmp_path / "nix"), *given])
     with monkeypatch.context() as patch, pytest.raises(BadInput, match="no checkpoint .*nix"):
         patch.setattr(speech_lm, "speak", None)  # before the work
         speech_lm.main([ear, str(tmp_path / "nix"), *given, *text])

@@ -159,24 +159,26 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> BadInput:
     """What is wrong with a file that is no text, and the usual ways out."""
     is_cut = error.reason == "unexpected end of data"
     return BadInput(f"{path} is not UTF-8 ({first_line(error)}); "
-                    + "if it was cut short, fetch it again; else " * is_cut
+                    + "if it was cut short, delete it and fetch it again; else " * is_cut
                     + "`iconv -f cp1252 -t utf-8 OLD > NEW` (or `-f utf-16`) converts text; what "
                     "is packed must be named .gz or .bz2, or be unpacked")
 
 
-def other_language(line: str, language: str | None) -> str:
-    """The language that the first of two columns says, where it is not that which is given."""
-    first, *columns = line.split("\t")
-    code, given = map(language_code, (first.strip('"'), language or ""))
-    return code if given != code in ISO_639_3 and given and len(columns) == 1 else ""
+def odd_columns(line: str, language: str | None) -> str:
+    """What is odd in a line of a table whose language is given, or ""."""
+    cells = [cell.strip().strip('"') for cell in line.split("\t")]
+    code, given = map(language_code, (cells[0], language or ""))
+    if given and len(cells) == 2 and given != code in ISO_639_3:
+        return f"begins with {code!r}"
+    return f"ends with {cells[-1]!r}" if given and cells[-1] in ISO_639_3 else ""
 
 
-def note_other(counts: Counter[str], language: str | None) -> list[str]:
-    """A note on lines of a table that say another language than that which is given."""
-    others = [code for code in counts if code]  # "": none
-    n = sum(counts[code] for code in others)
-    return others and [f"{n} lines begin with the name of another language, such as "
-                       f"{others[0]!r}, and are read as {language!r}"]
+def note_odd(counts: Counter[str], language: str | None) -> list[str]:
+    """A note on lines of a table in which the name of a language is not where it should be."""
+    odd = [what for what in counts if what]
+    n = sum(counts[what] for what in odd)
+    return odd and [f"{n} lines name a language; one {odd[0]}. The text is read in the last column,"
+                    f" as {language!r}"]
 
 
 def lines_of(path: Path, language: str | None) -> Iterator[str]:
@@ -191,8 +193,8 @@ def lines_of(path: Path, language: str | None) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"cannot read {path} ({first_line(error)}); put it back, or give another"
-                       ) from error
+        raise BadInput(f"cannot read {path} ({first_line(error)}); put it back (a download comes "
+                       "again when it is deleted), or give another") from error
 
 
 def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
@@ -203,12 +205,12 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
     in its last column. Raises BadInput if nothing in it can be used.
     """
     counts, left_out, lines = Counter(), defaultdict(list), lines_of(path, language)
-    others, is_table = Counter(), kind(path) == ".tsv"
+    odd, is_table = Counter(), kind(path) == ".tsv"
     for n, line in enumerate(islice(lines, max_lines), 1):
         try:
             if line.strip():
                 counts[read_line(line, is_table, language, whisper)] += 1
-                others[other_language(line, language) if is_table else ""] += 1
+                odd[odd_columns(line, language) if is_table else ""] += 1
         except BadInput as error:
             left_out[str(error)].append(n)
     if next(filter(str.strip, lines), None):
@@ -217,7 +219,7 @@ def read_file(path: Path, language: str | None, whisper: FrozenWhisper,
              for why, n in left_out.items()]
     if len(notes) > MAX_NOTES:
         notes[MAX_NOTES:] = [f"{path}: others for {len(notes) - MAX_NOTES} more reasons"]
-    notes += note_other(others, language)
+    notes += note_odd(odd, language)
     if not counts:
         raise BadInput(f"{path} has no usable sentence; {(notes or ['it is empty'])[0]}")
     return counts, notes
@@ -250,7 +252,10 @@ def read_texts(texts: Sequence[str], files: Sequence[str], language: str | None,
         return list(counts), notes
     if not texts and sys.stdin and sys.stdin.isatty():
         print("note: the keyboard is read until Ctrl-D (Windows: Ctrl-Z)", file=sys.stderr)
-    stdin = sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin and not texts else ""
+    try:
+        stdin = sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin and not texts else ""
+    except UnicodeDecodeError as error:
+        raise not_utf8(Path("standard input"), error) from error
     lines = texts or [line for line in re.split("\r\n|\r|\n", stdin) if line.strip()]
     if not lines:
         raise BadInput("no text; give one, or --text_file, or lines on standard input")
