@@ -325,7 +325,7 @@ def test_a_voice_changes_the_speech_of_espeak_and_cleans_the_silence(ear, monkey
     assert (moved - mel)[:, :n].abs().mean() > 0.05
 
 
-def test_espeak_has_the_accents_of_the_people(monkeypatch):
+def test_espeak_has_the_accents_of_the_people(ear, monkeypatch):
     said, official = [], SimpleNamespace(dims=SimpleNamespace(n_mels=80), max_frames=1500,
                                      n_samples=480000)
     monkeypatch.setattr(make_pocket, "random_samples", lambda sentence, **_: (
@@ -339,7 +339,7 @@ def test_espeak_has_the_accents_of_the_people(monkeypatch):
     monkeypatch.setattr(realism, "encode", lambda mels, whisper: [*mels])
     study = SimpleNamespace(hears=official, whisper="critic", args=SimpleNamespace(work_dir=None))
     realism.Study.say(study, sentences, 0)
-    realism.Study.real_readings(study, sentences, official)
+    realism.Study.real_readings(study, sentences, ear)
     assert [*utterances.espeak(sentences, None, 0, official, None)] == []
     assert critics == ["critic", "critic", official]
 
