@@ -97,7 +97,7 @@ def align_text(sentence: Sentence, durations: np.ndarray, frames: int,
     encoding = whisper.tokenizer("en").encoding  # the same for all languages
     token_ends = np.cumsum([len(encoding.decode_single_token_bytes(t)) for t in tokens])
     char_ends = np.cumsum([len(c.encode()) for c in strip_unspoken(text)])  # in bytes
-    token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `encode` puts in front
+    token_ends -= token_ends[-1] - char_ends[-1]  # the blank that `tokenize` puts in front
     ends = np.union1d(char_ends, token_ends)  # of units
     of_token, of_char = (np.searchsorted(x, ends) for x in (token_ends, char_ends))
     unit_durations = (durations / np.bincount(of_char))[of_char]  # they share that of a character

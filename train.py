@@ -217,8 +217,8 @@ class Run:
         if not is_same:
             theirs |= {name: own[name] for name in ("embedding", "max_frames")}
         if theirs != own or not (is_same or own["bound"] == "tanh"):
-            raise BadInput("{} needs --latent {latent} --depth {depth} --whisper {whisper}".format(
-                self.config.init_from, **checkpoint["config"] | theirs))
+            raise BadInput(f"{self.config.init_from} needs its --latent, --depth {theirs['depth']} "
+                           "and --whisper (mel: any with as many mel bins)")
         weights = {name: x for name, x in checkpoint["ema"].items()
                    if is_same or name.split(".")[0] not in OF_WHISPER}
         for network in (self.model, self.ema):

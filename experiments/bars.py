@@ -30,7 +30,7 @@ def picture(rates: dict[str, float], title: str, path: Path) -> None:
     axis.set_title(title, fontsize=9)
     axis.tick_params("x", labelrotation=90, labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    with as_bad_input(f"{path} cannot be drawn", "give a .png"), atomic_write(path) as part:
+    with atomic_write(path) as part, as_bad_input(f"{path} cannot be drawn", "give a .png"):
         figure.savefig(part, format=path.suffix[1:])
 
 

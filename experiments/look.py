@@ -35,7 +35,7 @@ def picture(panels: list[tuple[str, torch.Tensor, str]], path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("\n".join(textwrap.wrap(read, 26)), fontsize=8, loc="left", va="top")
     axes[0].set_ylabel("channel", fontsize=8)
-    with as_bad_input(f"{path} cannot be drawn", "give a .png"), atomic_write(path) as part:
+    with atomic_write(path) as part, as_bad_input(f"{path} cannot be drawn", "give a .png"):
         figure.savefig(part, format=path.suffix[1:], dpi=80)
 
 

@@ -38,7 +38,7 @@ def interval(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-OF_TEXT = ("data", "max_lines", "speed", "whisper")  # flags that the sentences follow
+OF_TEXT = ("data", "max_lines", "speech", "speed", "whisper")  # flags that the sentences follow
 KINDS = dict(speed=float, guidance=float, steps=int, method=str, judge=str, seconds=interval)
 
 

@@ -1,4 +1,4 @@
-"""Two critics: another Whisper hears the flow in half of the steps. Is it more like speech then?
+"""Two critics: another Whisper hears a third of the steps. Is the flow more like speech then?
 
     python experiments/two_ears.py base --whisper tiny.en --init_from out/start2 --steps 1300 ...
 

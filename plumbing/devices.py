@@ -161,7 +161,7 @@ def average_gradients(model: torch.nn.Module, stop: bool) -> bool:
 
 @contextmanager
 def catch_interrupts():
-    """A list to which Ctrl-C, SIGTERM, a closed terminal add: the step ends and is saved."""
+    """A list to which Ctrl-C, SIGTERM, a closed terminal add; raised at the end, if nothing was."""
     stops, kinds = [], [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         kinds.append(signal.SIGHUP)

@@ -36,7 +36,7 @@ class BadInput(ValueError):
 def first_line(error: Exception) -> str:
     """What an exception says first, short enough for a sentence; after a ":" the next line too."""
     if isinstance(error, pickle.UnpicklingError):  # PyTorch's own text is of its versions
-        return "it is no file of torch.save, or has more than tensors and numbers in it"
+        return "it is no file of torch.save, or has more than plain data in it"
     lines = re.sub(r":\s*\n\s*", ": ", str(error)).splitlines() or [type(error).__name__]
     return shorten(lines[0], 150, placeholder=" ...")
 

@@ -48,7 +48,7 @@ def positive(text: str) -> int:
 
 
 def seed_number(text: str) -> int:
-    """A whole number that torch takes as a seed."""
+    """A whole number from 0 on, below 2**31."""
     if not (text.isdecimal() and int(text) < 2**31):
         raise argparse.ArgumentTypeError(f"{text!r} is no seed; give 0, 1, 2 ...")
     return int(text)
@@ -101,7 +101,7 @@ def keep_settings(file: Path, settings: dict, damaged: str, way_out: str,
             os.link(own, file)  # unlike os.replace it never overwrites
         except FileExistsError:  # another part has just begun, too
             pass
-        except OSError:  # a file system without hard links
+        except OSError:  # no hard links: the last one decides
             os.replace(own, file)
         own.unlink(missing_ok=True)
     now = json.loads(json.dumps(settings))

@@ -19,7 +19,7 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from itertools import chain, islice
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ SOUNDS = ("wav", "flac")
 KINDS = ("features", "mel", *SOUNDS)
 SCORES = ("avg_logprob", "no_speech_prob", "compression_ratio")  # of Whisper's DecodingResult
 MAX_REASONS = 1000  # why texts are left out, counted apart
+CHANGED = "the texts have changed since the start; put them back, or give another --out"
 
 Cut = Callable[[Sentence], list[tuple[Sentence, np.ndarray]]]  # a text -> pieces, durations (S,)
 Make = Callable[[Sequence[Sentence], Sequence[np.ndarray], Solver], Iterator]  # -> round trips
@@ -245,6 +246,11 @@ def read_lines(files: Sequence[str], language: str | None) -> Iterator[tuple[str
         yield from ((line, kind(path), code) for line in lines_of(path, code) if line.strip())
 
 
+def digest(lines: Iterable[tuple]) -> str:
+    """It changes with the texts of a shard, as `read_lines` gives them."""
+    return fingerprint([(line.rstrip("\n"), suffix, code) for line, suffix, code in lines])
+
+
 def cut_texts(lines: Sequence, start: int, cut: Cut, whisper: FrozenWhisper) -> tuple[list, ...]:
     """Lines, the number of the first -> ids and pieces of text, rows of what cannot be made."""
     ids, pieces, left_out = [], [], []
@@ -312,8 +318,8 @@ def parse_part(text: str) -> tuple[int, int]:
     return part, n
 
 
-def survey(args, unlearned: set[str]) -> tuple[str, int, list[str]]:
-    """One pass over all texts -> a digest of them, how many there are, notes; BadInput if none.
+def survey(args, unlearned: set[str]) -> tuple[list[str], int, list[str]]:
+    """One pass over all texts -> a digest per shard, how many texts, notes; BadInput if none.
 
     unlearned: languages that Whisper knows and the checkpoint does not.
     """
@@ -321,21 +327,21 @@ def survey(args, unlearned: set[str]) -> tuple[str, int, list[str]]:
         if (path := local_file(name)).exists() and not path.is_file():
             raise BadInput(f"--text_file {name} is no file that can be read twice; make it one, "
                            "and give each file of a folder its --text_file")
-    digests, languages, unlearned_here = [], Counter(), set()  # no texts: there may be millions
+    digests, odd, unlearned_here = [], Counter(), set()  # no texts: there may be millions
     n_foreign, foreign, lines = 0, "", read_lines(args.text_file, args.language)
     while block := list(islice(lines, TEXTS_A_SHARD)):
-        digests.append(fingerprint([(line.rstrip("\n"), *rest) for line, *rest in block]))
+        digests.append(digest(block))
         for line, suffix, code in block:
-            languages[odd_columns(line, code) if suffix == ".tsv" else ""] += 1
+            odd[odd_columns(line, code) if suffix == ".tsv" else ""] += 1
             first = line.partition("\t")[0].strip('"')  # of a table, perhaps in quotes
             unlearned_here |= unlearned & {code or language_code(first)}
             if code == "en" != args.language and is_not_latin(line):
                 n_foreign, foreign = n_foreign + 1, foreign or line
-    notes = note_english(n_foreign, foreign) + note_odd(languages, args.language)
-    if not languages:
+    notes = note_english(n_foreign, foreign) + note_odd(odd, args.language)
+    if not odd:
         raise BadInput(f"there is no text in {', '.join(args.text_file)}; give lines of text")
     notes += [f"{args.ckpt} was not trained in {code!r}" for code in sorted(unlearned_here)]
-    return fingerprint(digests), languages.total(), notes
+    return digests, odd.total(), notes
 
 
 def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make: Make) -> str:
@@ -343,9 +349,9 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     folder, (part, n_parts), n = args.out, parse_part(args.part), TEXTS_A_SHARD
     kinds, trained = sorted(set(args.write or ["features"])), checkpoint["origin"]["languages"]
     args.language = args.language and whisper.check_language(args.language)
-    text, n_texts, notes = survey(args, {*whisper.languages} - {*trained})
+    digests, n_texts, notes = survey(args, {*whisper.languages} - {*trained})
     print_notes(notes)
-    settings = dict(language=args.language, text=text, whisper=whisper.fingerprint,
+    settings = dict(language=args.language, text=fingerprint(digests), whisper=whisper.fingerprint,
                     checkpoint=weights_fingerprint(checkpoint["ema"].values()), write=kinds,
                     best_of=args.best_of, max_cer=args.max_cer, speed=args.speed,
                     rooms=args.rooms, **args.solver._asdict(), texts_a_shard=n)
@@ -356,8 +362,10 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
     with (locked(folder, part=f"-{part}-{n_parts}" if n_parts > 1 else ""),
           tqdm(total=sum(len(shards[name]) for name in own), unit=" texts", smoothing=0) as bar):
         check_settings(folder, settings)
-        for name, numbers in shards.items():
+        for (name, numbers), before in zip(shards.items(), digests):
             block = list(islice(lines, n))
+            if digest(block) != before:
+                raise BadInput(CHANGED)
             if name not in own:
                 continue
             if is_whole(name, folder, kinds, numbers):
@@ -365,6 +373,8 @@ def write_dataset(args, checkpoint: dict, whisper: FrozenWhisper, cut: Cut, make
             else:
                 make_shard(name, block, numbers[0], args, kinds, whisper, cut, make)
             bar.update(len(block))
+        if next(lines, None):
+            raise BadInput(CHANGED)
     if missing := sum(not is_whole(name, folder, kinds, numbers)
                       for name, numbers in shards.items() if name not in own):
         return (f"part {args.part} is done; {missing} of {len(shards)} shards are missing in "

@@ -6,7 +6,7 @@ Features mean something to one decoder only. A spectrogram can be looked at and 
 that pleases an official Whisper may mean less to others (experiments/rooms.py). In rooms the text
 has to survive a random change of the log-mel in each step, as it does in speech: expectation over
 transformations, Athalye et al. 2018 (arXiv 1707.07397). Without them an official critic reads
-a flow no worse, but PocketSphinx makes 1.6 to 2.7 times the errors (README.md).
+a flow about as well, but PocketSphinx makes 1.7 to 2.7 times the errors (README.md).
 
 B batch, L prompt + text + end tokens, T latent frames (20 ms), M mel bins, which are the channels
 of x1, n frames of a log-mel (10 ms), P positions of Whisper's window, E width of the encoder.

@@ -185,6 +185,10 @@ def encode_folder(folder: Path, entries: Sequence[Entry], whisper: FrozenWhisper
         keys.append(content_key(path, sentence, whisper))
         encoded.append(cached(cache / f"{name}.pt", keys[-1], lambda: (
             encode_recording(path, sentence, whisper)), notes))
+    names = {fingerprint(os.path.relpath(path, folder)) for path, _ in entries}
+    for file in cache.glob("*.pt"):  # of recordings that are gone
+        if file.stem not in names | {"aligned"}:
+            file.unlink(missing_ok=True)
     left_out = [x[0] for x in encoded if len(x) == 1]  # notes alone
     known = [x for x in encoded if len(x) == 2]
     sentences, x1 = [Sentence(*s) for s, _ in known], [x for _, x in known]

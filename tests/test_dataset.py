@@ -194,6 +194,31 @@ def test_flags_of_a_set_that_cannot_be_used(make):
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize("change", [lambda text: text + "\nen\tThe car.", lambda text: text[:9],
+                                    lambda text: text.replace("red", "big")])
+def test_a_text_that_changes_meanwhile_is_told(make, tmp_path, monkeypatch, change):
+    check_settings = dataset.check_settings
+
+    def between_both_readings(*args):
+        (tmp_path / "text.tsv").write_text(change("\n".join(LINES)), "utf-8")
+        check_settings(*args)
+    monkeypatch.setattr(dataset, "check_settings", between_both_readings)
+    with pytest.raises(BadInput, match="the texts have changed since the start"):
+        make("a")
+    assert not (tmp_path / "a" / "manifest.jsonl").exists()
+    monkeypatch.setattr(dataset, "check_settings", check_settings)
+    (tmp_path / "text.tsv").write_text("\n".join(LINES), "utf-8")  # nothing of the other is kept
+    assert make("a") == make("b")
+
+
+def test_reasons_without_number(make, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "MAX_REASONS", 1)
+    make("a")
+    out = capsys.readouterr().out
+    assert "1 left out, the first 00000001, 'xx'" in out
+    assert "1 left out, the first 00000002, '?': other reasons" in out
+
+
 def test_sounds_that_need_a_package(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(BadInput, match="--write flac needs soundfile .*; `pip install soundfile`"):

@@ -535,7 +535,7 @@ def test_sweep_benchmark_and_look_give_their_tables_and_picture(
     others = train.load_checkpoint(Path(checkpoints[latent]))
     others["config"]["max_lines"] += 1
     torch.save(others, tmp_path / "others.pt")
-    with pytest.raises(BadInput, match="differ in --data or --max_lines or --speed or --whisper, "):
+    with pytest.raises(BadInput, match="differ in --data or --max_lines or --speech or --speed "):
         sweep.main(["steps", "1", "--checkpoints", checkpoints[latent], f"{tmp_path}/others.pt"])
     with pytest.raises(BadInput, match="no held-out sentence can be heard at all of speed .0.1"):
         sweep.main(["speed", "0.1", "--sentences", "5", "--checkpoints", checkpoints[latent]])

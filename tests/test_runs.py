@@ -64,7 +64,7 @@ def test_samples_are_made_by_a_copy_of_the_averaged_weights(runs):
     assert model.no_text.data_ptr() != checkpoint["ema"]["no_text"].data_ptr()
 
 
-def test_a_run_begins_with_the_weights_of_another(runs, pocket, tmp_path):
+def test_a_run_begins_with_the_weights_of_another(runs, tmp_path):
     flags = ["--data", f"de={ROOT / 'pocket/sentences/de.txt'}", "--steps", "1", "--device", "cpu",
              "--eval_sentences", "1", "--batch_size", "2", "--max_lines", "40", "--init_from",
              str(runs[0] / "features")]
@@ -76,10 +76,8 @@ def test_a_run_begins_with_the_weights_of_another(runs, pocket, tmp_path):
         for name in ("model", "ema"):
             assert all(torch.allclose(x, before[key], atol=1e-7)
                        for key, x in after[name].items()) == same
-    other = train.load_checkpoint(runs[0] / "features")
-    other["config"]["depth"] = 0  # as its Whisper has it
-    with pytest.raises(BadInput, match="needs --latent features --depth 1 --whisper pocket"):
-        train.Run(train.Config(depth=2), pocket).begin_with(other)
+    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
+        train.main([*flags, "--depth", "2", "--out_dir", str(tmp_path / "other")])
     with pytest.raises(BadInput, match=r"no checkpoint .*none/ckpt\.pt"):
         train.main([*flags, "--init_from", str(tmp_path / "none")])
 
@@ -94,11 +92,11 @@ def test_an_ear_goes_on_with_another_whisper(runs, tmp_path):
     anew = {name.split(".")[0] for name, x in after.items() if x.shape != before[name].shape
             or not torch.allclose(x, before[name], atol=1e-7)}
     assert anew == {*OF_WHISPER} and after["token_out.weight"].abs().max() < 1e-9
-    with pytest.raises(BadInput, match="needs --latent features --depth 1 --whisper pocket"):
+    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
         train.main([*flags, "--init_from", str(runs[0] / "features")])
     # Of the same shape, too: what features mean is known to their own decoder alone.
     flags += ["--whisper", str(ROOT / "pocket/judge.pt")]
-    with pytest.raises(BadInput, match="needs --latent features --depth 1 --whisper pocket"):
+    with pytest.raises(BadInput, match="features needs its --latent, --depth 1 and --whisper"):
         train.main([*flags, "--init_from", str(runs[0] / "features")])
     train.main([*flags, "--latent", "mel", "--init_from", str(runs[0] / "mel")])
     after = train.load_checkpoint(tmp_path)["ema"]

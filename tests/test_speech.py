@@ -196,6 +196,10 @@ def test_recordings_are_encoded_once(folder, pocket, monkeypatch):
     other = FrozenWhisper("pocket")
     next(other.model.parameters()).data.mul_(1.01)
     other.fingerprint = weights_fingerprint(other.model.parameters())
+    stale = next(folder.glob("encoded_FrozenWhisper_*")) / "00.pt"  # of a recording that is gone
+    stale.touch()
+    recordings.load_recordings(folder, pocket)
+    assert not stale.exists() and len(calls) == 11
     for whisper in (other, pocket):  # each Whisper has files of its own, too
         recordings.load_recordings(folder, whisper)
         assert len(calls) == 16  # four, and their alignment

@@ -170,7 +170,8 @@ def odd_columns(line: str, language: str | None) -> str:
     code, given = map(language_code, (cells[0], language or ""))
     if given and len(cells) == 2 and given != code in ISO_639_3:
         return f"begins with {code!r}"
-    return f"ends with {cells[-1]!r}" if given and cells[-1] in ISO_639_3 else ""
+    is_swapped = given and len(cells) > 1 and language_code(cells[-1]) == given
+    return f"ends with {cells[-1]!r}" if is_swapped else ""
 
 
 def note_odd(counts: Counter[str], language: str | None) -> list[str]:
